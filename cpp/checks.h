@@ -1,0 +1,145 @@
+// From the arguments of a call to a RowNorm, or to the reason why the extension does not serve it.  Refusals carry no
+// error message for users: normkit._dispatch looks at a refused call again, raises what has to be raised, and sends what
+// is valid elsewhere.  So every message stands in one place, and this one is quick.
+#pragma once
+#include "tensor.h"
+
+namespace normkit {
+
+struct Arguments {
+  Tensor x{"x"}, residual{"residual"}, weight{"weight"}, bias{"bias"}, out{"out"}, residual_out{"residual_out"};
+  Statistic statistic;
+  bool per_head;
+  float eps, weight_offset;
+  bool round_before_weight, round_sum, clamp_inf;
+};
+
+inline bool same_shape(const Tensor& a, const Tensor& b) {
+  if (a.ndim != b.ndim) return false;
+  for (int d = 0; d < a.ndim; ++d)
+    if (a.shape[d] != b.shape[d]) return false;
+  return true;
+}
+
+inline Refusal check_rows(const Tensor& t, const Tensor& x) {
+  if (!t) return {};
+  if (!same_shape(t, x)) return {t.name, "does not have x's shape"};
+  if (t.size(1) > 1 && t.stride(1) != 1) return {t.name, "has a last stride other than 1"};
+  return {};
+}
+
+inline Refusal check_affine(const Tensor& t, const Tensor& x, bool per_head) {
+  if (!t) return {};
+  const bool row = t.ndim == 1 && t.size(1) == x.size(1);
+  const bool row_per_head =
+      per_head && t.ndim == 2 && t.size(1) == x.size(1) && t.size(2) == x.size(2);
+  if (!row && !row_per_head) return {t.name, "does not fit x's shape"};
+  if (t.size(1) > 1 && t.stride(1) != 1) return {t.name, "has a last stride other than 1"};
+  return {};
+}
+
+// Whether memory is shared in a way that is not plainly harmless: one tensor over itself, or none at all.
+inline bool may_overlap(const Tensor& written, const Tensor& other) {
+  if (!other) return false;
+  const char* begin = written.data;
+  const char* end = begin + written.extent();
+  if (end <= other.data || other.data + other.extent() <= begin) return false;
+  if (begin != other.data || written.dtype != other.dtype || !same_shape(written, other)) return true;
+  for (int d = 0; d < written.ndim; ++d)
+    if (written.shape[d] > 1 && written.strides[d] != other.strides[d]) return true;
+  return false;
+}
+
+// Whether the rows are laid out from the innermost dimension outwards, each stride beyond what lies inside it.
+inline bool rows_are_apart(const Tensor& t) {
+  int64_t inside = t.size(1);
+  for (int d = t.ndim - 2; d >= 0; --d) {
+    if (t.shape[d] <= 1) continue;
+    if (t.strides[d] < inside) return false;
+    inside = (t.shape[d] - 1) * t.strides[d] + inside;
+  }
+  return true;
+}
+
+inline Refusal check_memory(const Arguments& a) {
+  const Tensor* inputs[] = {&a.x, &a.residual, &a.weight, &a.bias};
+  for (const Tensor* written : {&a.out, &a.residual_out}) {
+    if (!*written) continue;
+    if (!rows_are_apart(*written)) return {written->name, "may overlap itself"};
+    for (const Tensor* input : inputs)
+      if (may_overlap(*written, *input)) return {written->name, "may overlap an input"};
+  }
+  if (a.out && a.residual_out) {
+    const char* out_end = a.out.data + a.out.extent();
+    const char* residual_end = a.residual_out.data + a.residual_out.extent();
+    if (a.out.data < residual_end && a.residual_out.data < out_end)
+      return {a.out.name, "may overlap residual_out"};
+  }
+  return {};
+}
+
+// memory_checked: the caller knows that what is written overlaps nothing.
+inline Refusal check(const Arguments& a, bool memory_checked) {
+  if (a.x.ndim < (a.per_head ? 2 : 1)) return {"x", "has too few dimensions"};
+  if (a.x.size(1) < 1) return {"x", "has rows of no elements"};
+  for (const Tensor* t : {&a.x, &a.residual, &a.out, &a.residual_out})
+    if (const Refusal no = check_rows(*t, a.x)) return no;
+  for (const Tensor* t : {&a.weight, &a.bias})
+    if (const Refusal no = check_affine(*t, a.x, a.per_head)) return no;
+  if (!(a.eps >= 0.f && a.eps <= 3.4028235e38f)) return {"eps", "is not a finite number >= 0"};
+  if (!(a.weight_offset - a.weight_offset == 0.f)) return {"weight_offset", "is not finite"};
+  if (a.residual_out && a.residual_out.dtype != a.residual.dtype)
+    return {"residual_out", "is not of residual's dtype"};
+  return memory_checked ? Refusal{} : check_memory(a);
+}
+
+// The outer dimensions of all tensors at once: those of size 1 dropped, neighbours merged where every tensor allows it.
+inline void lay_out_rows(const Arguments& a, RowNorm& norm) {
+  const Tensor* tensors[] = {&a.x, &a.residual, &a.out, &a.residual_out};
+  RowsOf* rows[] = {&norm.x, &norm.residual, &norm.out, &norm.residual_out};
+  norm.rows = 1;
+  norm.outer_dims = 0;
+  for (int d = 0; d < a.x.ndim - 1; ++d) {
+    const int64_t size = a.x.shape[d];
+    norm.rows *= size;
+    if (size == 1) continue;
+    const int last = norm.outer_dims - 1;
+    bool merges = last >= 0;
+    for (int t = 0; t < 4 && merges; ++t)
+      merges = !*tensors[t] || rows[t]->stride[last] == size * tensors[t]->strides[d] * item_size(rows[t]->dtype);
+    const int at = merges ? last : norm.outer_dims++;
+    norm.outer_size[at] = merges ? norm.outer_size[at] * size : size;
+    for (int t = 0; t < 4; ++t)
+      rows[t]->stride[at] = *tensors[t] ? tensors[t]->strides[d] * item_size(rows[t]->dtype) : 0;
+    if (norm.rows == 0) return;
+  }
+}
+
+inline RowNorm row_norm_of(const Arguments& a) {
+  RowNorm norm;
+  const auto rows = [](RowsOf& r, const Tensor& t) {
+    r.data = t.data;
+    r.dtype = t.dtype;
+  };
+  rows(norm.x, a.x);
+  rows(norm.residual, a.residual);
+  rows(norm.out, a.out);
+  rows(norm.residual_out, a.residual_out);
+  const auto affine = [](const Tensor& t) {
+    return Affine{t.data, t.dtype, t.ndim == 2 ? t.stride(2) * item_size(t.dtype) : 0};
+  };
+  norm.weight = affine(a.weight);
+  norm.bias = affine(a.bias);
+  norm.statistic = a.statistic;
+  norm.n = a.x.size(1);
+  norm.heads = a.weight.ndim == 2 || a.bias.ndim == 2 ? a.x.size(2) : 1;
+  norm.eps = a.eps;
+  norm.weight_offset = a.weight ? a.weight_offset : 0.f;
+  norm.round_before_weight = a.round_before_weight;
+  norm.round_sum = a.round_sum;
+  norm.clamp_inf = a.clamp_inf;
+  lay_out_rows(a, norm);
+  return norm;
+}
+
+}  // namespace normkit

@@ -1,0 +1,365 @@
+#include "row_norm.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+
+#if defined(__unix__)
+#include <unistd.h>
+#endif
+
+#include "kernels.h"
+#include "threads.h"
+
+#if defined(__x86_64__) || defined(_M_X64)
+#define NORMKIT_X86 1
+#endif
+
+namespace normkit::cpu {
+namespace {
+
+// ---------------------------------------------------------------- instruction sets
+
+struct InstructionSets {
+  const Kernels* kernels[4] = {};
+  const char* names[5] = {};
+  int count = 0;
+  void add(const Kernels* k) {
+    kernels[count] = k;
+    names[count++] = k->name;
+  }
+};
+
+const InstructionSets& usable() {
+  static const InstructionSets found = [] {
+    InstructionSets sets;
+#if NORMKIT_X86
+    __builtin_cpu_init();
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    if (avx512 && __builtin_cpu_supports("avx512bf16")) sets.add(avx512bf16_kernels());
+    if (avx512) sets.add(avx512_kernels());
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+        __builtin_cpu_supports("f16c"))
+      sets.add(avx2_kernels());
+#elif defined(__aarch64__)
+    sets.add(neon_kernels());
+#endif
+    return sets;
+  }();
+  return found;
+}
+
+std::atomic<const Kernels*>& chosen() {
+  static std::atomic<const Kernels*> kernels{usable().kernels[0]};
+  return kernels;
+}
+
+// ---------------------------------------------------------------- memory
+
+// Grows and stays: a call allocates nothing once its thread has seen the shape.  Large buffers are let go again, so
+// that one huge row does not hold its size for the life of the thread.
+class Scratch {
+ public:
+  ~Scratch() { std::free(data_); }
+  float* reserve(int64_t floats) {
+    if (floats > size_) {
+      std::free(data_);
+      data_ = static_cast<float*>(std::aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64));
+      size_ = data_ ? floats : 0;
+      if (!data_) throw std::bad_alloc();
+    }
+    return data_;
+  }
+  void trim() {
+    if (size_ > kKept) {
+      std::free(data_);
+      data_ = nullptr;
+      size_ = 0;
+    }
+  }
+
+ private:
+  static constexpr int64_t kKept = 1 << 20;  // floats
+  float* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+// Rows that fit here stay in the first-level cache from one stage to the next, with the output and the weight.
+constexpr int64_t kBlockBytes = 8 << 10;
+// Fork and join cost about a microsecond, in which one core moves this much.
+constexpr int64_t kThreadBytes = 32 << 10;
+// Beyond the second-level cache it pays to fetch the output's lines while the statistic is computed.
+constexpr int64_t kFetchBytes = 1 << 20;
+
+thread_local Scratch affine_scratch;
+thread_local Scratch wide_scratch;
+
+// ---------------------------------------------------------------- weight and bias
+
+// The rows of a weight or bias as the apply stage reads them.
+struct AffineRows {
+  const char* data = nullptr;  // null when absent
+  int64_t row_stride = 0;      // bytes
+  const void* row(int64_t head) const { return data ? data + head * row_stride : nullptr; }
+};
+
+int64_t padded(int64_t n) { return (n + kChunk - 1) / kChunk * kChunk; }
+
+int64_t affine_rows(const RowNorm& norm, const Affine& affine) {
+  return affine.data && affine.row_stride != 0 ? norm.heads : 1;
+}
+
+// Whether the 16-bit source, output, weight and bias are of one type and need no offset.
+bool affine_as_stored(const RowNorm& norm, DType source) {
+  return source != DType::kFloat32 && norm.out.dtype == source && norm.weight_offset == 0.f &&
+         norm.weight.data && norm.weight.dtype == source &&
+         (!norm.bias.data || norm.bias.dtype == source);
+}
+
+// A float32 weight in natural order, or a copy of any other, with the offset added; ones where there is none, since
+// the product with 1 is exact.
+AffineRows prepared(const RowNorm& norm, const Affine& affine, Layout layout, float offset,
+                    const Kernels& kernels, float*& buffer) {
+  if (affine.data && affine.dtype == DType::kFloat32 && layout == Layout::kNatural && offset == 0.f)
+    return {affine.data, affine.row_stride};
+  const int64_t n = padded(norm.n);
+  const AffineRows rows{reinterpret_cast<const char*>(buffer),
+                        affine.row_stride ? n * int64_t{sizeof(float)} : 0};
+  for (int64_t head = 0; head < affine_rows(norm, affine); ++head, buffer += n) {
+    if (affine.data)
+      kernels.affine[int(affine.dtype)][int(layout)](affine.data + head * affine.row_stride, norm.n,
+                                                     offset, buffer);
+    else
+      std::fill_n(buffer, n, 1.f);
+  }
+  return rows;
+}
+
+// ---------------------------------------------------------------- one call
+
+// Steps through the rows of all tensors at once.
+class Cursor {
+ public:
+  Cursor(const RowNorm& norm, int64_t row) : norm_(norm) {
+    for (int64_t d = norm.outer_dims - 1, rest = row; d >= 0; --d) {
+      index_[d] = rest % norm.outer_size[d];
+      rest /= norm.outer_size[d];
+      for (int t = 0; t < kTensors; ++t) at_[t] += index_[d] * tensor(t).stride[d];
+    }
+  }
+  char* at(int t) const { return tensor(t).data ? tensor(t).data + at_[t] : nullptr; }
+  void next() {
+    for (int d = norm_.outer_dims - 1; d >= 0; --d) {
+      const bool wraps = ++index_[d] == norm_.outer_size[d];
+      const int64_t steps = wraps ? 1 - norm_.outer_size[d] : 1;
+      for (int t = 0; t < kTensors; ++t) at_[t] += steps * tensor(t).stride[d];
+      if (!wraps) return;
+      index_[d] = 0;
+    }
+  }
+  static constexpr int kX = 0, kResidual = 1, kOut = 2, kResidualOut = 3, kTensors = 4;
+
+ private:
+  const RowsOf& tensor(int t) const {
+    return t == kX ? norm_.x : t == kResidual ? norm_.residual : t == kOut ? norm_.out : norm_.residual_out;
+  }
+  const RowNorm& norm_;
+  int64_t index_[kMaxOuterDims];
+  int64_t at_[kTensors] = {};
+};
+
+struct Stages {
+  Stage clamp_x = nullptr;    // wide = clamped x, which stands for x from here on
+  Stage add = nullptr;        // residual_out = x + residual
+  Stage clamp_sum = nullptr;  // wide = clamped residual_out
+  Stage sum = nullptr;        // layer norm only
+  Stage squares = nullptr;
+  Stage apply = nullptr;
+  bool wide = false;  // the row that is normalised is kept as float32
+  bool affine_as_stored = false;
+  Layout layout = Layout::kNatural;
+};
+
+Stages stages_of(const RowNorm& norm, const Kernels& kernels) {
+  Stages s;
+  DType x = norm.x.dtype, normalised = x;
+  if (norm.clamp_inf && x == DType::kFloat16) {
+    s.clamp_x = kernels.clamp;
+    s.wide = true;
+    x = DType::kFloat32;
+  }
+  if (norm.residual.data) {
+    s.add = kernels.add[int(x)][int(norm.residual.dtype)][!norm.round_sum];
+    s.wide = !norm.round_sum;
+    if (norm.round_sum) {
+      normalised = norm.residual.dtype;
+      if (norm.clamp_inf && normalised == DType::kFloat16) {
+        s.clamp_sum = kernels.clamp;
+        s.wide = true;
+      }
+    }
+  }
+  const DType source = s.wide ? DType::kFloat32 : normalised;
+  const DType rounded = norm.round_before_weight ? normalised : DType::kFloat32;
+  const bool layer = norm.statistic == Statistic::kLayer;
+  if (layer) s.sum = kernels.sum[int(source)];
+  s.squares = kernels.squares[int(source)][layer];
+  s.affine_as_stored = affine_as_stored(norm, source);
+  s.apply = kernels.apply[int(source)][int(rounded)][int(norm.out.dtype)][s.affine_as_stored][layer];
+  s.layout = layout_of(source, norm.out.dtype);
+  return s;
+}
+
+void run(Block& b, const Stages& s, float eps) {
+  if (s.clamp_x) {
+    s.clamp_x(b);
+    for (int r = 0; r < b.rows; ++r) b.x[r] = b.wide[r];
+  }
+  if (s.add) s.add(b);
+  if (s.clamp_sum) {
+    for (int r = 0; r < b.rows; ++r) b.x[r] = b.residual_out[r];
+    s.clamp_sum(b);
+  }
+  for (int r = 0; r < b.rows; ++r)
+    b.source[r] = s.wide ? b.wide[r] : s.add ? b.residual_out[r] : b.x[r];
+  const float n = static_cast<float>(b.n);
+  if (s.sum) {
+    s.sum(b);
+    for (int r = 0; r < b.rows; ++r) b.mean[r] = b.sum[r] / n;
+  }
+  s.squares(b);
+  for (int r = 0; r < b.rows; ++r) b.rstd[r] = 1.f / std::sqrt(b.sum[r] / n + eps);
+  s.apply(b);
+}
+
+struct Job {
+  const RowNorm& norm;
+  Plan plan;
+  Stages stages;
+  AffineRows weight, bias;
+  float* wide;  // block_rows rows for each part
+};
+
+void run_part(void* context, int part) {
+  const Job& job = *static_cast<const Job*>(context);
+  const RowNorm& norm = job.norm;
+  // Parts are whole blocks, so that only the last block of all is short.
+  const int64_t blocks = (norm.rows + job.plan.block_rows - 1) / job.plan.block_rows;
+  const int64_t begin = blocks * part / job.plan.threads * job.plan.block_rows;
+  const int64_t end =
+      std::min(norm.rows, blocks * (part + 1) / job.plan.threads * job.plan.block_rows);
+  if (begin >= end) return;
+  float* wide = job.wide ? job.wide + part * job.plan.block_rows * padded(norm.n) : nullptr;
+  Cursor cursor(norm, begin);
+  int64_t head = begin % norm.heads;
+  const auto fill = [&](Block& b, int64_t row) {
+    b.n = norm.n;
+    b.rows = static_cast<int>(std::min(job.plan.block_rows, end - row));
+    b.has_bias = job.bias.data != nullptr;
+    b.stream = job.plan.stream;
+    b.fetched_item_size = job.plan.fetch ? item_size(norm.out.dtype) : 0;
+    for (int r = 0; r < b.rows; ++r, cursor.next()) {
+      b.x[r] = cursor.at(Cursor::kX);
+      b.residual[r] = cursor.at(Cursor::kResidual);
+      b.out[r] = cursor.at(Cursor::kOut);
+      b.residual_out[r] = cursor.at(Cursor::kResidualOut);
+      b.wide[r] = wide + r * padded(norm.n);
+      b.weight[r] = job.weight.row(head);
+      b.bias[r] = job.bias.row(head);
+      if (++head == norm.heads) head = 0;
+    }
+  };
+  Block blocks_in_flight[2];
+  Block* block = &blocks_in_flight[0];
+  Block* next = &blocks_in_flight[1];
+  fill(*block, begin);
+  for (int64_t row = begin; row < end; row += job.plan.block_rows) {
+    const bool more = row + block->rows < end;
+    if (more) fill(*next, row + block->rows);
+    for (int r = 0; r < block->rows; ++r)
+      block->next[r] = more && r < next->rows ? next->x[r] : block->x[r];
+    run(*block, job.stages, norm.eps);
+    std::swap(block, next);
+  }
+}
+
+int64_t last_cache_bytes() {
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+  static const int64_t bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
+  if (bytes > 0) return bytes;
+#endif
+  return 32 << 20;
+}
+
+bool aligned(const RowNorm& norm, const RowsOf& rows) {
+  bool all = reinterpret_cast<uintptr_t>(rows.data) % 64 == 0;
+  for (int d = 0; d < norm.outer_dims; ++d) all = all && rows.stride[d] % 64 == 0;
+  return all;
+}
+
+int64_t row_bytes(const RowNorm& norm) {
+  int64_t bytes = 0;
+  for (const RowsOf* t : {&norm.x, &norm.residual, &norm.out, &norm.residual_out})
+    if (t->data) bytes += norm.n * item_size(t->dtype);
+  return bytes;
+}
+
+}  // namespace
+
+const char* const* instruction_sets() { return usable().names; }
+
+const char* instruction_set() {
+  const Kernels* kernels = chosen().load(std::memory_order_relaxed);
+  return kernels ? kernels->name : nullptr;
+}
+
+bool use_instruction_set(const char* name) {
+  for (int i = 0; i < usable().count; ++i)
+    if (!std::strcmp(usable().names[i], name)) {
+      chosen().store(usable().kernels[i], std::memory_order_relaxed);
+      return true;
+    }
+  return false;
+}
+
+Plan plan(const RowNorm& norm) {
+  const int64_t traffic = row_bytes(norm) * norm.rows;
+  Plan p;
+  p.block_rows = std::clamp<int64_t>(kBlockBytes / (norm.n * item_size(norm.x.dtype)), 1, kMaxBlockRows);
+  const int64_t blocks = (norm.rows + p.block_rows - 1) / p.block_rows;
+  p.threads = 1;
+  if (traffic >= 2 * kThreadBytes && blocks > 1)
+    p.threads = static_cast<int>(std::min({int64_t{max_threads()}, blocks, traffic / kThreadBytes}));
+  const bool in_place = norm.out.data == norm.x.data || norm.out.data == norm.residual.data;
+  p.stream = traffic > last_cache_bytes() && !in_place && aligned(norm, norm.out);
+  p.fetch = traffic > kFetchBytes && !in_place && !p.stream;
+  return p;
+}
+
+void row_norm(const RowNorm& norm) {
+  if (norm.rows == 0) return;
+  const Kernels& kernels = *chosen().load(std::memory_order_relaxed);
+  Job job{norm, plan(norm), stages_of(norm, kernels), {}, {}, nullptr};
+  if (job.stages.affine_as_stored) {
+    job.weight = {norm.weight.data, norm.weight.row_stride};
+    job.bias = {norm.bias.data, norm.bias.row_stride};
+  } else {
+    const Layout layout = job.stages.layout;
+    float* buffer = affine_scratch.reserve(
+        padded(norm.n) * (affine_rows(norm, norm.weight) + affine_rows(norm, norm.bias)));
+    job.weight = prepared(norm, norm.weight, layout, norm.weight_offset, kernels, buffer);
+    if (norm.bias.data) job.bias = prepared(norm, norm.bias, layout, 0.f, kernels, buffer);
+  }
+  if (job.stages.wide || job.stages.clamp_x)
+    job.wide = wide_scratch.reserve(job.plan.threads * job.plan.block_rows * padded(norm.n));
+  run_on_threads(job.plan.threads, run_part, &job);
+  affine_scratch.trim();
+  wide_scratch.trim();
+}
+
+}  // namespace normkit::cpu

@@ -1,0 +1,27 @@
+// The CPU backend: runs a row norm on the best kernels this processor has.
+#pragma once
+#include "../norm_args.h"
+
+namespace normkit::cpu {
+
+// Names of the instruction sets usable here, best first; null at the end.
+const char* const* instruction_sets();
+
+// The one in use; null when this processor has none of them.
+const char* instruction_set();
+
+// Uses the named one from now on.  False, and no change, when it is not among instruction_sets().
+bool use_instruction_set(const char* name);
+
+// How row_norm() would work on this.  Nothing here changes bits.
+struct Plan {
+  int64_t block_rows;  // rows that go through the stages together
+  int threads;
+  bool stream;  // write the output around the caches
+  bool fetch;   // fetch the output's lines ahead of the store
+};
+Plan plan(const RowNorm& norm);
+
+void row_norm(const RowNorm& norm);
+
+}  // namespace normkit::cpu

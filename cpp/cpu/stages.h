@@ -1,0 +1,426 @@
+// The stages of a row norm, written once for every vector width.  Included by one source file per instruction set,
+// after the vec_*.h that defines V, kWidth and the conversions; everything has internal linkage, so that the linker
+// cannot hand one file's AVX-512 code to another.
+//
+// The order of additions is the same on every instruction set: column i adds to partial sum i % 64, runs of 1024 columns are added pairwise, and the 64 partial sums
+// are folded in half.  Pairwise runs keep the error of the sum at 16 + log2(n / 1024) roundings however long the
+// row is; with 64 running sums a row of a million float32 would break the bound of docs/numerics.md.
+#pragma once
+#include <cmath>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace normkit::cpu {
+namespace {
+
+constexpr int kVecs = kChunk / kWidth;
+constexpr int64_t kRun = 1024;
+
+struct Chunk {
+  V v[kVecs];
+};
+
+// Element types: what is stored, and how a vector of it becomes float32 lanes and back.
+struct Float32 {
+  using Item = float;
+  static constexpr DType kDType = DType::kFloat32;
+  static V load(const float* p) { return cpu::load(p); }
+  static void store(float* p, V v) { cpu::store(p, v); }
+  static void stream(float* p, V v) { cpu::stream(p, v); }
+  static V round(V v) { return v; }
+};
+struct Float16 {
+  using Item = uint16_t;
+  static constexpr DType kDType = DType::kFloat16;
+  static V load(const uint16_t* p) { return load_half(p); }
+  static void store(uint16_t* p, V v) { store_half(p, v); }
+  static void stream(uint16_t* p, V v) { stream_half(p, v); }
+  static V round(V v) { return round_half(v); }
+};
+struct BFloat16 {
+  using Item = uint16_t;
+  static constexpr DType kDType = DType::kBFloat16;
+  static V load(const uint16_t* p) { return load_bfloat(p); }
+  static void store(uint16_t* p, V v) { store_bfloat(p, v); }
+  static void stream(uint16_t* p, V v) { stream_bfloat(p, v); }
+  static V round(V v) { return round_bfloat(v); }
+};
+
+// Where split order has column i of a chunk.
+constexpr int64_t split_lane(int64_t i) { return i / 32 * 32 + i % 2 * 16 + i % 32 / 2; }
+
+// In split order each 32 columns fill half a chunk: first the even ones, then the odd ones.
+constexpr int kHalf = kVecs / 2, kQuarter = kVecs / 4;
+
+template <class T, bool kSplitLanes = false>
+inline Chunk load_chunk(const typename T::Item* p) {
+  Chunk c;
+  if constexpr (kSplitLanes) {
+    for (int h = 0; h < kVecs; h += kHalf)
+      for (int k = h; k < h + kQuarter; ++k)
+        load_split(p + (2 * k - h) * kWidth, c.v[k], c.v[k + kQuarter]);
+  } else {
+    for (int k = 0; k < kVecs; ++k) c.v[k] = T::load(p + k * kWidth);
+  }
+  return c;
+}
+
+template <class T, bool kSplitLanes = false, bool kStream = false>
+inline void store_chunk(typename T::Item* p, const Chunk& c) {
+  if constexpr (kSplitLanes) {
+    for (int h = 0; h < kVecs; h += kHalf)
+      for (int k = h; k < h + kQuarter; ++k)
+        (kStream ? stream_split : store_split)(p + (2 * k - h) * kWidth, c.v[k], c.v[k + kQuarter]);
+  } else {
+    for (int k = 0; k < kVecs; ++k) (kStream ? T::stream : T::store)(p + k * kWidth, c.v[k]);
+  }
+}
+
+// The last count < 64 elements of a row, zeros after them.
+template <class T, bool kSplitLanes = false>
+inline Chunk load_tail(const typename T::Item* p, int64_t count) {
+  alignas(64) typename T::Item item[kChunk] = {};
+  std::memcpy(item, p, count * sizeof(*p));
+  return load_chunk<T, kSplitLanes>(item);
+}
+
+template <class T, bool kSplitLanes = false>
+inline void store_tail(typename T::Item* p, const Chunk& c, int64_t count) {
+  alignas(64) typename T::Item item[kChunk];
+  store_chunk<T, kSplitLanes>(item, c);
+  std::memcpy(p, item, count * sizeof(*p));
+}
+
+// All ones in the lanes of the first count columns, for sums that a zero column must not enter.
+template <bool kSplitLanes>
+inline Chunk first_columns(int64_t count) {
+  alignas(64) float mask[kChunk];
+  for (int64_t i = 0; i < kChunk; ++i) {
+    const uint32_t bits = i < count ? ~0u : 0u;
+    std::memcpy(&mask[kSplitLanes ? split_lane(i) : i], &bits, 4);
+  }
+  return load_chunk<Float32>(mask);
+}
+
+inline Chunk zeros() {
+  Chunk c;
+  for (int k = 0; k < kVecs; ++k) c.v[k] = zero();
+  return c;
+}
+
+inline void add_to(Chunk& a, const Chunk& b) {
+  for (int k = 0; k < kVecs; ++k) a.v[k] = add(a.v[k], b.v[k]);
+}
+
+// The 64 partial sums of a chunk, folded in half again and again.
+inline float fold(const Chunk& c) {
+  V v[kHalf];
+  for (int k = 0; k < kHalf; ++k) v[k] = add(c.v[k], c.v[k + kHalf]);
+  return fold(v);
+}
+
+// How a chunk enters a sum.
+struct Plain {
+  static constexpr bool kCentred = false;
+  void operator()(Chunk& acc, const Chunk& c) const {
+    for (int k = 0; k < kVecs; ++k) acc.v[k] = add(acc.v[k], c.v[k]);
+  }
+};
+struct Squares {
+  static constexpr bool kCentred = false;
+  void operator()(Chunk& acc, const Chunk& c) const {
+    for (int k = 0; k < kVecs; ++k) acc.v[k] = fma(c.v[k], c.v[k], acc.v[k]);
+  }
+};
+struct CentredSquares {
+  static constexpr bool kCentred = true;
+  V mean;
+  void operator()(Chunk& acc, const Chunk& c) const {
+    for (int k = 0; k < kVecs; ++k) {
+      const V d = sub(c.v[k], mean);
+      acc.v[k] = fma(d, d, acc.v[k]);
+    }
+  }
+};
+
+template <class T>
+constexpr bool kSplitSum = T::kDType == DType::kBFloat16;
+
+// Lines of the output that a statistic brings near while it reads the row, so that the stores find them.
+struct Ahead {
+  const char* out;
+  int64_t item_size;  // 0: none
+  inline void fetch(int64_t column) const {
+    if (item_size == 0) return;
+    const char* p = out + column * item_size;
+    fetch_for_write(p);
+    fetch_for_write(p + 64);
+    if (item_size == 4) {
+      fetch_for_write(p + 128);
+      fetch_for_write(p + 192);
+    }
+  }
+};
+
+// The partial sums of n <= kRun columns.
+template <class T, class Term>
+inline Chunk sum_run(const typename T::Item* x, int64_t n, const Term& term, const Ahead& ahead) {
+  Chunk acc = zeros();
+  int64_t i = 0;
+  for (; i + kChunk <= n; i += kChunk) {
+    ahead.fetch(i);
+    term(acc, load_chunk<T, kSplitSum<T>>(x + i));
+  }
+  if (i < n) {
+    const Chunk c = load_tail<T, kSplitSum<T>>(x + i, n - i);
+    Chunk tail = zeros();
+    term(tail, c);
+    if constexpr (Term::kCentred) {  // the zeros behind the row are not at the mean
+      const Chunk kept = first_columns<kSplitSum<T>>(n - i);
+      for (int k = 0; k < kVecs; ++k) tail.v[k] = bits_and(tail.v[k], kept.v[k]);
+    }
+    add_to(acc, tail);
+  }
+  return acc;
+}
+
+template <class T, class Term>
+inline float sum_row(const typename T::Item* x, int64_t n, const Term& term, Ahead ahead) {
+  if (n <= kRun) return fold(sum_run<T>(x, n, term, ahead));
+  // Level k holds the sum of 2^k runs; equal levels merge, as in binary counting.
+  Chunk level[48];
+  int64_t runs = 0;
+  for (int64_t i = 0; i < n; i += kRun, ++runs, ahead.out += kRun * ahead.item_size) {
+    Chunk sum = sum_run<T>(x + i, n - i < kRun ? n - i : kRun, term, ahead);
+    int k = 0;
+    for (int64_t carry = runs; carry & 1; carry >>= 1) add_to(sum, level[k++]);
+    level[k] = sum;
+  }
+  int k = 0;
+  while (!(runs >> k & 1)) ++k;
+  Chunk total = level[k];
+  for (++k; runs >> k; ++k)
+    if (runs >> k & 1) add_to(total, level[k]);
+  return fold(total);
+}
+
+template <class T, class Make>
+inline void sum_rows(Block& b, bool last_sum, const Make& term_of) {
+  for (int r = 0; r < b.rows; ++r) {
+    const Ahead ahead{static_cast<const char*>(b.out[r]), last_sum ? b.fetched_item_size : 0};
+    b.sum[r] = sum_row<T>(static_cast<const typename T::Item*>(b.source[r]), b.n, term_of(r), ahead);
+  }
+}
+
+template <class T>
+void sum_stage(Block& b) {
+  sum_rows<T>(b, false, [](int) { return Plain{}; });
+}
+
+template <class T, bool kCentred>
+void squares_stage(Block& b) {
+  if constexpr (kCentred)
+    sum_rows<T>(b, true, [&b](int r) { return CentredSquares{set1(b.mean[r])}; });
+  else
+    sum_rows<T>(b, true, [](int) { return Squares{}; });
+}
+
+inline void clamp_stage(Block& b) {
+  const auto clamped = [](Chunk c) {
+    for (int k = 0; k < kVecs; ++k) c.v[k] = clamp(c.v[k], 65504.f);
+    return c;
+  };
+  for (int r = 0; r < b.rows; ++r) {
+    const auto* x = static_cast<const uint16_t*>(b.x[r]);
+    float* wide = b.wide[r];
+    int64_t i = 0;
+    for (; i + kChunk <= b.n; i += kChunk)
+      store_chunk<Float32>(wide + i, clamped(load_chunk<Float16>(x + i)));
+    if (i < b.n)
+      store_tail<Float32>(wide + i, clamped(load_tail<Float16>(x + i, b.n - i)), b.n - i);
+  }
+}
+
+// Weight or bias as float32 lanes, padded to whole chunks with zeros.
+template <class T, Layout kLayout>
+void affine_row(const void* row, int64_t n, float offset, float* out) {
+  const auto* item = static_cast<const typename T::Item*>(row);
+  constexpr bool kSplitLanes = kLayout == Layout::kSplit && T::kDType == DType::kBFloat16;
+  for (int64_t i = 0; i < n; i += kChunk, out += kChunk) {
+    Chunk c = n - i < kChunk ? load_tail<T, kSplitLanes>(item + i, n - i)
+                             : load_chunk<T, kSplitLanes>(item + i);
+    for (int k = 0; k < kVecs; ++k) c.v[k] = add(c.v[k], set1(offset));
+    if constexpr (kLayout == Layout::kNatural || kSplitLanes) {
+      store_chunk<Float32>(out, c);
+    } else {
+      alignas(64) float natural[kChunk];
+      store_chunk<Float32>(natural, c);
+      for (int k = 0; k < kChunk; ++k) out[split_lane(k)] = natural[k];
+    }
+  }
+}
+
+template <class X, class R, bool kKeep>
+void add_stage(Block& b) {
+  constexpr bool kSplitLanes = !kKeep && layout_of(X::kDType, R::kDType) == Layout::kSplit;
+  const auto sum = [](const Chunk& x, const Chunk& residual) {
+    Chunk c;
+    for (int k = 0; k < kVecs; ++k) c.v[k] = add(x.v[k], residual.v[k]);
+    return c;
+  };
+  for (int r = 0; r < b.rows; ++r) {
+    const auto* x = static_cast<const typename X::Item*>(b.x[r]);
+    const auto* residual = static_cast<const typename R::Item*>(b.residual[r]);
+    auto* residual_out = static_cast<typename R::Item*>(b.residual_out[r]);
+    int64_t i = 0;
+    for (; i + kChunk <= b.n; i += kChunk) {
+      const Chunk c = sum(load_chunk<X, kSplitLanes>(x + i), load_chunk<R, kSplitLanes>(residual + i));
+      store_chunk<R, kSplitLanes>(residual_out + i, c);
+      if constexpr (kKeep) store_chunk<Float32>(b.wide[r] + i, c);
+    }
+    if (i < b.n) {
+      const int64_t count = b.n - i;
+      const Chunk c = sum(load_tail<X, kSplitLanes>(x + i, count),
+                          load_tail<R, kSplitLanes>(residual + i, count));
+      store_tail<R, kSplitLanes>(residual_out + i, c, count);
+      if constexpr (kKeep) store_tail<Float32>(b.wide[r] + i, c, count);
+    }
+  }
+}
+
+// S is normalised, its normalised value rounded to T before the weight, the result stored as O.  The weight and the bias
+// are of type W: float32 prepared by affine_row, or as stored, which spares a short call the preparation and a long one
+// half of their room in the first-level cache.
+template <class S, class T, class O, class W, bool kLayer>
+struct Apply {
+  static constexpr bool kSplitLanes = layout_of(S::kDType, O::kDType) == Layout::kSplit;
+  static constexpr bool kSplitAffine = kSplitLanes && W::kDType == DType::kBFloat16;
+  using Affine = typename W::Item;
+  V rstd, mean;
+
+  inline void normalise(Chunk& c) const {
+    for (int k = 0; k < kVecs; ++k) {
+      if constexpr (kLayer) c.v[k] = sub(c.v[k], mean);
+      c.v[k] = mul(c.v[k], rstd);
+    }
+    if constexpr (kSplitLanes && T::kDType == DType::kBFloat16) {
+      for (int h = 0; h < kVecs; h += kHalf)
+        for (int k = h; k < h + kQuarter; ++k) round_split(c.v[k], c.v[k + kQuarter]);
+    } else {
+      for (int k = 0; k < kVecs; ++k) c.v[k] = T::round(c.v[k]);
+    }
+  }
+  static inline void scale(Chunk& c, const Chunk& weight) {
+    for (int k = 0; k < kVecs; ++k) c.v[k] = mul(c.v[k], weight.v[k]);
+  }
+  static inline void scale_and_shift(Chunk& c, const Chunk& weight, const Chunk& bias) {
+    for (int k = 0; k < kVecs; ++k) c.v[k] = fma(c.v[k], weight.v[k], bias.v[k]);
+  }
+
+  template <bool kBias, bool kStream>
+  inline void row(const typename S::Item* x, const Affine* weight, const Affine* bias,
+                  typename O::Item* out, int64_t n, const char* next) const {
+    int64_t i = 0;
+    for (; i + kChunk <= n; i += kChunk) {
+      for (size_t line = 0; line < kChunk * sizeof(*x); line += 64)
+        fetch(next + i * sizeof(*x) + line);
+      Chunk c = load_chunk<S, kSplitLanes>(x + i);
+      normalise(c);
+      if constexpr (kBias)
+        scale_and_shift(c, load_chunk<W, kSplitAffine>(weight + i), load_chunk<W, kSplitAffine>(bias + i));
+      else
+        scale(c, load_chunk<W, kSplitAffine>(weight + i));
+      store_chunk<O, kSplitLanes, kStream>(out + i, c);
+    }
+    if (i < n) {
+      const int64_t count = n - i;
+      Chunk c = load_tail<S, kSplitLanes>(x + i, count);
+      normalise(c);
+      if constexpr (kBias)
+        scale_and_shift(c, affine_tail(weight + i, count), affine_tail(bias + i, count));
+      else
+        scale(c, affine_tail(weight + i, count));
+      store_tail<O, kSplitLanes>(out + i, c, count);
+    }
+  }
+
+  // Prepared rows in split order are whole chunks: their last columns are not their last floats.
+  static inline Chunk affine_tail(const Affine* row, int64_t count) {
+    if constexpr (kSplitLanes && !kSplitAffine) return load_chunk<W>(row);
+    return load_tail<W, kSplitAffine>(row, count);
+  }
+
+  static void stage(Block& b) {
+    for (int r = 0; r < b.rows; ++r) {
+      const Apply apply{set1(b.rstd[r]), set1(b.mean[r])};
+      const auto* x = static_cast<const typename S::Item*>(b.source[r]);
+      const auto* weight = static_cast<const Affine*>(b.weight[r]);
+      const auto* bias = static_cast<const Affine*>(b.bias[r]);
+      const auto* next = static_cast<const char*>(b.next[r]);
+      auto* out = static_cast<typename O::Item*>(b.out[r]);
+      if (b.has_bias)
+        b.stream ? apply.template row<true, true>(x, weight, bias, out, b.n, next)
+                 : apply.template row<true, false>(x, weight, bias, out, b.n, next);
+      else
+        b.stream ? apply.template row<false, true>(x, weight, bias, out, b.n, next)
+                 : apply.template row<false, false>(x, weight, bias, out, b.n, next);
+    }
+    if (b.stream) end_of_stream();
+  }
+};
+
+template <class S, class T, class O>
+constexpr void fill_apply(Kernels& k) {
+  Stage(&prepared)[2] = k.apply[int(S::kDType)][int(T::kDType)][int(O::kDType)][0];
+  prepared[int(Statistic::kRms)] = Apply<S, T, O, Float32, false>::stage;
+  prepared[int(Statistic::kLayer)] = Apply<S, T, O, Float32, true>::stage;
+  if constexpr (S::kDType == O::kDType && S::kDType != DType::kFloat32) {
+    Stage(&stored)[2] = k.apply[int(S::kDType)][int(T::kDType)][int(O::kDType)][1];
+    stored[int(Statistic::kRms)] = Apply<S, T, O, S, false>::stage;
+    stored[int(Statistic::kLayer)] = Apply<S, T, O, S, true>::stage;
+  }
+}
+
+template <class S, class O>
+constexpr void fill_source_and_out(Kernels& k) {
+  fill_apply<S, Float32, O>(k);
+  // A float32 source stands for a float16 or bfloat16 one where the row is kept widened.
+  if constexpr (S::kDType != DType::kBFloat16) fill_apply<S, Float16, O>(k);
+  if constexpr (S::kDType != DType::kFloat16) fill_apply<S, BFloat16, O>(k);
+}
+
+template <class X, class R>
+constexpr void fill_add(Kernels& k) {
+  k.add[int(X::kDType)][int(R::kDType)][0] = add_stage<X, R, false>;
+  k.add[int(X::kDType)][int(R::kDType)][1] = add_stage<X, R, true>;
+}
+
+template <class T>
+constexpr void fill_type(Kernels& k) {
+  const int t = int(T::kDType);
+  k.affine[t][int(Layout::kNatural)] = affine_row<T, Layout::kNatural>;
+  k.affine[t][int(Layout::kSplit)] = affine_row<T, Layout::kSplit>;
+  k.sum[t] = sum_stage<T>;
+  k.squares[t][0] = squares_stage<T, false>;
+  k.squares[t][1] = squares_stage<T, true>;
+  fill_add<T, Float32>(k);
+  fill_add<T, Float16>(k);
+  fill_add<T, BFloat16>(k);
+  fill_source_and_out<T, Float32>(k);
+  fill_source_and_out<T, Float16>(k);
+  fill_source_and_out<T, BFloat16>(k);
+}
+
+constexpr Kernels make_kernels(const char* name) {
+  Kernels k{};
+  k.name = name;
+  k.clamp = clamp_stage;
+  fill_type<Float32>(k);
+  fill_type<Float16>(k);
+  fill_type<BFloat16>(k);
+  return k;
+}
+
+}  // namespace
+}  // namespace normkit::cpu

@@ -1,0 +1,106 @@
+// AVX2 with FMA and F16C.
+#pragma once
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace normkit::cpu {
+namespace {
+
+using V = __m256;
+constexpr int kWidth = 8;
+
+inline V zero() { return _mm256_setzero_ps(); }
+inline V set1(float a) { return _mm256_set1_ps(a); }
+inline V add(V a, V b) { return _mm256_add_ps(a, b); }
+inline V sub(V a, V b) { return _mm256_sub_ps(a, b); }
+inline V mul(V a, V b) { return _mm256_mul_ps(a, b); }
+inline V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+inline V bits_and(V a, V b) { return _mm256_and_ps(a, b); }
+// The second operand comes back when the first is NaN, so a NaN in v survives both.
+inline V clamp(V v, float limit) {
+  return _mm256_min_ps(set1(limit), _mm256_max_ps(set1(-limit), v));
+}
+
+inline V load(const float* p) { return _mm256_loadu_ps(p); }
+inline void store(float* p, V v) { _mm256_storeu_ps(p, v); }
+inline void stream(float* p, V v) { _mm256_stream_ps(p, v); }
+
+inline __m128i load_eight(const uint16_t* p) {
+  return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+}
+inline void store_eight(uint16_t* p, __m128i bits) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bits);
+}
+inline void stream_eight(uint16_t* p, __m128i bits) {
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), bits);
+}
+
+inline V load_half(const uint16_t* p) { return _mm256_cvtph_ps(load_eight(p)); }
+inline __m128i to_half(V v) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
+inline V round_half(V v) { return _mm256_cvtph_ps(to_half(v)); }
+inline void store_half(uint16_t* p, V v) { store_eight(p, to_half(v)); }
+inline void stream_half(uint16_t* p, V v) { stream_eight(p, to_half(v)); }
+
+inline V load_bfloat(const uint16_t* p) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_eight(p)), 16));
+}
+// Nearest even by integers; the upper half of each lane is the bfloat16.  A NaN would overflow into a number when its
+// payload is all ones, so NaNs are made quiet first.
+inline __m256i rounded_bits(V v) {
+  const __m256i bits = _mm256_castps_si256(v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i up = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x00400000));
+  const V is_nan = _mm256_cmp_ps(v, v, _CMP_UNORD_Q);
+  return _mm256_castps_si256(
+      _mm256_blendv_ps(_mm256_castsi256_ps(up), _mm256_castsi256_ps(quiet), is_nan));
+}
+inline V round_bfloat(V v) {
+  return _mm256_castsi256_ps(
+      _mm256_and_si256(rounded_bits(v), _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+inline __m128i to_bfloat(V v) {
+  const __m256i high = _mm256_srli_epi32(rounded_bits(v), 16);
+  return _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+}
+inline void store_bfloat(uint16_t* p, V v) { store_eight(p, to_bfloat(v)); }
+inline void stream_bfloat(uint16_t* p, V v) { stream_eight(p, to_bfloat(v)); }
+
+inline void split(__m256i bits, V& even, V& odd) {
+  even = _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
+  odd = _mm256_castsi256_ps(
+      _mm256_and_si256(bits, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+inline void load_split(const uint16_t* p, V& even, V& odd) {
+  split(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), even, odd);
+}
+inline __m256i join(V even, V odd) {
+  return _mm256_blend_epi16(_mm256_srli_epi32(rounded_bits(even), 16), rounded_bits(odd), 0xaa);
+}
+inline void round_split(V& even, V& odd) {
+  even = round_bfloat(even);
+  odd = round_bfloat(odd);
+}
+inline void store_split(uint16_t* p, V even, V odd) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), join(even, odd));
+}
+inline void stream_split(uint16_t* p, V even, V odd) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), join(even, odd));
+}
+
+// Folds in half again and again: 32 partial sums in v[0..3], the upper half always onto the lower.
+inline float fold(const V (&v)[4]) {
+  const V b = add(add(v[0], v[2]), add(v[1], v[3]));
+  const __m128 c = _mm_add_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1));
+  const __m128 d = _mm_add_ps(c, _mm_movehl_ps(c, c));
+  return _mm_cvtss_f32(_mm_add_ss(d, _mm_movehdup_ps(d)));
+}
+
+// Not PREFETCHW: processors with AVX2 but without it are still about.
+inline void fetch_for_write(const char* p) { _mm_prefetch(p, _MM_HINT_T0); }
+inline void fetch(const char* p) { _mm_prefetch(p, _MM_HINT_T0); }
+inline void end_of_stream() { _mm_sfence(); }
+
+}  // namespace
+}  // namespace normkit::cpu

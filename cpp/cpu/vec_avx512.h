@@ -1,0 +1,117 @@
+// AVX-512 (F, BW, VL, DQ), with the bfloat16 conversion of AVX512_BF16 where NORMKIT_AVX512_BF16 is defined.
+#pragma once
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace normkit::cpu {
+namespace {
+
+using V = __m512;
+constexpr int kWidth = 16;
+
+inline V zero() { return _mm512_setzero_ps(); }
+inline V set1(float a) { return _mm512_set1_ps(a); }
+inline V add(V a, V b) { return _mm512_add_ps(a, b); }
+inline V sub(V a, V b) { return _mm512_sub_ps(a, b); }
+inline V mul(V a, V b) { return _mm512_mul_ps(a, b); }
+inline V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+inline V bits_and(V a, V b) {
+  return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+}
+// The second operand comes back when the first is NaN, so a NaN in v survives both.
+inline V clamp(V v, float limit) {
+  return _mm512_min_ps(set1(limit), _mm512_max_ps(set1(-limit), v));
+}
+
+inline V load(const float* p) { return _mm512_loadu_ps(p); }
+inline void store(float* p, V v) { _mm512_storeu_ps(p, v); }
+inline void stream(float* p, V v) { _mm512_stream_ps(p, v); }
+
+inline V load_half(const uint16_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline __m256i to_half(V v) {
+  return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+inline V round_half(V v) { return _mm512_cvtph_ps(to_half(v)); }
+inline void store_half(uint16_t* p, V v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_half(v));
+}
+inline void stream_half(uint16_t* p, V v) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), to_half(v));
+}
+
+inline V load_bfloat(const uint16_t* p) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+// Nearest even by integers; the upper half of each lane is the bfloat16.  A NaN would overflow into a number when its
+// payload is all ones, so NaNs are made quiet first.
+inline __m512i rounded_bits(V v) {
+  const __m512i bits = _mm512_castps_si512(v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  return _mm512_mask_or_epi32(up, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), bits,
+                              _mm512_set1_epi32(0x00400000));
+}
+inline V round_bfloat(V v) {
+  return _mm512_castsi512_ps(_mm512_and_si512(rounded_bits(v), _mm512_set1_epi32(0xffff0000u)));
+}
+inline __m256i to_bfloat(V v) {
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded_bits(v), 16));
+}
+inline void store_bfloat(uint16_t* p, V v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bfloat(v));
+}
+inline void stream_bfloat(uint16_t* p, V v) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), to_bfloat(v));
+}
+
+inline void split(__m512i bits, V& even, V& odd) {
+  even = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+  odd = _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(0xffff0000u)));
+}
+inline void load_split(const uint16_t* p, V& even, V& odd) {
+  split(_mm512_loadu_si512(p), even, odd);
+}
+inline __m512i join_by_integers(V even, V odd) {
+  return _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(rounded_bits(even), 16),
+                                 rounded_bits(odd));
+}
+#ifdef NORMKIT_AVX512_BF16
+// The instruction rounds to nearest even but takes subnormals for zero; any zero among the 32 results sends them
+// through the integers.  Measured on Zen 4: 70 ps an element for the whole norm, 127 with integers throughout.
+inline __m512i join(V even, V odd) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7,
+                                         22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i halves = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd, even));
+  if (__builtin_expect(_mm512_testn_epi16_mask(halves, _mm512_set1_epi16(0x7fff)) != 0, 0))
+    return join_by_integers(even, odd);
+  return _mm512_permutexvar_epi16(order, halves);
+}
+#else
+inline __m512i join(V even, V odd) { return join_by_integers(even, odd); }
+#endif
+inline void round_split(V& even, V& odd) { split(join(even, odd), even, odd); }
+inline void store_split(uint16_t* p, V even, V odd) { _mm512_storeu_si512(p, join(even, odd)); }
+inline void stream_split(uint16_t* p, V even, V odd) {
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), join(even, odd));
+}
+
+// Folds in half again and again: 32 partial sums in v[0], v[1], the upper half always onto the lower.
+inline float fold(const V (&v)[2]) {
+  const __m512 a = add(v[0], v[1]);
+  const __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(a), 1));
+  const __m256 b = _mm256_add_ps(_mm512_castps512_ps256(a), high);
+  const __m128 c = _mm_add_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1));
+  const __m128 d = _mm_add_ps(c, _mm_movehl_ps(c, c));
+  return _mm_cvtss_f32(_mm_add_ss(d, _mm_movehdup_ps(d)));
+}
+
+inline void fetch_for_write(const char* p) { _mm_prefetch(p, _MM_HINT_ET0); }
+inline void fetch(const char* p) { _mm_prefetch(p, _MM_HINT_T0); }
+inline void end_of_stream() { _mm_sfence(); }
+
+}  // namespace
+}  // namespace normkit::cpu

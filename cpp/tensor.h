@@ -1,0 +1,97 @@
+// Tensors as the extension sees them: borrowed DLPack views of torch tensors, read through torch's exchange API.  Three
+// tensors cost 0.15 us this way and 5.4 us as nb::ndarray.
+#pragma once
+#include <Python.h>
+
+#include <optional>
+
+#include "dlpack.h"
+#include "norm_args.h"
+
+namespace normkit {
+
+// The Python objects of torch that the extension needs; set once, by normkit._dispatch.
+struct Torch {
+  PyTypeObject* tensor = nullptr;
+  PyTypeObject* parameter = nullptr;
+  const DLPackExchangeAPI* api = nullptr;
+  PyObject* empty_like = nullptr;
+  PyObject* is_grad_enabled = nullptr;
+  PyObject* increment_version = nullptr;
+  PyObject* dtypes[3] = {};  // in the order of DType
+};
+inline Torch torch_objects;
+
+// Why a call is not served here.  what is null when it is.
+struct Refusal {
+  const char* argument = nullptr;
+  const char* what = nullptr;
+  explicit operator bool() const { return what != nullptr; }
+};
+
+inline std::optional<DType> dtype_of(const DLDataType& type) {
+  if (type.lanes != 1) return std::nullopt;
+  if (type.code == kDLFloat && type.bits == 32) return DType::kFloat32;
+  if (type.code == kDLFloat && type.bits == 16) return DType::kFloat16;
+  if (type.code == kDLBfloat && type.bits == 16) return DType::kBFloat16;
+  return std::nullopt;
+}
+
+inline std::optional<DType> dtype_of(PyObject* dtype) {
+  for (int i = 0; i < 3; ++i)
+    if (dtype == torch_objects.dtypes[i]) return static_cast<DType>(i);
+  return std::nullopt;
+}
+
+// One argument.  shape and strides are borrowed from the tensor: nothing keeps them beyond the call.
+struct Tensor {
+  const char* name;
+  PyObject* object = nullptr;  // null: absent
+  char* data = nullptr;
+  DType dtype = DType::kFloat32;
+  int ndim = 0;
+  const int64_t* shape = nullptr;
+  const int64_t* strides = nullptr;
+
+  explicit operator bool() const { return object != nullptr; }
+  int64_t size(int from_the_end) const { return shape[ndim - from_the_end]; }
+  int64_t stride(int from_the_end) const { return strides[ndim - from_the_end]; }
+
+  // Bytes from data to behind the last element.  torch has no negative strides.
+  int64_t extent() const {
+    int64_t last = 0;
+    for (int d = 0; d < ndim; ++d) {
+      if (shape[d] == 0) return 0;
+      last += (shape[d] - 1) * strides[d];
+    }
+    return (last + 1) * item_size(dtype);
+  }
+
+  Refusal read(PyObject* source) {
+    if (source == Py_None) return {};
+    if (Py_TYPE(source) != torch_objects.tensor && Py_TYPE(source) != torch_objects.parameter)
+      return {name, "is not a plain torch.Tensor"};
+    DLTensor view;
+    if (torch_objects.api->dltensor_from_py_object_no_sync(source, &view)) {
+      PyErr_Clear();
+      return {name, "has no memory that DLPack can describe"};
+    }
+    if (view.device.device_type != kDLCPU) return {name, "is not on the CPU"};
+    const auto type = dtype_of(view.dtype);
+    if (!type) return {name, "is not float32, float16 or bfloat16"};
+    object = source;
+    data = static_cast<char*>(view.data) + view.byte_offset;
+    dtype = *type;
+    ndim = view.ndim;
+    shape = view.shape;
+    strides = view.strides;
+    if (!view.data)
+      for (int d = 0;; ++d) {
+        if (d == ndim) return {name, "has no memory"};
+        if (shape[d] == 0) break;
+      }
+    return {};
+  }
+};
+
+}  // namespace normkit

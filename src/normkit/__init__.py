@@ -1,0 +1,44 @@
+"""Every transformer norm, as fast as the memory allows, with any PyTorch from 2.10 on."""
+
+from importlib.metadata import version as _version
+
+from normkit._dispatch import Backend, Explanation, backends, use_backend
+from normkit.checkpoint import load_norm
+from normkit.functional import (
+    add_layer_norm,
+    add_layer_norm_,
+    add_rms_norm,
+    add_rms_norm_,
+    explain,
+    head_norm,
+    head_norm_,
+    layer_norm,
+    layer_norm_,
+    rms_norm,
+    rms_norm_,
+)
+from normkit.modules import HeadNorm, LayerNorm, RMSNorm
+
+__version__ = _version("normkit")
+
+__all__ = [
+    "Backend",
+    "Explanation",
+    "HeadNorm",
+    "LayerNorm",
+    "RMSNorm",
+    "add_layer_norm",
+    "add_layer_norm_",
+    "add_rms_norm",
+    "add_rms_norm_",
+    "backends",
+    "explain",
+    "head_norm",
+    "head_norm_",
+    "layer_norm",
+    "layer_norm_",
+    "load_norm",
+    "rms_norm",
+    "rms_norm_",
+    "use_backend",
+]

@@ -1,0 +1,20 @@
+"""The command `normkit`, and `python -m normkit`."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Runs the command line; without the packages it is written with, says how to get them."""
+    try:
+        from normkit.cli import app
+    except ModuleNotFoundError as error:
+        if error.name not in ("typer", "rich"):
+            raise
+        sys.exit(f"normkit: the command line needs {error.name}: pip install normkit[cli]")
+    app(prog_name="normkit")
+
+
+if __name__ == "__main__":
+    main()

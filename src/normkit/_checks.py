@@ -1,0 +1,244 @@
+"""What a call must satisfy, and the errors that say where it does not.
+
+The extension refuses a call without saying why in words for users; every message is made here, for every backend.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+FLOATS_TEXT = "float32, float16 or bfloat16"
+
+
+@dataclass
+class Call:
+    """The arguments of one call of an op, and where it came from."""
+
+    op: str
+    layer: bool
+    per_head: bool
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float | None
+    weight_offset: float
+    round_before_weight: bool
+    clamp_inf: bool
+    out_dtype: torch.dtype | None = None
+    out: Tensor | None = None
+    residual: Tensor | None = None
+    residual_out: Tensor | None = None
+    round_sum: bool = True
+
+    def tensors(self) -> list[tuple[str, Tensor]]:
+        """The tensors that were given, by name."""
+        names = ("x", "residual", "weight", "bias", "out", "residual_out")
+        return [(name, t) for name in names if (t := getattr(self, name)) is not None]
+
+    def written(self) -> list[tuple[str, Tensor]]:
+        """Those of them that the call writes."""
+        return [(name, t) for name, t in self.tensors() if name in ("out", "residual_out")]
+
+    def needs_gradient(self) -> str | None:
+        """The name of a tensor for which autograd wants a gradient, if there is one."""
+        if not torch.is_grad_enabled():
+            return None
+        return next((name for name, t in self.tensors() if t.requires_grad), None)
+
+
+def check(call: Call) -> None:
+    """Raise what is wrong with a call.
+
+    Raises:
+        TypeError: an argument is of the wrong Python type or dtype.
+        ValueError: a shape, stride, device, value or memory overlap is wrong.
+        RuntimeError: a tensor would be overwritten that a gradient needs.
+    """
+    _check_types(call)
+    _check_options(call)
+    _check_shapes(call)
+    _check_places(call)
+    _check_gradients(call)
+    if not torch.compiler.is_compiling():
+        _check_memory(call)
+
+
+def _check_types(call: Call) -> None:
+    for name in ("x", "residual", "weight", "bias", "out", "residual_out"):
+        value = getattr(call, name)
+        needed = name == "x" or (name == "residual" and call.op.startswith("add_"))
+        if value is None and not needed:
+            continue
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+        allowed = (*FLOATS, torch.float64) if call.x.dtype == torch.float64 else FLOATS
+        if name != "x" and value.dtype not in allowed:
+            extra = ", since x is float64: or float64" if len(allowed) > len(FLOATS) else ""
+            raise TypeError(f"{name}: expected {FLOATS_TEXT}{extra}, got {value.dtype}")
+        if name == "x" and value.dtype not in (*FLOATS, torch.float64):
+            raise TypeError(f"x: expected {FLOATS_TEXT}, or float64, got {value.dtype}")
+
+
+def _check_options(call: Call) -> None:
+    for name in ("eps", "weight_offset"):
+        value = getattr(call, name)
+        if value is None and name == "eps":
+            continue
+        if isinstance(value, (bool, str, bytes, Tensor)) or not hasattr(value, "__float__"):
+            raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+        setattr(call, name, float(value))
+        if not math.isfinite(value):
+            raise ValueError(f"{name}: expected a finite number, got {value}")
+    if call.eps is not None and call.eps < 0:
+        raise ValueError(f"eps: expected a number >= 0, got {call.eps}")
+    for name in ("round_before_weight", "round_sum", "clamp_inf"):
+        value = getattr(call, name)
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
+    if call.out_dtype is not None:
+        allowed = (*FLOATS, torch.float64) if call.x.dtype == torch.float64 else FLOATS
+        if not isinstance(call.out_dtype, torch.dtype) or call.out_dtype not in allowed:
+            raise TypeError(f"out_dtype: expected torch.{FLOATS_TEXT}, got {call.out_dtype!r}")
+        if call.out is not None and call.out.dtype != call.out_dtype:
+            raise TypeError(f"out: expected out_dtype {call.out_dtype}, got {call.out.dtype}")
+
+
+def _check_shapes(call: Call) -> None:
+    shape = tuple(call.x.shape)
+    least = 2 if call.per_head else 1
+    if len(shape) < least:
+        form = "(..., heads, head_dim)" if call.per_head else "(..., n)"
+        raise ValueError(f"x: expected shape {form}, got {shape}")
+    n = shape[-1]
+    if n == 0:
+        raise ValueError(f"x: expected at least one element in the last dimension, got {shape}")
+    for name in ("residual", "out", "residual_out"):
+        t = getattr(call, name)
+        if t is not None and tuple(t.shape) != shape:
+            raise ValueError(f"{name}: expected x's shape {shape}, got {tuple(t.shape)}")
+    for name in ("weight", "bias"):
+        t = getattr(call, name)
+        if t is None or tuple(t.shape) == (n,):
+            continue
+        if not call.per_head:
+            raise ValueError(f"{name}: expected shape ({n},), got {tuple(t.shape)}")
+        if tuple(t.shape) != shape[-2:]:
+            raise ValueError(f"{name}: expected shape {shape[-2:]} or ({n},), got {tuple(t.shape)}")
+
+
+def _check_places(call: Call) -> None:
+    for name, t in call.tensors():
+        if t.layout != torch.strided:
+            raise ValueError(f"{name}: expected a dense (strided) tensor, got {t.layout}")
+        if t.device != call.x.device:
+            raise ValueError(f"{name}: expected x's device {call.x.device}, got {t.device}")
+    for name, t in call.written():
+        if t.shape[-1] > 1 and t.stride(-1) != 1:
+            raise ValueError(
+                f"{name}: expected a last stride of 1 in a tensor that is written, got {t.stride(-1)}"
+            )
+    if call.residual_out is not None and call.residual is not None:
+        if call.residual_out.dtype != call.residual.dtype:
+            raise TypeError(
+                f"residual_out: expected residual's dtype {call.residual.dtype},"
+                f" got {call.residual_out.dtype}"
+            )
+
+
+def _check_gradients(call: Call) -> None:
+    name = call.needs_gradient()
+    if name is None or not call.written():
+        return
+    instead = call.op.rstrip("_")
+    raise RuntimeError(
+        f"{name}: a gradient is needed, and {call.op} would write over what autograd keeps;"
+        f" use {instead} without out= or residual_out="
+    )
+
+
+# ---------------------------------------------------------------- memory
+
+
+def _bytes(t: Tensor) -> tuple[int, int]:
+    """The addresses from the first byte of a tensor to behind its last."""
+    if t.numel() == 0:
+        return 0, 0
+    last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
+
+
+def _rows(t: Tensor) -> list[tuple[int, int]]:
+    """(stride in bytes, size) of the outer dimensions longer than 1, the widest stride first."""
+    item = t.element_size()
+    outer = zip(t.stride()[:-1], t.shape[:-1], strict=True)
+    return sorted(((stride * item, size) for stride, size in outer if size > 1), reverse=True)
+
+
+def _covers_itself(t: Tensor) -> bool:
+    inside = t.shape[-1] * t.element_size()
+    for stride, size in reversed(_rows(t)):
+        if stride < inside:
+            return True
+        inside += (size - 1) * stride
+    return False
+
+
+def _hits(distance: int, rows: list[tuple[int, int]], row_bytes: int) -> bool:
+    """Whether two rows of one layout, its copies `distance` bytes apart, share a byte."""
+    if not rows:
+        return abs(distance) < row_bytes
+    (stride, size), inner = rows[0], rows[1:]
+    nearest = distance // stride
+    return any(
+        abs(k) < size and _hits(distance - k * stride, inner, row_bytes)
+        for k in (nearest, nearest + 1)
+    )
+
+
+def _collide(written: Tensor, other: Tensor) -> bool:
+    begin, end = _bytes(written)
+    other_begin, other_end = _bytes(other)
+    if end <= other_begin or other_end <= begin:
+        return False
+    layout = _rows(written)
+    if (
+        written.dtype != other.dtype
+        or written.shape[-1] != other.shape[-1]
+        or layout != _rows(other)
+    ):
+        return True
+    row_bytes = written.shape[-1] * written.element_size()
+    return _hits(other_begin - begin, layout, row_bytes)
+
+
+def _check_memory(call: Call) -> None:
+    if any(t.is_meta or _is_fake(t) for _, t in call.tensors()):
+        return
+    written = call.written()
+    for name, t in written:
+        if _covers_itself(t):
+            raise ValueError(f"{name}: expected rows of their own, got rows that share memory")
+        for other_name, other in call.tensors():
+            if other_name in ("out", "residual_out"):
+                continue
+            same = (
+                t.data_ptr() == other.data_ptr()
+                and t.dtype == other.dtype
+                and t.shape == other.shape
+                and _rows(t) == _rows(other)
+            )
+            if not same and _collide(t, other):
+                raise ValueError(
+                    f"{name}: expected {other_name}'s memory or none of it, got a partial overlap"
+                )
+    if len(written) == 2 and _collide(written[0][1], written[1][1]):
+        raise ValueError("out: expected memory apart from residual_out's, got an overlap")
+
+
+def _is_fake(t: Tensor) -> bool:
+    return type(t) not in (Tensor, torch.nn.Parameter) and hasattr(t, "fake_mode")

@@ -1,0 +1,237 @@
+"""Which backend serves a call, and why.
+
+The quick path of `normkit.functional` asks the extension directly.  What the extension refuses comes here: it is checked
+in full, and then served by the backend that was asked for by name, or by the first that can.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normkit import reference
+from normkit._checks import Call, check
+
+try:
+    from normkit import _C
+
+    _C.bind_torch(
+        torch.Tensor,
+        torch.nn.Parameter,
+        torch.empty_like,
+        torch.is_grad_enabled,
+        torch._C._increment_version,
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+    )
+    _missing = ""
+except (ImportError, AttributeError) as error:
+    _missing = f"the extension could not be loaded: {error}"
+
+NAMES = ("auto", "cpu", "cuda", "reference")
+_NO_CUDA_KERNELS = "this version has no CUDA kernels"
+
+Result = Tensor | tuple[Tensor, Tensor]
+
+
+class _State(threading.local):
+    backend = "auto"
+    explaining = False
+
+
+_state = _State()
+
+
+def _refuse(*_: Any) -> str:
+    return _missing
+
+
+# kind, x, residual, weight, bias, eps, weight_offset, round_before_weight, round_sum, clamp_inf, out_dtype, out,
+# residual_out, mode -> the result, or a str that says why there is none
+native: Callable[..., Any] = _refuse if _missing else _C.norm
+RUN_QUICKLY, RUN_CHECKED, EXPLAIN = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A backend, whether it works on this machine, and why, or why not."""
+
+    name: str
+    usable: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Who serves a call: the backend, what it does, and why this one."""
+
+    backend: str
+    plan: str
+    reason: str
+
+
+def backends() -> dict[str, Backend]:
+    """Tell which backends work on this machine, and why the others do not.
+
+    Returns:
+        A `Backend` (name, usable, reason) for each of "cpu", "cuda" and "reference".
+
+    Example:
+        >>> import normkit
+        >>> normkit.backends()["reference"].usable
+        True
+    """
+    return {b.name: b for b in (_cpu(), _cuda(), Backend("reference", True, "plain torch"))}
+
+
+def _cpu() -> Backend:
+    if _missing:
+        return Backend("cpu", False, _missing)
+    used = _C.cpu_instruction_set()
+    if used is None:
+        return Backend("cpu", False, "the processor has none of AVX2, AVX-512 and NEON")
+    others = [name for name in _C.cpu_instruction_sets() if name != used]
+    return Backend("cpu", True, f"{used}" + (f" (also {', '.join(others)})" if others else ""))
+
+
+def _cuda() -> Backend:
+    if _missing:
+        return Backend("cuda", False, _missing)
+    count, message = _C.cuda_devices()
+    found = f"{count} CUDA device{'s' * (count > 1)}" if count else message
+    return Backend("cuda", False, f"{_NO_CUDA_KERNELS} ({found})")
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Have every call of this thread served by one backend.
+
+    A call that the named backend cannot serve raises; only "auto" falls back.
+
+    Args:
+        name: "auto" (the default state: the first that can), "cpu", "cuda" or "reference".
+
+    Raises:
+        ValueError: name is none of these; or, from a call inside, the backend cannot serve it.
+
+    Example:
+        >>> import normkit, torch
+        >>> with normkit.use_backend("reference"):
+        ...     y = normkit.rms_norm(torch.ones(2, 4))
+    """
+    if name not in NAMES:
+        raise ValueError(f"name: expected one of {', '.join(NAMES)}, got {name!r}")
+    with _set_state(backend=name):
+        yield
+
+
+@contextmanager
+def _set_state(backend: str | None = None, explaining: bool | None = None) -> Iterator[None]:
+    before = _state.backend, _state.explaining
+    _state.backend = before[0] if backend is None else backend
+    _state.explaining = before[1] if explaining is None else explaining
+    _mirror_state()
+    try:
+        yield
+    finally:
+        _state.backend, _state.explaining = before
+        _mirror_state()
+
+
+def _mirror_state() -> None:
+    if not _missing:
+        _C.set_quick_path(_state.backend == "auto" and not _state.explaining)
+
+
+def explain(function: Callable[..., Any], *tensors: Any, **options: Any) -> Explanation:
+    """Ask who would serve `function(*tensors, **options)`."""
+    with _set_state(explaining=True):
+        explanation: Explanation = function(*tensors, **options)
+    return explanation
+
+
+def serve(call: Call) -> Any:
+    """Check a call that the quick path did not take, and have it served."""
+    if not torch.compiler.is_compiling():
+        check(call)
+        wanted = _state.backend
+        served = _serve_natively(call) if wanted in ("auto", "cpu") else _not_native(wanted)
+        if not isinstance(served, str):
+            return served
+        if wanted in ("cpu", "cuda"):
+            raise ValueError(f'use_backend("{wanted}") cannot serve this {call.op}: {served}')
+        if _state.explaining:
+            return Explanation("reference", "plain torch", served)
+    else:
+        check(call)
+    return _serve_by_reference(call)
+
+
+def _not_native(wanted: str) -> str:
+    return 'use_backend("reference")' if wanted == "reference" else _cuda().reason
+
+
+def _serve_natively(call: Call) -> Result | Explanation | str:
+    inputs = [_with_unit_last_stride(t) for t in (call.x, call.residual, call.weight, call.bias)]
+    copied = [
+        name
+        for name, t, given in zip(
+            ("x", "residual", "weight", "bias"),
+            inputs,
+            (call.x, call.residual, call.weight, call.bias),
+            strict=True,
+        )
+        if t is not given
+    ]
+    result = native(
+        call.layer + 2 * call.per_head,
+        *inputs,
+        call.eps,
+        call.weight_offset,
+        call.round_before_weight,
+        call.round_sum,
+        call.clamp_inf,
+        call.out_dtype,
+        call.out,
+        call.residual_out,
+        EXPLAIN if _state.explaining else RUN_CHECKED,
+    )
+    if isinstance(result, str) or not _state.explaining:
+        return result  # type: ignore[no-any-return]
+    reason = "served natively"
+    if copied:
+        reason += f"; copied first, for a last stride of 1: {', '.join(copied)}"
+    return Explanation("cpu", result[0], reason)
+
+
+def _with_unit_last_stride(t: Tensor | None) -> Tensor | None:
+    if t is None or t.shape[-1] == 1 or t.stride(-1) == 1:
+        return t
+    return t.contiguous()
+
+
+def _serve_by_reference(call: Call) -> Result:
+    options: dict[str, Any] = {
+        "kind": "layer" if call.layer else "rms",
+        "weight_offset": call.weight_offset,
+        "round_before_weight": call.round_before_weight,
+        "clamp_inf": call.clamp_inf,
+        "out_dtype": call.out_dtype if call.out is None else call.out.dtype,
+    }
+    affine = (call.weight, call.bias, call.eps)
+    if call.residual is None:
+        y = reference.norm(call.x, *affine, **options)
+        return y if call.out is None else call.out.copy_(y)
+    y, residual_out = reference.add_norm(
+        call.x, call.residual, *affine, round_sum=call.round_sum, **options
+    )
+    if call.residual_out is not None:
+        residual_out = call.residual_out.copy_(residual_out)
+    return (y if call.out is None else call.out.copy_(y)), residual_out
