@@ -1,7 +1,7 @@
 """How fast are the norms on this CPU, against torch and against a plain copy of the same bytes?
 
-    python benchmarks/cpu.py                                 # everything, about 20 minutes on 2 cores
-    python benchmarks/cpu.py --only rms_norm --dtypes bfloat16 --shapes 16x4096 64x4096 --no-compile
+    python benchmarks/cpu.py                         # everything, about 20 minutes on 2 cores
+    python benchmarks/cpu.py --only rms_norm --dtypes bfloat16 --shapes 16x4096 --no-compile
 
 Prints a Markdown table in units of copies, and keeps the results of all runs on a machine in
 results/cpu-<machine>.json and .png. README.md in this folder says how to read them.
@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
-import math
 import re
 import statistics
 import sys
@@ -38,7 +38,7 @@ def _limits(rms: float, layer: float, add: float) -> Limits:
     return {"rms_norm": rms, "layer_norm": layer, "add_rms_norm": add}
 
 
-# In copies, per shape: what the project wants to reach. The first two differ by the width of the elements.
+# What the project wants to reach, in copies. Small shapes differ by the width of the elements.
 SMALL_16_BIT, SMALL_32_BIT = _limits(1.2, 2.0, 1.5), _limits(1.2, 1.6, 1.3)
 LARGE = {
     "2048x4096": _limits(1.25, 1.5, 1.15),
@@ -55,7 +55,7 @@ def limit(op: str, dtype: str, shape: str) -> float | None:
     return LARGE.get(shape, {}).get(op)
 
 
-# ------------------------------------------------------------------------------------------------- torch.compile
+# ----------------------------------------------------------------------------------- torch.compile
 
 
 def _add_rms_norm(x: Any, residual: Any, weight: Any) -> Any:
@@ -89,7 +89,7 @@ TO_COMPILE: dict[str, tuple[Callable[..., Any], str]] = {
 
 
 class Compiler:
-    """Adds torch.compile's version of an op to the candidates; keeps the reason once it turns out not to work here."""
+    """Adds torch.compile's version of an op; keeps the reason once it turns out not to work."""
 
     def __init__(self, enabled: bool) -> None:
         self.missing = None if enabled else "not asked for (--no-compile)"
@@ -98,7 +98,7 @@ class Compiler:
         if self.missing:
             return {}
         function, arguments = TO_COMPILE[name]
-        torch.compiler.reset()  # one static version per shape and dtype, not torch's guess at a dynamic one
+        torch.compiler.reset()  # one static version per shape and dtype, never a dynamic one
         names["compiled"] = torch.compile(function, dynamic=False, fullgraph=True)
         statement = "compiled" + arguments
         try:
@@ -111,11 +111,11 @@ class Compiler:
         return {COMPILED: statement}
 
 
-# ------------------------------------------------------------------------------------------------------- measuring
+# --------------------------------------------------------------------------------------- measuring
 
 
 def row_kernel_us(name: str, n: int, dtype: str, rounds: int) -> float:
-    """Microseconds that one more row costs: a call on two rows less a call on one, without what a call costs."""
+    """Microseconds of one more row: a call on two rows less a call on one, so without the call."""
     with torch.no_grad():
         one = _bench.operands(_bench.OPS[name], (1, n), _bench.DTYPES[dtype])
         two = _bench.operands(_bench.OPS[name], (2, n), _bench.DTYPES[dtype])
@@ -139,12 +139,12 @@ def run_case(name: str, shape: str, dtype: str, rounds: int, compiler: Compiler)
     result["case"] = shape
     if compiler.missing:
         result["without"] = {COMPILED: compiler.missing}
-    gc.collect()  # compiled code keeps its last outputs alive; the next case wants the heap as this one found it
+    gc.collect()  # the next case wants the heap as this one found it
     return result | _bench.run_stamp()
 
 
 def merge(old: Iterable[Mapping[str, Any]], new: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """All results with `new` in place of the one measured earlier for the same case; in the order of the tables."""
+    """All results, `new` in place of an earlier one of the same case, in the tables' order."""
 
     def key(result: Mapping[str, Any]) -> tuple[int, int, int, str]:
         return (
@@ -158,26 +158,24 @@ def merge(old: Iterable[Mapping[str, Any]], new: Mapping[str, Any]) -> list[Mapp
     return sorted([*kept, new], key=lambda r: (*key(r)[:3], r["elements"], r["case"]))
 
 
-# ------------------------------------------------------------------------------------------------------- reporting
+# --------------------------------------------------------------------------------------- reporting
 
 
 def markdown(results: Iterable[Mapping[str, Any]]) -> str:
     lines = [
-        "| op | dtype | shape | copy us | normkit | aim | met | torch | compile | gain on torch | gain on compile |",
+        "| op | dtype | shape | copy us | normkit | aim | met | torch | compile "
+        "| torch / normkit | compile / normkit |",
         "|---|---|---|--:|--:|--:|---|--:|--:|--:|--:|",
     ]
     for result in results:
-        cells = result["candidates"]
-        aim = result["limit"]
-        met = "" if aim is None else "yes" if cells[NORMKIT]["copies"] <= aim else "**no**"
-        compiled = cells.get(COMPILED)
-        lines.append(
-            f"| {result['op']} | {result['dtype']} | {result['shape']} | {cells[COPY]['us']:.2f} "
-            f"| {cells[NORMKIT]['copies']:.2f} | {'' if aim is None else aim} | {met} "
-            f"| {cells[TORCH]['copies']:.2f} | {'-' if not compiled else format(compiled['copies'], '.2f')} "
-            f"| {cells[TORCH]['of_normkit']:.2f} "
-            f"| {'-' if not compiled else format(compiled['of_normkit'], '.2f')} |"
-        )
+        ours, theirs = result["candidates"][NORMKIT], result["candidates"][TORCH]
+        compiled, aim = result["candidates"].get(COMPILED), result["limit"]
+        row = [result["op"], result["dtype"], result["shape"]]
+        row += [f"{result['candidates'][COPY]['us']:.2f}", f"{ours['copies']:.2f}"]
+        row += ["", ""] if aim is None else [f"{aim}", "yes" if ours["copies"] <= aim else "**no**"]
+        row += [f"{theirs['copies']:.2f}", f"{compiled['copies']:.2f}" if compiled else "-"]
+        row += [f"{theirs['of_normkit']:.2f}", f"{compiled['of_normkit']:.2f}" if compiled else "-"]
+        lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines)
 
 
@@ -223,22 +221,18 @@ def shortfalls(results: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def gains(results: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The geometric mean of torch's time over normkit's, per op and competitor."""
-    results = list(results)
-    lines = []
-    for op in dict.fromkeys(r["op"] for r in results):
+    """The geometric mean of a competitor's time over normkit's, per op and competitor."""
+    ratios: dict[tuple[str, str], list[float]] = {}
+    for result in results:
         for rival in (TORCH, COMPILED):
-            cells = [
-                r["candidates"][rival]
-                for r in results
-                if r["op"] == op and rival in r["candidates"]
-            ]
-            if cells:
-                mean = math.exp(statistics.fmean(math.log(c["of_normkit"]) for c in cells))
-                lines.append(
-                    f"{op}: {mean:.2f} times as fast as {rival} (geometric mean of {len(cells)})"
-                )
-    return lines
+            if rival in result["candidates"]:
+                ratio = result["candidates"][rival]["of_normkit"]
+                ratios.setdefault((result["op"], rival), []).append(ratio)
+    return [
+        f"{op}: {statistics.geometric_mean(values):.2f} times as fast as {rival} "
+        f"(geometric mean of {len(values)})"
+        for (op, rival), values in ratios.items()
+    ]
 
 
 def machine_slug(machine: Mapping[str, Any]) -> str:
@@ -260,13 +254,10 @@ def report(measured: list[Mapping[str, Any]], everything: list[Mapping[str, Any]
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--only", nargs="+", choices=_bench.OPS, default=list(_bench.OPS), metavar="OP"
-    )
+    ops, dtypes = list(_bench.OPS), list(_bench.DTYPES)
+    parser.add_argument("--only", nargs="+", choices=ops, default=ops, metavar="OP")
     parser.add_argument("--shapes", nargs="+", default=SHAPES, type=_shape, metavar="ROWSxN")
-    parser.add_argument(
-        "--dtypes", nargs="+", choices=_bench.DTYPES, default=list(_bench.DTYPES), metavar="DTYPE"
-    )
+    parser.add_argument("--dtypes", nargs="+", choices=dtypes, default=dtypes, metavar="DTYPE")
     parser.add_argument("--rounds", type=int, default=31)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
@@ -289,15 +280,14 @@ def main() -> None:
     kept = json.loads(path.read_text())["results"] if path.exists() else []
     compiler = Compiler(enabled=not args.no_compile)
     measured: list[Mapping[str, Any]] = []
-    cases = [
-        (op, dtype, shape) for op in args.only for dtype in args.dtypes for shape in args.shapes
-    ]
+    cases = list(itertools.product(args.only, args.dtypes, args.shapes))
     for number, (op, dtype, shape) in enumerate(cases, 1):
         print(f"[{number}/{len(cases)}] {op} {dtype} {shape}", file=sys.stderr)
         result = run_case(op, shape, dtype, args.rounds, compiler)
         measured, kept = merge(measured, result), merge(kept, result)
         _bench.write_json(path, {"machine": machine, "results": kept})
-    title = f"normkit on {machine['cpu']}, {machine['cores']} cores, {machine['isa']}, torch {torch.__version__}"
+    title = f"normkit on {machine['cpu']}, {machine['cores']} cores, {machine['isa']}, "
+    title += f"torch {torch.__version__}, threads: {args.threads}"
     _bench.plot([r for r in kept if r["threads"] == args.threads], title, path.with_suffix(".png"))
     print(report(measured, kept))
     print(f"\n{path}\n{path.with_suffix('.png')}", file=sys.stderr)

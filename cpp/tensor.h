@@ -18,6 +18,7 @@ struct Torch {
   PyObject* empty_like = nullptr;
   PyObject* is_grad_enabled = nullptr;
   PyObject* increment_version = nullptr;
+  PyObject* requires_grad = nullptr;  // the attribute's name
   PyObject* dtypes[3] = {};  // in the order of DType
 };
 inline Torch torch_objects;

@@ -31,13 +31,14 @@ struct Block {
   void* out[kMaxBlockRows];
   const void* weight[kMaxBlockRows];  // float32 in the apply stage's layout, or as stored
   const void* bias[kMaxBlockRows];
-  const void* next[kMaxBlockRows];    // a row that is wanted soon, for the apply stage to fetch
+  const void* next[kMaxBlockRows];    // a row that is wanted soon, for the apply stage to fetch; or null
   float sum[kMaxBlockRows];
   float mean[kMaxBlockRows];
   float rstd[kMaxBlockRows];
   bool has_bias;
   bool stream;        // write around the caches
-  int64_t fetched_item_size;  // of the output, whose lines the statistic fetches; 0 to leave them
+  bool fetch;         // bring lines of the output near ahead of the stores
+  int64_t out_item_size;
 };
 
 using Stage = void (*)(Block&);

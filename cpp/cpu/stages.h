@@ -10,6 +10,9 @@
 #include <cstring>
 
 #include "kernels.h"
+#ifndef NKFETCH
+#define NKFETCH fetch
+#endif
 
 namespace normkit::cpu {
 namespace {
@@ -66,12 +69,19 @@ inline Chunk load_chunk(const typename T::Item* p) {
   return c;
 }
 
+// Lanes k and k + kQuarter of both halves of a chunk in split order, as bfloat16.
+inline Joined join(const Chunk& c, int k) {
+  return join(c.v[k], c.v[k + kQuarter], c.v[k + kHalf], c.v[k + kHalf + kQuarter]);
+}
+
 template <class T, bool kSplitLanes = false, bool kStream = false>
 inline void store_chunk(typename T::Item* p, const Chunk& c) {
   if constexpr (kSplitLanes) {
-    for (int h = 0; h < kVecs; h += kHalf)
-      for (int k = h; k < h + kQuarter; ++k)
-        (kStream ? stream_split : store_split)(p + (2 * k - h) * kWidth, c.v[k], c.v[k + kQuarter]);
+    for (int k = 0; k < kQuarter; ++k) {
+      const Joined joined = join(c, k);
+      (kStream ? stream_joined : store_joined)(p + 2 * k * kWidth, joined.a);
+      (kStream ? stream_joined : store_joined)(p + 2 * k * kWidth + kChunk / 2, joined.b);
+    }
   } else {
     for (int k = 0; k < kVecs; ++k) (kStream ? T::stream : T::store)(p + k * kWidth, c.v[k]);
   }
@@ -147,19 +157,16 @@ struct CentredSquares {
 template <class T>
 constexpr bool kSplitSum = T::kDType == DType::kBFloat16;
 
-// Lines of the output that a statistic brings near while it reads the row, so that the stores find them.
+// Lines of a row of the output, brought near ahead of the stores: the first half while the statistic reads the row, the
+// second while the first is stored.
 struct Ahead {
-  const char* out;
-  int64_t item_size;  // 0: none
+  const char* out;    // null: none
+  int64_t item_size;
   inline void fetch(int64_t column) const {
-    if (item_size == 0) return;
-    const char* p = out + column * item_size;
+    if (!out) return;
+    const char* p = out + column * item_size / 2;
     fetch_for_write(p);
-    fetch_for_write(p + 64);
-    if (item_size == 4) {
-      fetch_for_write(p + 128);
-      fetch_for_write(p + 192);
-    }
+    if (item_size == 4) fetch_for_write(p + 64);
   }
 };
 
@@ -185,13 +192,13 @@ inline Chunk sum_run(const typename T::Item* x, int64_t n, const Term& term, con
   return acc;
 }
 
+// Kept out of line: its levels would cost a short row their place on the stack.
 template <class T, class Term>
-inline float sum_row(const typename T::Item* x, int64_t n, const Term& term, Ahead ahead) {
-  if (n <= kRun) return fold(sum_run<T>(x, n, term, ahead));
+[[gnu::noinline]] float sum_long_row(const typename T::Item* x, int64_t n, const Term& term, Ahead ahead) {
   // Level k holds the sum of 2^k runs; equal levels merge, as in binary counting.
   Chunk level[48];
   int64_t runs = 0;
-  for (int64_t i = 0; i < n; i += kRun, ++runs, ahead.out += kRun * ahead.item_size) {
+  for (int64_t i = 0; i < n; i += kRun, ++runs, ahead.out += ahead.out ? kRun * ahead.item_size / 2 : 0) {
     Chunk sum = sum_run<T>(x + i, n - i < kRun ? n - i : kRun, term, ahead);
     int k = 0;
     for (int64_t carry = runs; carry & 1; carry >>= 1) add_to(sum, level[k++]);
@@ -208,8 +215,10 @@ inline float sum_row(const typename T::Item* x, int64_t n, const Term& term, Ahe
 template <class T, class Make>
 inline void sum_rows(Block& b, bool last_sum, const Make& term_of) {
   for (int r = 0; r < b.rows; ++r) {
-    const Ahead ahead{static_cast<const char*>(b.out[r]), last_sum ? b.fetched_item_size : 0};
-    b.sum[r] = sum_row<T>(static_cast<const typename T::Item*>(b.source[r]), b.n, term_of(r), ahead);
+    const auto* x = static_cast<const typename T::Item*>(b.source[r]);
+    const Ahead ahead{last_sum && b.fetch ? static_cast<const char*>(b.out[r]) : nullptr, b.out_item_size};
+    b.sum[r] = b.n <= kRun ? fold(sum_run<T>(x, b.n, term_of(r), ahead))
+                           : sum_long_row<T>(x, b.n, term_of(r), ahead);
   }
 }
 
@@ -305,8 +314,11 @@ struct Apply {
       c.v[k] = mul(c.v[k], rstd);
     }
     if constexpr (kSplitLanes && T::kDType == DType::kBFloat16) {
-      for (int h = 0; h < kVecs; h += kHalf)
-        for (int k = h; k < h + kQuarter; ++k) round_split(c.v[k], c.v[k + kQuarter]);
+      for (int k = 0; k < kQuarter; ++k) {
+        const Joined joined = join(c, k);
+        split(joined.a, c.v[k], c.v[k + kQuarter]);
+        split(joined.b, c.v[k + kHalf], c.v[k + kHalf + kQuarter]);
+      }
     } else {
       for (int k = 0; k < kVecs; ++k) c.v[k] = T::round(c.v[k]);
     }
@@ -320,11 +332,13 @@ struct Apply {
 
   template <bool kBias, bool kStream>
   inline void row(const typename S::Item* x, const Affine* weight, const Affine* bias,
-                  typename O::Item* out, int64_t n, const char* next) const {
+                  typename O::Item* out, int64_t n, const char* next, Ahead ahead) const {
     int64_t i = 0;
     for (; i + kChunk <= n; i += kChunk) {
-      for (size_t line = 0; line < kChunk * sizeof(*x); line += 64)
-        fetch(next + i * sizeof(*x) + line);
+      ahead.fetch(i);
+      if (next)
+        for (size_t line = 0; line < kChunk * sizeof(*x); line += 64)
+          NKFETCH(next + i * sizeof(*x) + line);
       Chunk c = load_chunk<S, kSplitLanes>(x + i);
       normalise(c);
       if constexpr (kBias)
@@ -351,22 +365,24 @@ struct Apply {
     return load_tail<W, kSplitAffine>(row, count);
   }
 
+  template <bool kBias, bool kStream>
+  static void rows(const Block& b) {
+    for (int r = 0; r < b.rows; ++r)
+      Apply{set1(b.rstd[r]), set1(b.mean[r])}.template row<kBias, kStream>(
+          static_cast<const typename S::Item*>(b.source[r]), static_cast<const Affine*>(b.weight[r]),
+          static_cast<const Affine*>(b.bias[r]), static_cast<typename O::Item*>(b.out[r]), b.n,
+          static_cast<const char*>(b.next[r]),
+          Ahead{b.fetch ? static_cast<const char*>(b.out[r]) + b.n * sizeof(typename O::Item) / 2 : nullptr,
+                sizeof(typename O::Item)});
+  }
+
   static void stage(Block& b) {
-    for (int r = 0; r < b.rows; ++r) {
-      const Apply apply{set1(b.rstd[r]), set1(b.mean[r])};
-      const auto* x = static_cast<const typename S::Item*>(b.source[r]);
-      const auto* weight = static_cast<const Affine*>(b.weight[r]);
-      const auto* bias = static_cast<const Affine*>(b.bias[r]);
-      const auto* next = static_cast<const char*>(b.next[r]);
-      auto* out = static_cast<typename O::Item*>(b.out[r]);
-      if (b.has_bias)
-        b.stream ? apply.template row<true, true>(x, weight, bias, out, b.n, next)
-                 : apply.template row<true, false>(x, weight, bias, out, b.n, next);
-      else
-        b.stream ? apply.template row<false, true>(x, weight, bias, out, b.n, next)
-                 : apply.template row<false, false>(x, weight, bias, out, b.n, next);
+    if (b.stream) {
+      b.has_bias ? rows<true, true>(b) : rows<false, true>(b);
+      end_of_stream();
+    } else {
+      b.has_bias ? rows<true, false>(b) : rows<false, false>(b);
     }
-    if (b.stream) end_of_stream();
   }
 };
 

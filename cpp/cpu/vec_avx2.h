@@ -73,20 +73,25 @@ inline void split(__m256i bits, V& even, V& odd) {
       _mm256_and_si256(bits, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
 }
 inline void load_split(const uint16_t* p, V& even, V& odd) {
-  split(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), even, odd);
+  __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  // Keeps the compiler from folding the load into both instructions: loads are the scarce thing here.
+  asm("" : "+x"(bits));
+  split(bits, even, odd);
 }
+struct Joined {
+  __m256i a, b;
+};
 inline __m256i join(V even, V odd) {
   return _mm256_blend_epi16(_mm256_srli_epi32(rounded_bits(even), 16), rounded_bits(odd), 0xaa);
 }
-inline void round_split(V& even, V& odd) {
-  even = round_bfloat(even);
-  odd = round_bfloat(odd);
+inline Joined join(V even_a, V odd_a, V even_b, V odd_b) {
+  return {join(even_a, odd_a), join(even_b, odd_b)};
 }
-inline void store_split(uint16_t* p, V even, V odd) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), join(even, odd));
+inline void store_joined(uint16_t* p, __m256i bits) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bits);
 }
-inline void stream_split(uint16_t* p, V even, V odd) {
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), join(even, odd));
+inline void stream_joined(uint16_t* p, __m256i bits) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bits);
 }
 
 // Folds in half again and again: 32 partial sums in v[0..3], the upper half always onto the lower.

@@ -50,19 +50,25 @@ inline V round_bfloat(V v) {
 inline void store_bfloat(uint16_t* p, V v) { vst1_u16(p, vshrn_n_u32(rounded_bits(v), 16)); }
 inline void stream_bfloat(uint16_t* p, V v) { store_bfloat(p, v); }
 
-inline void load_split(const uint16_t* p, V& even, V& odd) {
-  const uint32x4_t bits = vreinterpretq_u32_u16(vld1q_u16(p));
+inline void split(uint32x4_t bits, V& even, V& odd) {
   even = of_bits(vshlq_n_u32(bits, 16));
   odd = of_bits(vandq_u32(bits, vdupq_n_u32(0xffff0000u)));
 }
-inline void round_split(V& even, V& odd) {
-  even = round_bfloat(even);
-  odd = round_bfloat(odd);
+inline void load_split(const uint16_t* p, V& even, V& odd) {
+  split(vreinterpretq_u32_u16(vld1q_u16(p)), even, odd);
 }
-inline void store_split(uint16_t* p, V even, V odd) {
-  vst1q_u16(p, vreinterpretq_u16_u32(vsriq_n_u32(rounded_bits(odd), rounded_bits(even), 16)));
+
+struct Joined {
+  uint32x4_t a, b;
+};
+inline uint32x4_t join(V even, V odd) {
+  return vsriq_n_u32(rounded_bits(odd), rounded_bits(even), 16);
 }
-inline void stream_split(uint16_t* p, V even, V odd) { store_split(p, even, odd); }
+inline Joined join(V even_a, V odd_a, V even_b, V odd_b) {
+  return {join(even_a, odd_a), join(even_b, odd_b)};
+}
+inline void store_joined(uint16_t* p, uint32x4_t bits) { vst1q_u16(p, vreinterpretq_u16_u32(bits)); }
+inline void stream_joined(uint16_t* p, uint32x4_t bits) { store_joined(p, bits); }
 
 // Folds in half again and again: 32 partial sums in v[0..7], the upper half always onto the lower.
 inline float fold(const V (&v)[8]) {

@@ -1,8 +1,9 @@
 """Measuring and reporting shared by ``normkit check``, ``normkit bench`` and ``benchmarks/cpu.py``.
 
-A time is a `timeit.Timer`, so that what is measured is a statement as a user would write it, and the statement goes into
-the report. Candidates are compared in pairs: every round runs each of them once, a ratio is taken inside a round, and the
-median goes over the rounds. A slow spell of a shared machine then hits both sides of a ratio.
+A time is a `timeit.Timer`, so that what is measured is a statement as a user would write it, and
+the statement goes into the report. Candidates are compared in pairs: every round runs each of them
+once, a ratio is taken inside a round, and the median goes over the rounds. A slow spell of a shared
+machine then hits both sides of a ratio.
 
 rich and matplotlib are imported by the functions that draw with them; measuring needs neither.
 """
@@ -37,15 +38,15 @@ COPY = "copy"
 NORMKIT = "normkit"
 TORCH = "torch"
 
-# glibc gives large blocks back to the system after every call by default, and the next call then pays about 2 us per page
-# to get them again: a price that depends on the allocator's mood, not on anybody's kernel.
+# glibc gives large blocks back to the system after every call by default, and the next call then
+# pays about 2 us per page to get them again: the price of the allocator's mood, not of a kernel.
 HEAP_SETTINGS = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(16 << 30),
     "MALLOC_ARENA_MAX": "1",
 }
 
-# --------------------------------------------------------------------------------------------------------- measuring
+# --------------------------------------------------------------------------------------- measuring
 
 
 class Timer(Protocol):
@@ -79,7 +80,7 @@ class Comparison:
 
 
 def calls_per_sample(timer: Timer, seconds: float = MIN_SAMPLE_SECONDS) -> int:
-    """How many calls one sample takes, so that it lasts between `seconds` and about twice that (or a single call does)."""
+    """How many calls one sample takes to last from `seconds` to twice that; 1 for longer calls."""
     timer.timeit(1)  # the first call compiles, allocates and faults pages in
     calls = 1
     while timer.timeit(calls) < seconds and calls < 1 << 20:
@@ -92,8 +93,8 @@ def paired(
 ) -> Comparison:
     """Times all candidates in `rounds` rounds; each round starts with the next candidate.
 
-    Before each sample the candidate runs once untimed: it is measured on the caches that it leaves behind itself, not on
-    those that its neighbour in the round left.
+    Before each sample the candidate runs once untimed: it is measured on the caches that it leaves
+    behind itself, not on those that its neighbour in the round left.
     """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
@@ -111,8 +112,8 @@ def paired(
 def pin_heap(threads: int) -> None:
     """Starts this process again with a heap that keeps its pages and with `threads` OpenMP threads.
 
-    Both are read once, before Python starts, so setting them here would do nothing. Returns where they are set already,
-    and on systems whose C library is not glibc.
+    Both are read once, before Python starts, so setting them here would do nothing. Returns where
+    they are set already, and on systems whose C library is not glibc.
     """
     wanted = HEAP_SETTINGS | {"OMP_NUM_THREADS": str(threads)}
     if platform.libc_ver()[0] != "glibc" or all(os.environ.get(k) == v for k, v in wanted.items()):
@@ -122,7 +123,7 @@ def pin_heap(threads: int) -> None:
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | wanted)
 
 
-# ------------------------------------------------------------------------------------------------- what is measured
+# -------------------------------------------------------------------------------- what is measured
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def shape_for(op: Op, rows: int, n: int) -> tuple[int, ...]:
-    """The shape of x: (rows, n), or for a head norm the same elements as (tokens, heads, head_dim)."""
+    """The shape of x: (rows, n); for a head norm as many elements, (tokens, heads, head_dim)."""
     if not op.heads:
         return rows, n
     head_dim = min(n, HEAD_DIM)
@@ -230,7 +231,7 @@ def measure(
 ) -> dict[str, Any]:
     """Times op `name` with out= against torch and a plain copy; returns one entry of the report.
 
-    `more` adds candidates: it gets the op and the names (and may add names), and returns statements by candidate.
+    `more` adds candidates: it gets the op and the names, may add names, and returns statements.
     """
     op = OPS[name]
     shape = shape_for(op, rows, n)
@@ -258,7 +259,7 @@ def measure(
     }
 
 
-# ------------------------------------------------------------------------------------------------------- description
+# ------------------------------------------------------------------------------------- description
 
 
 def machine() -> dict[str, Any]:
@@ -290,7 +291,7 @@ def run_stamp() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit of the sources that are running, or None when they are not a git checkout of normkit."""
+    """The commit of the sources that run, or None when they are not a git checkout of normkit."""
     root = Path(__file__).resolve().parents[2]
     if not (
         root / ".git"
@@ -327,7 +328,7 @@ def _caches() -> list[str]:
     return caches
 
 
-# ---------------------------------------------------------------------------------------------------------- reporting
+# --------------------------------------------------------------------------------------- reporting
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -359,11 +360,15 @@ def bench_table(results: Iterable[Mapping[str, Any]]) -> Table:
     return table
 
 
-_MARKS = {NORMKIT: ("o", "#0060c0"), TORCH: ("s", "#d95f02"), "torch.compile": ("^", "#7a7a7a")}
+_MARKS = {
+    NORMKIT: {"marker": "o", "color": "#0060c0"},
+    TORCH: {"marker": "s", "color": "#d95f02"},
+    "torch.compile": {"marker": "^", "color": "#7a7a7a"},
+}
 
 
 def plot(results: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
-    """Draws a panel per op and dtype: time in copies over shapes; a result's "limit" becomes a bar."""
+    """Draws a panel per op and dtype: copies over shapes; a result's "limit" becomes a bar."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -404,31 +409,22 @@ def plot(results: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
 def _draw_panel(axis: Any, results: Sequence[Mapping[str, Any]]) -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-    for name, (marker, color) in _MARKS.items():
-        at = [i for i, r in enumerate(results) if name in r["candidates"]]
-        if not at:
+    for name, style in _MARKS.items():
+        cells = {
+            at: result["candidates"][name]
+            for at, result in enumerate(results)
+            if name in result["candidates"]
+        }
+        if not cells:
             continue
-        cells = [results[i]["candidates"][name] for i in at]
-        middle = [c["copies"] for c in cells]
-        spread = [
-            [m - c["copies_quartiles"][0] for m, c in zip(middle, cells, strict=True)],
-            [c["copies_quartiles"][1] - m for m, c in zip(middle, cells, strict=True)],
-        ]
-        axis.errorbar(
-            at,
-            middle,
-            yerr=spread,
-            marker=marker,
-            color=color,
-            markersize=5,
-            linewidth=1.2,
-            label=name,
-        )
-    limits = [(i, r["limit"]) for i, r in enumerate(results) if r.get("limit")]
-    if limits:
-        at, values = zip(*limits, strict=True)
-        low, high = [i - 0.3 for i in at], [i + 0.3 for i in at]
-        axis.hlines(values, low, high, color="black", linewidth=2, label="aim", zorder=3)
+        middle = [cell["copies"] for cell in cells.values()]
+        quartiles = zip(*(cell["copies_quartiles"] for cell in cells.values()), strict=True)
+        spread = [[abs(q - m) for q, m in zip(side, middle, strict=True)] for side in quartiles]
+        axis.errorbar(list(cells), middle, yerr=spread, label=name, linewidth=1.2, **style)
+    for at, result in enumerate(results):
+        if result.get("limit"):
+            low, high = at - 0.3, at + 0.3
+            axis.hlines(result["limit"], low, high, color="black", label="aim", zorder=3)
     axis.axhline(1, color="#2ca02c", linewidth=1, linestyle="--", label="one copy", zorder=0)
     axis.set_yscale("log")
     axis.yaxis.set_major_locator(FixedLocator([0.5, 1, 2, 5, 10, 20, 50, 100]))

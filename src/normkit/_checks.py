@@ -1,6 +1,7 @@
 """What a call must satisfy, and the errors that say where it does not.
 
-The extension refuses a call without saying why in words for users; every message is made here, for every backend.
+The extension refuses a call without saying why in words for users; every message is made here, for
+every backend.
 """
 
 from __future__ import annotations
@@ -82,6 +83,11 @@ def _check_types(call: Call) -> None:
             raise TypeError(f"{name}: expected {FLOATS_TEXT}{extra}, got {value.dtype}")
         if name == "x" and value.dtype not in (*FLOATS, torch.float64):
             raise TypeError(f"x: expected {FLOATS_TEXT}, or float64, got {value.dtype}")
+        if name == "residual_out" and value.dtype != call.residual.dtype:
+            expected = call.residual.dtype
+            raise TypeError(
+                f"residual_out: expected residual's dtype {expected}, got {value.dtype}"
+            )
 
 
 def _check_options(call: Call) -> None:
@@ -140,13 +146,7 @@ def _check_places(call: Call) -> None:
     for name, t in call.written():
         if t.shape[-1] > 1 and t.stride(-1) != 1:
             raise ValueError(
-                f"{name}: expected a last stride of 1 in a tensor that is written, got {t.stride(-1)}"
-            )
-    if call.residual_out is not None and call.residual is not None:
-        if call.residual_out.dtype != call.residual.dtype:
-            raise TypeError(
-                f"residual_out: expected residual's dtype {call.residual.dtype},"
-                f" got {call.residual_out.dtype}"
+                f"{name}: expected a last stride of 1 in what is written, got {t.stride(-1)}"
             )
 
 

@@ -1,7 +1,8 @@
 """Which backend serves a call, and why.
 
-The quick path of `normkit.functional` asks the extension directly.  What the extension refuses comes here: it is checked
-in full, and then served by the backend that was asked for by name, or by the first that can.
+The quick path of `normkit.functional` asks the extension directly.  What the extension refuses
+comes here: it is checked in full, and then served by the backend that was asked for by name, or by
+the first that can.
 """
 
 from __future__ import annotations
@@ -49,14 +50,17 @@ class _State(threading.local):
 _state = _State()
 
 
-def _refuse(*_: Any) -> str:
-    return _missing
+QUICK, CHECKED, EXPLAIN = 0, 1, 2
 
 
-# kind, x, residual, weight, bias, eps, weight_offset, round_before_weight, round_sum, clamp_inf, out_dtype, out,
-# residual_out, mode -> the result, or a str that says why there is none
+def _refuse(*args: Any) -> str | None:
+    return None if args[-1] == QUICK else _missing
+
+
+# kind, x, residual, weight, bias, eps, weight_offset, round_before_weight, round_sum, clamp_inf,
+# out_dtype, out, residual_out, mode -> the result, or None (QUICK) or a str that says why there is
+# none
 native: Callable[..., Any] = _refuse if _missing else _C.norm
-RUN_QUICKLY, RUN_CHECKED, EXPLAIN = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -201,7 +205,7 @@ def _serve_natively(call: Call) -> Result | Explanation | str:
         call.out_dtype,
         call.out,
         call.residual_out,
-        EXPLAIN if _state.explaining else RUN_CHECKED,
+        EXPLAIN if _state.explaining else CHECKED,
     )
     if isinstance(result, str) or not _state.explaining:
         return result  # type: ignore[no-any-return]

@@ -1,16 +1,18 @@
-"""The commands `normkit info`, `normkit check` and `normkit bench`. Needs the extra `cli` (typer, rich)."""
+"""The commands `normkit info`, `check` and `bench`; needs the extra `cli` (typer, rich)."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import statistics
 import sys
 import timeit
-from collections.abc import Iterable, Mapping
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn, TypeAlias, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +23,7 @@ from rich.table import Table
 from safetensors import SafetensorError
 
 import normkit
-from normkit import _bench, testing
+from normkit import HeadNorm, LayerNorm, RMSNorm, _bench, reference, testing
 from normkit.checkpoint import NormEntry, find_norms, load_norm
 
 app = typer.Typer(
@@ -32,6 +34,7 @@ app = typer.Typer(
 )
 
 Item = TypeVar("Item")
+Norm: TypeAlias = RMSNorm | LayerNorm | HeadNorm
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else there.")]
 
 
@@ -56,7 +59,16 @@ def _progress(items: Iterable[Item], count: int, description: str) -> Iterable[I
 
 
 def _print_json(data: Any) -> None:
-    typer.echo(json.dumps(data, indent=1))
+    typer.echo(json.dumps(_without_infinities(data), indent=1, allow_nan=False))
+
+
+def _without_infinities(data: Any) -> Any:
+    """JSON has no infinity: an error beyond any bound becomes null."""
+    if isinstance(data, dict):
+        return {key: _without_infinities(value) for key, value in data.items()}
+    if isinstance(data, list):
+        return [_without_infinities(value) for value in data]
+    return None if isinstance(data, float) and math.isinf(data) else data
 
 
 def _fail(message: str) -> NoReturn:
@@ -64,7 +76,7 @@ def _fail(message: str) -> NoReturn:
     raise typer.Exit(2)
 
 
-# --------------------------------------------------------------------------------------------------------------- info
+# -------------------------------------------------------------------------------------------- info
 
 
 @app.command()
@@ -93,40 +105,239 @@ def info(as_json: Json = False) -> None:
     console.print(table)
 
 
-# -------------------------------------------------------------------------------------------------------------- check
+# ------------------------------------------------------------------------------------------ check
+
+CHECK_ROUNDS = 15
 
 
-def activations(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Values as they occur inside transformers: heavy tails, a few channels far above the rest, a mean that is not 0."""
-    generator = torch.Generator().manual_seed(0)
+def activations(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:
+    """Make values as transformers have them: heavy tails, outlier channels, a mean not 0."""
+    generator = torch.Generator().manual_seed(seed)
 
     def normal(*sizes: int) -> torch.Tensor:
         return torch.randn(sizes, generator=generator)
 
     rows, n = shape[0], math.prod(shape[1:])
-    degrees = 5  # Student's t: what is left of the tails after a layer of averaging, and still far from normal
-    tails = normal(rows, n) / normal(degrees, rows, n).square().mean(0).sqrt()
+    student_t = normal(rows, n) / normal(5, rows, n).square().mean(0).sqrt()
     channel = torch.exp(0.5 * normal(n))
     channel[torch.randperm(n, generator=generator)[: max(1, n // 256)]] *= 30
     scale = torch.exp(0.3 * normal(rows, 1))
-    return ((tails + 0.3 * normal(n)) * channel * scale + 0.5).reshape(shape).to(dtype)
+    return ((student_t + 0.3 * normal(n)) * channel * scale + 0.5).reshape(shape).to(dtype)
 
 
-def _torch_norm(module: torch.nn.Module, entry: NormEntry, dtype: torch.dtype) -> dict[str, Any]:
-    """The names for `_TORCH_CODE`: torch's function on operands that it accepts, which are those of x's dtype."""
-    offset = module.weight_offset
+def _torch_timer(module: Norm, kind: str, x: torch.Tensor) -> timeit.Timer:
+    """Time torch's function, on weights as it wants them: of x's dtype, the offset added."""
+    weight = (module.weight + module.weight_offset).to(x.dtype)
+    bias = None if module.bias is None else module.bias.to(x.dtype)
+    names = {"F": F, "x": x, "shape": x.shape[-1:], "weight": weight, "bias": bias}
+    names["eps"] = module.eps
+    if kind == "layer" and weight.ndim == 1:
+        return timeit.Timer("F.layer_norm(x, shape, weight, bias, eps)", globals=names)
+    # torch has neither a bias in rms_norm nor weights per head
+    if weight.ndim == 1:
+        code = "F.rms_norm(x, shape, weight, eps)"
+    else:
+        code = f"F.{kind}_norm(x, shape, eps=eps) * weight"
+    return timeit.Timer(code + (" + bias" if bias is not None else ""), globals=names)
+
+
+def _options(module: Norm) -> dict[str, Any]:
     return {
-        "F": F,
-        "shape": entry.shape[-1:],
-        "weight": (module.weight + offset).to(dtype),
-        "bias": None if module.bias is None else module.bias.to(dtype),
         "eps": module.eps,
+        "weight_offset": module.weight_offset,
+        "round_before_weight": module.round_before_weight,
     }
 
 
-_TORCH_CODE = {
-    ("rms", 1): "F.rms_norm(x, shape, weight, eps)",
-    ("layer", 1): "F.layer_norm(x, shape, weight, bias, eps)",
-    ("rms", 2): "F.rms_norm(x, shape, None, eps) * weight",
-    ("layer", 2): "F.layer_norm(x, shape, None, None, eps) * weight",
-}
+def _backend(module: Norm, kind: str, x: torch.Tensor) -> str:
+    """The name of the backend that serves the module."""
+    op, options = f"{kind}_norm", _options(module)
+    if isinstance(module, HeadNorm):
+        op, options = "head_norm", options | {"kind": kind}
+    return normkit.explain(op, x, module.weight, module.bias, **options).backend
+
+
+def _worst_error(module: Norm, kind: str, x: torch.Tensor) -> float:
+    """The largest error of the module on x, as a fraction of the bound; inf where it is NaN."""
+    weight, bias, options = module.weight, module.bias, _options(module)
+    y = module(x).double()
+    double: dict[str, Any] = {"out_dtype": torch.float64, "compute_dtype": torch.float64}
+    exact = reference.norm(x, weight, bias, kind=kind, **double, **options)
+    bound = testing.error_bound(x, weight, bias, kind=kind, out_dtype=x.dtype, **options)
+    fraction = ((y - exact).abs() / bound).max().item()
+    return math.inf if math.isnan(fraction) else fraction
+
+
+def check_norm(module: Norm, entry: NormEntry, rows: int, dtypes: Sequence[str]) -> dict[str, Any]:
+    """Run one norm of a checkpoint on activations of each dtype; returns its line of the report."""
+    seed = zlib.crc32(entry.key.encode())  # the same in every run, and another for every layer
+    inputs = {d: activations((rows, *entry.shape), _bench.DTYPES[d], seed) for d in dtypes}
+    stored = str(entry.dtype).removeprefix("torch.")
+    timed = stored if stored in inputs else dtypes[0]
+    with torch.no_grad():
+        errors = {d: _worst_error(module, entry.kind, x) for d, x in inputs.items()}
+        x = inputs[timed]
+        timers = {"ours": timeit.Timer("module(x)", globals={"module": module, "x": x})}
+        timers["torch"] = _torch_timer(module, entry.kind, x)
+        compared = _bench.paired(timers, CHECK_ROUNDS)
+        backend = _backend(module, entry.kind, x)
+    worst = max(errors, key=errors.__getitem__)
+    return {
+        "layer": entry.key,
+        "kind": entry.kind,
+        "shape": list(entry.shape),
+        "dtype": stored,
+        "eps": module.eps,
+        "weight_offset": module.weight_offset,
+        "error_of_bound": errors,
+        "worst": {"dtype": worst, "error_of_bound": errors[worst]},
+        "within_bound": errors[worst] <= 1,
+        "backend": backend,
+        "timed_dtype": timed,
+        "us": compared.us("ours"),
+        "torch_us": compared.us("torch"),
+        "torch_over_normkit": compared.ratio("torch", "ours"),
+    }
+
+
+@app.command()
+def check(
+    source: Annotated[Path, typer.Argument(help="A .safetensors file or a model folder.")],
+    rows: Annotated[int, typer.Option(min=1, help="Rows of activations per norm.")] = 64,
+    dtype: Annotated[
+        list[Dtype] | None,
+        typer.Option(help="Dtype of x; may be repeated. float32 and bfloat16 if not given."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Run every norm of a checkpoint, compare it with float64, and time it against torch.
+
+    Exit status 1: a bound is broken; 2: the source is unreadable or has no norms.
+    """
+    dtypes = [d.value for d in dtype or (Dtype.float32, Dtype.bfloat16)]
+    try:
+        norms = [(load_norm(source, entry.key), entry) for entry in find_norms(source)]
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        reason = _one_line(error)
+        _fail(reason if str(source) in reason else f"{source}: {reason}")
+    if not norms:
+        _fail(f"{source}: no norms found")
+    lines = [
+        check_norm(module, entry, rows, dtypes)
+        for module, entry in _progress(norms, len(norms), "checking")
+    ]
+    summary = _summary(lines)
+    if as_json:
+        head = {"source": str(source), "rows": rows, "machine": _bench.machine()}
+        _print_json(head | _bench.run_stamp() | {"norms": lines, "summary": summary})
+    else:
+        _print_check(lines, summary, rows)
+    if summary["broken"]:
+        raise typer.Exit(1)
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    return " ".join(text.split()) or type(error).__name__
+
+
+def _summary(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {
+        "norms": len(lines),
+        "broken": [line["layer"] for line in lines if not line["within_bound"]],
+        "worst": max(line["worst"]["error_of_bound"] for line in lines),
+        "native": sum(line["backend"] != "reference" for line in lines),
+        "torch_over_normkit": statistics.geometric_mean(
+            line["torch_over_normkit"] for line in lines
+        ),
+    }
+
+
+def _print_check(lines: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], rows: int) -> None:
+    table = Table(
+        caption=f"error: the worst of {rows} rows, as a fraction of the promised bound; "
+        "time: of one call on them"
+    )
+    table.add_column("layer", overflow="fold")
+    for header in ("kind", "n", "dtype", "backend", "error", "with x in"):
+        table.add_column(header, no_wrap=True)
+    for header in ("us", "torch us", "gain"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for line in lines:
+        worst, gain = line["worst"], line["torch_over_normkit"]
+        table.add_row(
+            line["layer"],
+            line["kind"],
+            "x".join(map(str, line["shape"])),
+            line["dtype"],
+            _coloured(line["backend"], line["backend"] != "reference", "yellow"),
+            _coloured(f"{worst['error_of_bound']:.3f}", line["within_bound"], "bold red"),
+            worst["dtype"],
+            f"{line['us']:.2f}",
+            f"{line['torch_us']:.2f}",
+            _coloured(f"{gain:.1f}x", gain >= 1, "red"),
+        )
+    console = _console()
+    console.print(table)
+    broken = len(summary["broken"])
+    verdict = f"[bold red]{broken} break the bound[/]" if broken else "all within the bound"
+    console.print(
+        f"{summary['norms']} norms, {verdict} (worst error {summary['worst']:.3f} of it), "
+        f"{summary['native']} served natively, "
+        f"{summary['torch_over_normkit']:.1f} times as fast as torch (geometric mean)",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _coloured(text: str, good: bool, otherwise: str) -> str:
+    return f"[{'green' if good else otherwise}]{text}[/]"
+
+
+# ------------------------------------------------------------------------------------------ bench
+
+BENCH_SHAPES = ((16, 4096), (64, 4096), (2048, 4096), (32768, 128))
+QUICK_OPS, QUICK_SHAPES = ("rms_norm", "layer_norm"), ((16, 4096), (2048, 4096))
+
+
+@app.command()
+def bench(
+    out: Annotated[Path, typer.Option(help="Folder for bench.json and bench.png.")] = Path(
+        "normkit-bench"
+    ),
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads; as many as torch takes by default.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A few seconds' look.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Time the norms against torch and a plain copy; writes bench.json and a plot, bench.png."""
+    threads = threads or torch.get_num_threads()
+    _bench.pin_heap(threads)
+    torch.set_num_threads(threads)
+    ops = QUICK_OPS if quick else tuple(_bench.OPS)
+    dtypes = ("float32", "bfloat16") if quick else tuple(_bench.DTYPES)
+    cases = list(itertools.product(ops, dtypes, QUICK_SHAPES if quick else BENCH_SHAPES))
+    results = [
+        _bench.measure(op, rows, n, dtype, rounds=7 if quick else 21)
+        for op, dtype, (rows, n) in _progress(cases, len(cases), "timing")
+    ]
+    machine = _bench.machine()
+    report = {"machine": machine, **_bench.run_stamp(), "results": results}
+    _bench.write_json(out / "bench.json", report)
+    if as_json:
+        _print_json(report)
+    else:
+        _console().print(_bench.bench_table(results))
+    typer.echo(f"written: {out / 'bench.json'}", err=True)
+    title = (
+        f"normkit {normkit.__version__} on {machine['cpu']}, {machine['isa']}, threads: {threads}"
+    )
+    try:
+        _bench.plot(results, title, out / "bench.png")
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        typer.echo("no plot without matplotlib: pip install normkit[bench]", err=True)
+        return
+    typer.echo(f"written: {out / 'bench.png'}", err=True)

@@ -1,20 +1,21 @@
 """The norms as functions.
 
-Every op is one row norm: a statistic of the last dimension, and an affine map.  With s the sum x + residual where there is
-a residual, and x otherwise:
+Every op is one row norm: a statistic of the last dimension, and an affine map.  With s the sum x +
+residual where there is a residual, and x otherwise:
 
     rms:    xhat = s / sqrt(mean(s^2) + eps)
     layer:  xhat = (s - mean(s)) / sqrt(mean((s - mean(s))^2) + eps)
     y = xhat * (weight + weight_offset) + bias
 
-Statistics and products are float32; y is rounded once, to the nearest even, when it is stored.  A row's bits depend on
-nothing but the row, the weights and the options.  docs/numerics.md states these promises, with their bounds.
+Statistics and products are float32; y is rounded once, to the nearest even, when it is stored.  A
+row's bits depend on nothing but the row, the weights and the options.  docs/numerics.md states
+these promises, with their bounds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -22,18 +23,18 @@ from torch.compiler import is_dynamo_compiling
 
 from normkit import _dispatch
 from normkit._checks import Call
-from normkit._dispatch import RUN_QUICKLY, Explanation
+from normkit._dispatch import Explanation
+from normkit.inplace import (
+    Kind,
+    add_layer_norm_,
+    add_rms_norm_,
+    head_norm_,
+    is_layer,
+    layer_norm_,
+    rms_norm_,
+)
 
 _native = _dispatch.native
-_RMS, _LAYER, _PER_HEAD = 0, 1, 2
-
-Kind = Literal["rms", "layer"]
-
-
-def _layer_of(kind: Kind) -> int:
-    if kind not in ("rms", "layer"):
-        raise ValueError(f'kind: expected "rms" or "layer", got {kind!r}')
-    return _LAYER if kind == "layer" else _RMS
 
 
 def rms_norm(
@@ -53,28 +54,31 @@ def rms_norm(
         y = x / sqrt(mean(x^2) + eps) * (weight + weight_offset) + bias
 
     Args:
-        x: (..., n) in float32, float16 or bfloat16 (float64 takes the reference path).  Outer strides are free; an x
-            whose last stride is not 1 is copied once.
+        x: (..., n) in float32, float16 or bfloat16 (float64 takes the reference path).  Outer
+            strides are free; an x whose last stride is not 1 is copied once.
         weight: (n,) in any of the three dtypes, whatever x is; None for no weight.
         bias: (n,) in any of the three dtypes; None for no bias.
-        eps: added to the mean of squares; None for the machine epsilon of the computing dtype, as torch has it.
+        eps: added to the mean of squares; None for the machine epsilon of the computing dtype, as
+            torch has it.
         weight_offset: added to the weight in float32 (Gemma: 1.0); without a weight it is not used.
         round_before_weight: round xhat to x's dtype before the weight
             multiplies it, as Llama and Qwen of Hugging Face transformers do.
         clamp_inf: count +-inf in a float16 x as +-65504, as ExLlamaV2 does; NaN stays.
         out_dtype: dtype of the result; None for out's, or x's without an out.
-        out: written and returned, if given: x's shape, last stride 1; may be x itself but not overlap it in part.
+        out: written and returned, if given: x's shape, last stride 1; may be x itself but not
+            overlap it in part.
 
     Returns:
         y, of x's shape, in out_dtype.
 
     Raises:
         TypeError: an argument is no tensor, or of the wrong dtype.
-        ValueError: a shape, stride, device, option or memory overlap is wrong, or a backend asked for by name cannot
-            serve the call.
+        ValueError: a shape, stride, device, option or memory overlap is wrong, or a backend asked
+            for by name cannot serve the call.
         RuntimeError: out is given where a gradient is needed.
 
-    y is rounded to out_dtype, and xhat where round_before_weight says so.  Semantics: Zhang and Sennrich 2019, arXiv:1910.07467; rounding as `torch.nn.functional.rms_norm`.
+    y is rounded to out_dtype, and xhat where round_before_weight says so.  Semantics: Zhang and
+    Sennrich 2019, arXiv:1910.07467; rounding as `torch.nn.functional.rms_norm`.
 
     Example:
         >>> import normkit, torch
@@ -83,7 +87,7 @@ def rms_norm(
     """
     if not is_dynamo_compiling():
         result = _native(
-            _RMS,
+            0,
             x,
             None,
             weight,
@@ -96,9 +100,9 @@ def rms_norm(
             out_dtype,
             out,
             None,
-            RUN_QUICKLY,
+            0,
         )
-        if result.__class__ is not str:
+        if result is not None:
             return result  # type: ignore[no-any-return]
     call = Call(
         "rms_norm",
@@ -134,28 +138,31 @@ def layer_norm(
         y = (x - mean(x)) / sqrt(var(x) + eps) * (weight + weight_offset) + bias
 
     Args:
-        x: (..., n) in float32, float16 or bfloat16 (float64 takes the reference path).  Outer strides are free; an x
-            whose last stride is not 1 is copied once.
+        x: (..., n) in float32, float16 or bfloat16 (float64 takes the reference path).  Outer
+            strides are free; an x whose last stride is not 1 is copied once.
         weight: (n,) in any of the three dtypes, whatever x is; None for no weight.
         bias: (n,) in any of the three dtypes; None for no bias.
-        eps: added to the variance; None for the machine epsilon of the computing dtype, as torch has it.
+        eps: added to the variance; None for the machine epsilon of the computing dtype, as torch
+            has it.
         weight_offset: added to the weight in float32 (Gemma: 1.0); without a weight it is not used.
         round_before_weight: round xhat to x's dtype before the weight
             multiplies it, as Llama and Qwen of Hugging Face transformers do.
         clamp_inf: count +-inf in a float16 x as +-65504, as ExLlamaV2 does; NaN stays.
         out_dtype: dtype of the result; None for out's, or x's without an out.
-        out: written and returned, if given: x's shape, last stride 1; may be x itself but not overlap it in part.
+        out: written and returned, if given: x's shape, last stride 1; may be x itself but not
+            overlap it in part.
 
     Returns:
         y, of x's shape, in out_dtype.
 
     Raises:
         TypeError: an argument is no tensor, or of the wrong dtype.
-        ValueError: a shape, stride, device, option or memory overlap is wrong, or a backend asked for by name cannot
-            serve the call.
+        ValueError: a shape, stride, device, option or memory overlap is wrong, or a backend asked
+            for by name cannot serve the call.
         RuntimeError: out is given where a gradient is needed.
 
-    y is rounded to out_dtype, and xhat where round_before_weight says so.  Semantics: Ba et al. 2016, arXiv:1607.06450.
+    y is rounded to out_dtype, and xhat where round_before_weight says so.  Semantics: Ba et al.
+    2016, arXiv:1607.06450.
 
     Example:
         >>> import normkit, torch
@@ -164,7 +171,7 @@ def layer_norm(
     """
     if not is_dynamo_compiling():
         result = _native(
-            _LAYER,
+            1,
             x,
             None,
             weight,
@@ -177,9 +184,9 @@ def layer_norm(
             out_dtype,
             out,
             None,
-            RUN_QUICKLY,
+            0,
         )
-        if result.__class__ is not str:
+        if result is not None:
             return result  # type: ignore[no-any-return]
     call = Call(
         "layer_norm",
@@ -211,44 +218,49 @@ def head_norm(
     out_dtype: torch.dtype | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Normalise each head of x by its RMS or as LayerNorm does, with a weight per head or one for all.
+    """Normalise each head of x, with a weight per head or one for all.
 
         y = xhat * (weight + weight_offset) + bias,  xhat by `kind` as in `rms_norm` or `layer_norm`
 
     Args:
-        x: (..., heads, head_dim) in float32, float16 or bfloat16 (float64 takes the reference path).  Outer strides are
-            free, so q and k may be slices of a packed qkv; an x whose last stride is not 1 is copied once.
-        weight: (heads, head_dim), or (head_dim,) for all heads, in any of the three dtypes; None for no weight.
+        x: (..., heads, head_dim) in float32, float16 or bfloat16 (float64 takes the reference
+            path).  Outer strides are free, so q and k may be slices of a packed qkv; an x whose
+            last stride is not 1 is copied once.
+        weight: (heads, head_dim), or (head_dim,) for all heads, in any of the three dtypes; None
+            for no weight.
         bias: likewise; None for no bias.
-        eps: added to the variance or mean of squares; None for the machine epsilon of the computing dtype, as torch has it.
+        eps: added to the variance or mean of squares; None for the machine epsilon of the computing
+            dtype, as torch has it.
         kind: "rms" or "layer".
         weight_offset: added to the weight in float32 (Gemma: 1.0); without a weight it is not used.
         round_before_weight: round xhat to x's dtype before the weight
             multiplies it, as Llama and Qwen of Hugging Face transformers do.
         clamp_inf: count +-inf in a float16 x as +-65504, as ExLlamaV2 does; NaN stays.
         out_dtype: dtype of the result; None for out's, or x's without an out.
-        out: written and returned, if given: x's shape, last stride 1; may be x itself but not overlap it in part.
+        out: written and returned, if given: x's shape, last stride 1; may be x itself but not
+            overlap it in part.
 
     Returns:
         y, of x's shape, in out_dtype.
 
     Raises:
         TypeError: an argument is no tensor, or of the wrong dtype.
-        ValueError: a shape, stride, device, option or memory overlap is wrong, or a backend asked for by name cannot
-            serve the call.
+        ValueError: a shape, stride, device, option or memory overlap is wrong, or a backend asked
+            for by name cannot serve the call.
         RuntimeError: out is given where a gradient is needed.
 
-    y is rounded to out_dtype, and xhat where round_before_weight says so.  Semantics: per-head q and k norms of Qwen3, Gemma 3 (rms) and Cohere (layer, weight (heads, head_dim)).
+    y is rounded to out_dtype, and xhat where round_before_weight says so.  Semantics: per-head q
+    and k norms of Qwen3, Gemma 3 (rms) and Cohere (layer, weight (heads, head_dim)).
 
     Example:
         >>> import normkit, torch
         >>> normkit.head_norm(torch.randn(2, 3, 4), torch.ones(3, 4)).shape
         torch.Size([2, 3, 4])
     """
-    layer = _layer_of(kind)
+    layer = is_layer(kind)
     if not is_dynamo_compiling():
         result = _native(
-            layer + _PER_HEAD,
+            layer + 2,
             x,
             None,
             weight,
@@ -261,13 +273,13 @@ def head_norm(
             out_dtype,
             out,
             None,
-            RUN_QUICKLY,
+            0,
         )
-        if result.__class__ is not str:
+        if result is not None:
             return result  # type: ignore[no-any-return]
     call = Call(
         "head_norm",
-        layer == _LAYER,
+        layer,
         True,
         x,
         weight,
@@ -303,32 +315,39 @@ def add_rms_norm(
         y = s / sqrt(mean(s^2) + eps) * (weight + weight_offset) + bias
 
     Args:
-        x: (..., n) in float32, float16 or bfloat16 (float64 takes the reference path).  Outer strides are free; an x
-            whose last stride is not 1 is copied once.
+        x: (..., n) in float32, float16 or bfloat16 (float64 takes the reference path).  Outer
+            strides are free; an x whose last stride is not 1 is copied once.
         residual: of x's shape, in any of the three dtypes.
         weight: (n,) in any of the three dtypes, whatever x is; None for no weight.
         bias: (n,) in any of the three dtypes; None for no bias.
-        eps: added to the mean of squares; None for the machine epsilon of the computing dtype, as torch has it.
-        round_sum: take the statistic and y from the sum as rounded to residual's dtype, so that fused equals unfused,
-            bit for bit; False: from the float32 sum, as FlashInfer and QuACK do.
+        eps: added to the mean of squares; None for the machine epsilon of the computing dtype, as
+            torch has it.
+        round_sum: take the statistic and y from the sum as rounded to residual's dtype, so that
+            fused equals unfused, bit for bit; False: from the float32 sum, as FlashInfer and QuACK
+            do.
         weight_offset: added to the weight in float32 (Gemma: 1.0); without a weight it is not used.
-        round_before_weight: round xhat to the dtype of what is normalised (x, or the rounded sum) before the weight
-            multiplies it, as Llama and Qwen of Hugging Face transformers do.
-        clamp_inf: count +-inf in a float16 x, or in a sum rounded to float16, as +-65504, as ExLlamaV2 does; NaN stays.
+        round_before_weight: round xhat to the dtype of what is normalised (x, or the rounded sum)
+            before the weight multiplies it, as Llama and Qwen of Hugging Face transformers do.
+        clamp_inf: count +-inf in a float16 x, or in a sum rounded to float16, as +-65504, as
+            ExLlamaV2 does; NaN stays.
         out_dtype: dtype of the result; None for out's, or x's without an out.
-        out: written and returned, if given: x's shape, last stride 1; may be x itself but not overlap it in part.
-        residual_out: written and returned, if given: x's shape, residual's dtype, last stride 1; may be residual.
+        out: written and returned, if given: x's shape, last stride 1; may be x itself but not
+            overlap it in part.
+        residual_out: written and returned, if given: x's shape, residual's dtype, last stride 1;
+            may be residual.
 
     Returns:
         y of x's shape in out_dtype, and residual_out of x's shape in residual's dtype.
 
     Raises:
         TypeError: an argument is no tensor, or of the wrong dtype.
-        ValueError: a shape, stride, device, option or memory overlap is wrong, or a backend asked for by name cannot
-            serve the call.
+        ValueError: a shape, stride, device, option or memory overlap is wrong, or a backend asked
+            for by name cannot serve the call.
         RuntimeError: out or residual_out is given where a gradient is needed.
 
-    The sum is rounded to residual's dtype, y to out_dtype, and xhat where round_before_weight says so.  Semantics: Zhang and Sennrich 2019, arXiv:1910.07467; rounding as `torch.nn.functional.rms_norm`.
+    The sum is rounded to residual's dtype, y to out_dtype, and xhat where round_before_weight says
+    so.  Semantics: Zhang and Sennrich 2019, arXiv:1910.07467; rounding as
+    `torch.nn.functional.rms_norm`.
 
     Example:
         >>> import normkit, torch
@@ -338,7 +357,7 @@ def add_rms_norm(
     """
     if not is_dynamo_compiling():
         result = _native(
-            _RMS,
+            0,
             x,
             residual,
             weight,
@@ -351,9 +370,9 @@ def add_rms_norm(
             out_dtype,
             out,
             residual_out,
-            RUN_QUICKLY,
+            0,
         )
-        if result.__class__ is not str:
+        if result is not None:
             return result  # type: ignore[no-any-return]
     call = Call(
         "add_rms_norm",
@@ -396,32 +415,38 @@ def add_layer_norm(
         y = (s - mean(s)) / sqrt(var(s) + eps) * (weight + weight_offset) + bias
 
     Args:
-        x: (..., n) in float32, float16 or bfloat16 (float64 takes the reference path).  Outer strides are free; an x
-            whose last stride is not 1 is copied once.
+        x: (..., n) in float32, float16 or bfloat16 (float64 takes the reference path).  Outer
+            strides are free; an x whose last stride is not 1 is copied once.
         residual: of x's shape, in any of the three dtypes.
         weight: (n,) in any of the three dtypes, whatever x is; None for no weight.
         bias: (n,) in any of the three dtypes; None for no bias.
-        eps: added to the variance; None for the machine epsilon of the computing dtype, as torch has it.
-        round_sum: take the statistic and y from the sum as rounded to residual's dtype, so that fused equals unfused,
-            bit for bit; False: from the float32 sum, as FlashInfer and QuACK do.
+        eps: added to the variance; None for the machine epsilon of the computing dtype, as torch
+            has it.
+        round_sum: take the statistic and y from the sum as rounded to residual's dtype, so that
+            fused equals unfused, bit for bit; False: from the float32 sum, as FlashInfer and QuACK
+            do.
         weight_offset: added to the weight in float32 (Gemma: 1.0); without a weight it is not used.
-        round_before_weight: round xhat to the dtype of what is normalised (x, or the rounded sum) before the weight
-            multiplies it, as Llama and Qwen of Hugging Face transformers do.
-        clamp_inf: count +-inf in a float16 x, or in a sum rounded to float16, as +-65504, as ExLlamaV2 does; NaN stays.
+        round_before_weight: round xhat to the dtype of what is normalised (x, or the rounded sum)
+            before the weight multiplies it, as Llama and Qwen of Hugging Face transformers do.
+        clamp_inf: count +-inf in a float16 x, or in a sum rounded to float16, as +-65504, as
+            ExLlamaV2 does; NaN stays.
         out_dtype: dtype of the result; None for out's, or x's without an out.
-        out: written and returned, if given: x's shape, last stride 1; may be x itself but not overlap it in part.
-        residual_out: written and returned, if given: x's shape, residual's dtype, last stride 1; may be residual.
+        out: written and returned, if given: x's shape, last stride 1; may be x itself but not
+            overlap it in part.
+        residual_out: written and returned, if given: x's shape, residual's dtype, last stride 1;
+            may be residual.
 
     Returns:
         y of x's shape in out_dtype, and residual_out of x's shape in residual's dtype.
 
     Raises:
         TypeError: an argument is no tensor, or of the wrong dtype.
-        ValueError: a shape, stride, device, option or memory overlap is wrong, or a backend asked for by name cannot
-            serve the call.
+        ValueError: a shape, stride, device, option or memory overlap is wrong, or a backend asked
+            for by name cannot serve the call.
         RuntimeError: out or residual_out is given where a gradient is needed.
 
-    The sum is rounded to residual's dtype, y to out_dtype, and xhat where round_before_weight says so.  Semantics: Ba et al. 2016, arXiv:1607.06450.
+    The sum is rounded to residual's dtype, y to out_dtype, and xhat where round_before_weight says
+    so.  Semantics: Ba et al. 2016, arXiv:1607.06450.
 
     Example:
         >>> import normkit, torch
@@ -431,7 +456,7 @@ def add_layer_norm(
     """
     if not is_dynamo_compiling():
         result = _native(
-            _LAYER,
+            1,
             x,
             residual,
             weight,
@@ -444,9 +469,9 @@ def add_layer_norm(
             out_dtype,
             out,
             residual_out,
-            RUN_QUICKLY,
+            0,
         )
-        if result.__class__ is not str:
+        if result is not None:
             return result  # type: ignore[no-any-return]
     call = Call(
         "add_layer_norm",
@@ -463,420 +488,6 @@ def add_layer_norm(
         out,
         residual,
         residual_out,
-        round_sum,
-    )
-    return cast("tuple[Tensor, Tensor]", _dispatch.serve(call))
-
-
-def rms_norm_(
-    x: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float | None = 1e-6,
-    *,
-    weight_offset: float = 0.0,
-    round_before_weight: bool = False,
-    clamp_inf: bool = False,
-) -> Tensor:
-    """Normalise the last dimension of x in place by its root mean square.
-
-        y = x / sqrt(mean(x^2) + eps) * (weight + weight_offset) + bias
-        x <- y
-
-    Args:
-        x: (..., n) in float32, float16 or bfloat16, of any outer strides and a last stride of 1; overwritten.
-        weight: (n,) in any of the three dtypes, whatever x is; None for no weight.
-        bias: (n,) in any of the three dtypes; None for no bias.
-        eps: added to the mean of squares; None for the machine epsilon of the computing dtype, as torch has it.
-        weight_offset: added to the weight in float32 (Gemma: 1.0); without a weight it is not used.
-        round_before_weight: round xhat to x's dtype before the weight
-            multiplies it, as Llama and Qwen of Hugging Face transformers do.
-        clamp_inf: count +-inf in a float16 x as +-65504, as ExLlamaV2 does; NaN stays.
-
-    Returns:
-        x.
-
-    Raises:
-        TypeError: an argument is no tensor, or of the wrong dtype.
-        ValueError: a shape, stride, device, option or memory overlap is wrong, or a backend asked for by name cannot
-            serve the call.
-        RuntimeError: a gradient is needed: use `rms_norm`.
-
-    y is rounded to x's dtype, and xhat where round_before_weight says so.  Semantics: Zhang and Sennrich 2019, arXiv:1910.07467; rounding as `torch.nn.functional.rms_norm`.
-
-    Example:
-        >>> import normkit, torch
-        >>> x = torch.randn(2, 4)
-        >>> normkit.rms_norm_(x) is x
-        True
-    """
-    if not is_dynamo_compiling():
-        result = _native(
-            _RMS,
-            x,
-            None,
-            weight,
-            bias,
-            eps,
-            weight_offset,
-            round_before_weight,
-            True,
-            clamp_inf,
-            None,
-            x,
-            None,
-            RUN_QUICKLY,
-        )
-        if result.__class__ is not str:
-            return result  # type: ignore[no-any-return]
-    call = Call(
-        "rms_norm_",
-        False,
-        False,
-        x,
-        weight,
-        bias,
-        eps,
-        weight_offset,
-        round_before_weight,
-        clamp_inf,
-        None,
-        x,
-    )
-    return cast(Tensor, _dispatch.serve(call))
-
-
-def layer_norm_(
-    x: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float | None = 1e-5,
-    *,
-    weight_offset: float = 0.0,
-    round_before_weight: bool = False,
-    clamp_inf: bool = False,
-) -> Tensor:
-    """Normalise the last dimension of x in place to mean 0 and variance 1 (LayerNorm).
-
-        y = (x - mean(x)) / sqrt(var(x) + eps) * (weight + weight_offset) + bias
-        x <- y
-
-    Args:
-        x: (..., n) in float32, float16 or bfloat16, of any outer strides and a last stride of 1; overwritten.
-        weight: (n,) in any of the three dtypes, whatever x is; None for no weight.
-        bias: (n,) in any of the three dtypes; None for no bias.
-        eps: added to the variance; None for the machine epsilon of the computing dtype, as torch has it.
-        weight_offset: added to the weight in float32 (Gemma: 1.0); without a weight it is not used.
-        round_before_weight: round xhat to x's dtype before the weight
-            multiplies it, as Llama and Qwen of Hugging Face transformers do.
-        clamp_inf: count +-inf in a float16 x as +-65504, as ExLlamaV2 does; NaN stays.
-
-    Returns:
-        x.
-
-    Raises:
-        TypeError: an argument is no tensor, or of the wrong dtype.
-        ValueError: a shape, stride, device, option or memory overlap is wrong, or a backend asked for by name cannot
-            serve the call.
-        RuntimeError: a gradient is needed: use `layer_norm`.
-
-    y is rounded to x's dtype, and xhat where round_before_weight says so.  Semantics: Ba et al. 2016, arXiv:1607.06450.
-
-    Example:
-        >>> import normkit, torch
-        >>> x = torch.randn(2, 4)
-        >>> normkit.layer_norm_(x) is x
-        True
-    """
-    if not is_dynamo_compiling():
-        result = _native(
-            _LAYER,
-            x,
-            None,
-            weight,
-            bias,
-            eps,
-            weight_offset,
-            round_before_weight,
-            True,
-            clamp_inf,
-            None,
-            x,
-            None,
-            RUN_QUICKLY,
-        )
-        if result.__class__ is not str:
-            return result  # type: ignore[no-any-return]
-    call = Call(
-        "layer_norm_",
-        True,
-        False,
-        x,
-        weight,
-        bias,
-        eps,
-        weight_offset,
-        round_before_weight,
-        clamp_inf,
-        None,
-        x,
-    )
-    return cast(Tensor, _dispatch.serve(call))
-
-
-def head_norm_(
-    x: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float | None = 1e-6,
-    *,
-    kind: Kind = "rms",
-    weight_offset: float = 0.0,
-    round_before_weight: bool = False,
-    clamp_inf: bool = False,
-) -> Tensor:
-    """Normalise each head of x in place by its RMS or as LayerNorm does, with a weight per head or one for all.
-
-        y = xhat * (weight + weight_offset) + bias,  xhat by `kind` as in `rms_norm` or `layer_norm`
-        x <- y
-
-    Args:
-        x: (..., heads, head_dim) in float32, float16 or bfloat16, of any outer strides and a last stride of 1;
-            overwritten.
-        weight: (heads, head_dim), or (head_dim,) for all heads, in any of the three dtypes; None for no weight.
-        bias: likewise; None for no bias.
-        eps: added to the variance or mean of squares; None for the machine epsilon of the computing dtype, as torch has it.
-        kind: "rms" or "layer".
-        weight_offset: added to the weight in float32 (Gemma: 1.0); without a weight it is not used.
-        round_before_weight: round xhat to x's dtype before the weight
-            multiplies it, as Llama and Qwen of Hugging Face transformers do.
-        clamp_inf: count +-inf in a float16 x as +-65504, as ExLlamaV2 does; NaN stays.
-
-    Returns:
-        x.
-
-    Raises:
-        TypeError: an argument is no tensor, or of the wrong dtype.
-        ValueError: a shape, stride, device, option or memory overlap is wrong, or a backend asked for by name cannot
-            serve the call.
-        RuntimeError: a gradient is needed: use `head_norm`.
-
-    y is rounded to x's dtype, and xhat where round_before_weight says so.  Semantics: per-head q and k norms of Qwen3, Gemma 3 (rms) and Cohere (layer, weight (heads, head_dim)).
-
-    Example:
-        >>> import normkit, torch
-        >>> x = torch.randn(2, 3, 4)
-        >>> normkit.head_norm_(x, torch.ones(3, 4)) is x
-        True
-    """
-    layer = _layer_of(kind)
-    if not is_dynamo_compiling():
-        result = _native(
-            layer + _PER_HEAD,
-            x,
-            None,
-            weight,
-            bias,
-            eps,
-            weight_offset,
-            round_before_weight,
-            True,
-            clamp_inf,
-            None,
-            x,
-            None,
-            RUN_QUICKLY,
-        )
-        if result.__class__ is not str:
-            return result  # type: ignore[no-any-return]
-    call = Call(
-        "head_norm_",
-        layer == _LAYER,
-        True,
-        x,
-        weight,
-        bias,
-        eps,
-        weight_offset,
-        round_before_weight,
-        clamp_inf,
-        None,
-        x,
-    )
-    return cast(Tensor, _dispatch.serve(call))
-
-
-def add_rms_norm_(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float | None = 1e-6,
-    *,
-    round_sum: bool = True,
-    weight_offset: float = 0.0,
-    round_before_weight: bool = False,
-    clamp_inf: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Add x to the residual and normalise the sum by its RMS, both in place.
-
-        s = residual_out = x + residual
-        y = s / sqrt(mean(s^2) + eps) * (weight + weight_offset) + bias
-        residual <- s,  x <- y
-
-    Args:
-        x: (..., n) in float32, float16 or bfloat16, of any outer strides and a last stride of 1; overwritten.
-        residual: of x's shape, in any of the three dtypes; overwritten by x + residual, rounded to its dtype.
-        weight: (n,) in any of the three dtypes, whatever x is; None for no weight.
-        bias: (n,) in any of the three dtypes; None for no bias.
-        eps: added to the mean of squares; None for the machine epsilon of the computing dtype, as torch has it.
-        round_sum: take the statistic and y from the sum as rounded to residual's dtype, so that fused equals unfused,
-            bit for bit; False: from the float32 sum, as FlashInfer and QuACK do.
-        weight_offset: added to the weight in float32 (Gemma: 1.0); without a weight it is not used.
-        round_before_weight: round xhat to the dtype of what is normalised (x, or the rounded sum) before the weight
-            multiplies it, as Llama and Qwen of Hugging Face transformers do.
-        clamp_inf: count +-inf in a float16 x, or in a sum rounded to float16, as +-65504, as ExLlamaV2 does; NaN stays.
-
-    Returns:
-        x and residual.
-
-    Raises:
-        TypeError: an argument is no tensor, or of the wrong dtype.
-        ValueError: a shape, stride, device, option or memory overlap is wrong, or a backend asked for by name cannot
-            serve the call.
-        RuntimeError: a gradient is needed: use `add_rms_norm`.
-
-    The sum is rounded to residual's dtype, y to x's dtype, and xhat where round_before_weight says so.  Semantics: Zhang and Sennrich 2019, arXiv:1910.07467; rounding as `torch.nn.functional.rms_norm`.
-
-    Example:
-        >>> import normkit, torch
-        >>> x, residual = torch.ones(2, 4), torch.ones(2, 4)
-        >>> _ = normkit.add_rms_norm_(x, residual, torch.ones(4))
-        >>> residual[0, 0].item()
-        2.0
-    """
-    if not is_dynamo_compiling():
-        result = _native(
-            _RMS,
-            x,
-            residual,
-            weight,
-            bias,
-            eps,
-            weight_offset,
-            round_before_weight,
-            round_sum,
-            clamp_inf,
-            None,
-            x,
-            residual,
-            RUN_QUICKLY,
-        )
-        if result.__class__ is not str:
-            return result  # type: ignore[no-any-return]
-    call = Call(
-        "add_rms_norm_",
-        False,
-        False,
-        x,
-        weight,
-        bias,
-        eps,
-        weight_offset,
-        round_before_weight,
-        clamp_inf,
-        None,
-        x,
-        residual,
-        residual,
-        round_sum,
-    )
-    return cast("tuple[Tensor, Tensor]", _dispatch.serve(call))
-
-
-def add_layer_norm_(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float | None = 1e-5,
-    *,
-    round_sum: bool = True,
-    weight_offset: float = 0.0,
-    round_before_weight: bool = False,
-    clamp_inf: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Add x to the residual and normalise the sum by LayerNorm, both in place.
-
-        s = residual_out = x + residual
-        y = (s - mean(s)) / sqrt(var(s) + eps) * (weight + weight_offset) + bias
-        residual <- s,  x <- y
-
-    Args:
-        x: (..., n) in float32, float16 or bfloat16, of any outer strides and a last stride of 1; overwritten.
-        residual: of x's shape, in any of the three dtypes; overwritten by x + residual, rounded to its dtype.
-        weight: (n,) in any of the three dtypes, whatever x is; None for no weight.
-        bias: (n,) in any of the three dtypes; None for no bias.
-        eps: added to the variance; None for the machine epsilon of the computing dtype, as torch has it.
-        round_sum: take the statistic and y from the sum as rounded to residual's dtype, so that fused equals unfused,
-            bit for bit; False: from the float32 sum, as FlashInfer and QuACK do.
-        weight_offset: added to the weight in float32 (Gemma: 1.0); without a weight it is not used.
-        round_before_weight: round xhat to the dtype of what is normalised (x, or the rounded sum) before the weight
-            multiplies it, as Llama and Qwen of Hugging Face transformers do.
-        clamp_inf: count +-inf in a float16 x, or in a sum rounded to float16, as +-65504, as ExLlamaV2 does; NaN stays.
-
-    Returns:
-        x and residual.
-
-    Raises:
-        TypeError: an argument is no tensor, or of the wrong dtype.
-        ValueError: a shape, stride, device, option or memory overlap is wrong, or a backend asked for by name cannot
-            serve the call.
-        RuntimeError: a gradient is needed: use `add_layer_norm`.
-
-    The sum is rounded to residual's dtype, y to x's dtype, and xhat where round_before_weight says so.  Semantics: Ba et al. 2016, arXiv:1607.06450.
-
-    Example:
-        >>> import normkit, torch
-        >>> x, residual = torch.ones(2, 4), torch.ones(2, 4)
-        >>> _ = normkit.add_layer_norm_(x, residual, torch.ones(4))
-        >>> residual[0, 0].item()
-        2.0
-    """
-    if not is_dynamo_compiling():
-        result = _native(
-            _LAYER,
-            x,
-            residual,
-            weight,
-            bias,
-            eps,
-            weight_offset,
-            round_before_weight,
-            round_sum,
-            clamp_inf,
-            None,
-            x,
-            residual,
-            RUN_QUICKLY,
-        )
-        if result.__class__ is not str:
-            return result  # type: ignore[no-any-return]
-    call = Call(
-        "add_layer_norm_",
-        True,
-        False,
-        x,
-        weight,
-        bias,
-        eps,
-        weight_offset,
-        round_before_weight,
-        clamp_inf,
-        None,
-        x,
-        residual,
-        residual,
         round_sum,
     )
     return cast("tuple[Tensor, Tensor]", _dispatch.serve(call))

