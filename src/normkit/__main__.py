@@ -10,9 +10,10 @@ def main() -> None:
     try:
         from normkit.cli import app
     except ModuleNotFoundError as error:
-        if error.name not in ("typer", "rich"):
+        package = (error.name or "").partition(".")[0]
+        if package not in ("typer", "rich"):
             raise
-        sys.exit(f"normkit: the command line needs {error.name}: pip install normkit[cli]")
+        sys.exit(f"normkit: the command line needs {package}: pip install normkit[cli]")
     app(prog_name="normkit")
 
 

@@ -157,13 +157,20 @@ def _backend(module: Norm, kind: str, x: torch.Tensor) -> str:
     return normkit.explain(op, x, module.weight, module.bias, **options).backend
 
 
+def _eps_as_computed(eps: float | None) -> float:
+    float32 = torch.finfo(torch.float32).eps if eps is None else eps
+    return torch.tensor(float32, dtype=torch.float32).item()
+
+
 def _worst_error(module: Norm, kind: str, x: torch.Tensor) -> float:
     """The largest error of the module on x, as a fraction of the bound; inf where it is NaN."""
-    weight, bias, options = module.weight, module.bias, _options(module)
-    y = module(x).double()
+    options = _options(module) | {"eps": _eps_as_computed(module.eps), "kind": kind}
     double: dict[str, Any] = {"out_dtype": torch.float64, "compute_dtype": torch.float64}
-    exact = reference.norm(x, weight, bias, kind=kind, **double, **options)
-    bound = testing.error_bound(x, weight, bias, kind=kind, out_dtype=x.dtype, **options)
+    exact = reference.norm(x, module.weight, module.bias, **double, **options)
+    bound = testing.error_bound(x, module.weight, module.bias, out_dtype=x.dtype, **options)
+    # what lies beyond the largest number rounds to infinity, which counts as the number after it
+    infinity = math.ldexp(1.0, math.frexp(torch.finfo(x.dtype).max)[1])
+    y, exact = (t.double().clamp(-infinity, infinity) for t in (module(x), exact))
     fraction = ((y - exact).abs() / bound).max().item()
     return math.inf if math.isnan(fraction) else fraction
 

@@ -1,7 +1,8 @@
 """What every norm of this package is, in plain torch.
 
-The kernels are held to these two functions; with ``compute_dtype=torch.float64`` they are the oracle of the tests.  They
-also serve the calls no kernel serves: they are differentiable, can be traced, and run on any device.
+The kernels are held to these two functions; with ``compute_dtype=torch.float64`` they are the
+oracle of the tests.  They also serve the calls no kernel serves: they are differentiable, can be
+traced, and run on any device.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ def norm(
 ) -> Tensor:
     """Normalise x over its last dimension.
 
-    ``y = round((x - mean) * rstd * (weight + weight_offset) + bias)`` with ``rstd = 1 / sqrt(statistic + eps)``;
-    kind "rms" has mean 0 and the mean of x^2 as statistic, kind "layer" has the mean and the variance of x.
+    ``y = round((x - mean) * rstd * (weight + weight_offset) + bias)`` with ``rstd = 1 /
+    sqrt(statistic + eps)``; kind "rms" has mean 0 and the mean of x^2 as statistic, kind "layer"
+    has the mean and the variance of x.
 
     Args:
         x: shape (..., n), any floating dtype.
@@ -40,10 +42,12 @@ def norm(
         round_before_weight: round ``(x - mean) * rstd`` to x's dtype before weight multiplies it.
         clamp_inf: let +-inf in a float16 x count as +-65504.
         out_dtype: the dtype of the result; None is x's.
-        compute_dtype: the dtype of everything in between; None is float64 for a float64 x, else float32.
+        compute_dtype: the dtype of everything in between; None is float64 for a float64 x, else
+            float32.
 
     Returns:
-        y, of x's shape.  It is rounded once, when it is converted to out_dtype, and also where round_before_weight says.
+        y, of x's shape.  It is rounded once, when it is converted to out_dtype, and also where
+        round_before_weight says.
 
     Raises:
         ValueError: kind is neither "rms" nor "layer".
@@ -78,7 +82,8 @@ def add_norm(
 ) -> tuple[Tensor, Tensor]:
     """Add a residual to x, and normalise the sum over its last dimension.
 
-    ``residual_out = round(x + residual)``; ``y = norm(residual_out)``, or of the sum before rounding.
+    ``residual_out = round(x + residual)``; ``y = norm(residual_out)``, or of the sum before
+    rounding.
 
     Args:
         x: shape (..., n), any floating dtype.
@@ -89,15 +94,16 @@ def add_norm(
         kind: "rms" or "layer".
         round_sum: normalise residual_out; False: the sum before it was rounded.
         weight_offset: as in `norm`.
-        round_before_weight: round the normalised value before weight multiplies it: to residual's dtype, or to x's with
-            round_sum=False.
-        clamp_inf: let +-inf in a float16 x, and with round_sum=True in a float16 residual_out where it is normalised,
-            count as +-65504.
+        round_before_weight: round the normalised value before weight multiplies it: to residual's
+            dtype, or to x's with round_sum=False.
+        clamp_inf: let +-inf in a float16 x, and with round_sum=True in a float16 residual_out where
+            it is normalised, count as +-65504.
         out_dtype: the dtype of y; None is x's.
         compute_dtype: as in `norm`.
 
     Returns:
-        (y, residual_out): y as `norm` rounds it; residual_out in residual's dtype, rounded once and never clamped.
+        (y, residual_out): y as `norm` rounds it; residual_out in residual's dtype, rounded once and
+        never clamped.
 
     Raises:
         ValueError: kind is neither "rms" nor "layer".
@@ -143,7 +149,9 @@ def _normalised(x: Tensor, eps: float | None, kind: str) -> Tensor:
     return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + eps)
 
 
-def _scaled(xhat: Tensor, weight: Tensor | None, bias: Tensor | None, weight_offset: float) -> Tensor:
+def _scaled(
+    xhat: Tensor, weight: Tensor | None, bias: Tensor | None, weight_offset: float
+) -> Tensor:
     if weight is not None:
         scale = weight.to(xhat.dtype)
         if weight_offset != 0.0:  # adding 0.0 would turn a weight of -0.0 into +0.0

@@ -1,11 +1,13 @@
-"""Inputs and bounds to test a norm with: the package tests itself with these, and a model can be tested with them too.
+"""Inputs and bounds to test a norm with.
 
-The measure is the float64 result for inputs as they are stored, never another implementation.  The bound is that of
+The package tests itself with these, and a model can be tested with them too.  The measure is the
+float64 result for inputs as they are stored, never another implementation; the bound is that of
 docs/numerics.md: half a step of the output dtype, and a few roundings of float32.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -46,8 +48,9 @@ def make_inputs(
 ) -> Inputs:
     """Make inputs for which every part of a norm matters.
 
-    ``x = scale * normal(0.5, 1.5)``, the same for residual; ``weight = normal(1, 0.5)``; ``bias = normal(0, 0.5)``.  The
-    mean is not 0 and the weights are not 1, so that a norm that loses one of them is wrong by far.
+    ``x = scale * normal(0.5, 1.5)``, the same for residual; ``weight = normal(1, 0.5)``; ``bias =
+    normal(0, 0.5)``.  The mean is not 0 and the weights are not 1, so that a norm that loses one of
+    them is wrong by far.
 
     Args:
         shape: x's and residual's shape, (..., n).
@@ -109,14 +112,16 @@ def error_bound(
         rms:    t = |x| * rstd * |weight + weight_offset| + |bias|
         layer:  t = (|x| + mean(|x|)) * rstd * |weight + weight_offset| + |bias|
 
-    ulp is the step of out_dtype at the float64 result, and never below its smallest number.  The last term is the rounding
-    of a normalised value that is subnormal in float32.  With round_before_weight and a 16-bit x, an element whose
-    normalised value lies within ``4 * 2^-24 * t`` (t for a weight of 1) of the middle between two neighbours may be rounded to either, and
-    its bound reaches as far.  A row of squares whose sum float32 cannot hold is measured against float32's own result.
+    ulp is the step of out_dtype at the float64 result, and never below its smallest number.  The
+    last term is the rounding of a normalised value that is subnormal in float32.  With
+    round_before_weight and a 16-bit x, an element whose normalised value lies within ``4 * 2^-24 *
+    t`` (t for a weight of 1) of the middle between two neighbours may be rounded to either, and its
+    bound reaches as far.  A row of squares whose sum float32 cannot hold is measured against
+    float32's own result.
 
     Args:
-        x: shape (..., n): what is normalised.  For a fused add it is the sum: residual_out, or with round_sum=False
-            ``x.float() + residual.float()``.
+        x: shape (..., n): what is normalised.  For a fused add it is the sum: residual_out, or with
+            round_sum=False ``x.float() + residual.float()``.
         weight: (n,) or (heads, n), or None.
         bias: (n,) or (heads, n), or None.
         eps: None for float32's, or for a float64 x float64's.
@@ -140,6 +145,8 @@ def error_bound(
         >>> bool((error_bound(x, kind="rms", eps=0.0) < 2**-8 * 1.01).all())
         True
     """
+    out_dtype = x.dtype if out_dtype is None else out_dtype
+    _check_dtype("out_dtype", out_dtype)
     oracle = _Oracle(
         x,
         weight,
@@ -151,11 +158,8 @@ def error_bound(
         clamp_inf,
     )
     around = oracle.stated()
-    reach = [(y - around).abs() + bound for y, bound in oracle.accepted(out_dtype or x.dtype)]
-    widest = reach[0]
-    for other in reach[1:]:
-        widest = torch.fmax(widest, other)
-    return widest.where(around.isfinite(), torch.nan)
+    reach = [(y - around).abs() + bound for y, bound in oracle.accepted(out_dtype)]
+    return torch.stack(reach).amax(0).where(around.isfinite(), torch.nan)
 
 
 def assert_accurate(
@@ -175,9 +179,9 @@ def assert_accurate(
 ) -> None:
     """Check that y is the norm of x, within the error that normkit promises.
 
-    y must lie within `error_bound` of the float64 result, be NaN exactly where that is NaN, and be infinite exactly where
-    it is infinite or rounds to infinity.  residual_out must be the sum rounded once, bit for bit; y is then measured
-    against the norm of that sum.
+    y must lie within `error_bound` of the float64 result, be NaN exactly where that is NaN, and be
+    infinite exactly where it is infinite or rounds to infinity.  residual_out must be the sum
+    rounded once, bit for bit; y is then measured against the norm of that sum.
 
     Args:
         y: what a norm returned, in float32, float16 or bfloat16.
@@ -194,10 +198,11 @@ def assert_accurate(
         clamp_inf: as in the call.
 
     Raises:
-        AssertionError: an element is out of bounds; the message names the worst, its error and its bound.
+        AssertionError: an element is out of bounds; the message names the worst, its error and its
+            bound.
         TypeError: y is none of float32, float16 and bfloat16.
-        ValueError: kind is neither "rms" nor "layer", y is not of x's shape, or only one of residual and residual_out
-            was given.
+        ValueError: kind is neither "rms" nor "layer", y is not of x's shape, or only one of
+            residual and residual_out was given.
 
     Example:
         >>> import normkit
@@ -205,6 +210,7 @@ def assert_accurate(
         >>> x, _, weight, _ = make_inputs((4, 64))
         >>> assert_accurate(normkit.rms_norm(x, weight), x, weight, kind="rms")
     """
+    _check_dtype("y", y.dtype)
     if y.shape != x.shape:
         raise ValueError(f"y: expected x's shape {tuple(x.shape)}, got {tuple(y.shape)}")
     if (residual is None) != (residual_out is None):
@@ -262,9 +268,7 @@ class _Oracle:
         return self._scaled(self.xhat if self.rounded_to is None else self._rounded_xhat())
 
     def accepted(self, out_dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-        """The values that count as the norm, each with the bound of the distance from it; NaN is not a value."""
-        if out_dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise TypeError(f"out_dtype: expected float32, float16 or bfloat16, got {out_dtype}")
+        """The values that count as the norm, each with the bound of the distance from it."""
         candidates = [self.xhat]
         # Rounding to float32 is arithmetic, which the bound has already.
         if self.rounded_to in (torch.float16, torch.bfloat16):
@@ -334,17 +338,21 @@ def _clamped(x: Tensor, clamp_inf: bool) -> Tensor:
 
 
 def _sum(x: Tensor, residual: Tensor, clamp_inf: bool) -> Tensor:
-    """x + residual in float32, rounded once: two float32 have an exact sum only in more than float64 at times."""
+    """The sum in float32: normalised without round_sum, and rounded for residual_out."""
     return _clamped(x, clamp_inf).float() + residual.float()
 
 
 def _ulp(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """The step of dtype at a float64 value, as if its exponents went on upwards."""
+    """The step of dtype at a float64 value, as if the exponents of dtype went on upwards."""
     info = torch.finfo(dtype)
-    exponent = torch.frexp(value).exponent - 1
-    lowest = torch.frexp(torch.tensor(info.smallest_normal, dtype=torch.float64)).exponent - 1
-    exponent = torch.where(value == 0, lowest, torch.maximum(exponent, lowest))
-    return torch.ldexp(torch.tensor(info.eps, dtype=torch.float64), exponent)
+    magnitude = value.abs().clamp(min=info.smallest_normal)
+    power_of_2 = magnitude / torch.frexp(magnitude).mantissa / 2
+    return power_of_2 * info.eps
+
+
+def _check_dtype(name: str, dtype: torch.dtype) -> None:
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise TypeError(f"{name}: expected float32, float16 or bfloat16, got {dtype}")
 
 
 def _assert_same_bits(residual_out: Tensor, expected: Tensor) -> None:
@@ -360,7 +368,7 @@ def _assert_same_bits(residual_out: Tensor, expected: Tensor) -> None:
 
 def _assert_within(y: Tensor, oracle: _Oracle) -> None:
     # Infinity is the next number above the largest, and what lies beyond it rounds to it.
-    infinity = 2.0 * 2.0 ** (torch.frexp(torch.tensor(torch.finfo(y.dtype).max)).exponent - 1)
+    infinity = 2.0 ** math.frexp(torch.finfo(y.dtype).max)[1]
     got = y.double().clamp(-infinity, infinity)
     accepted = oracle.accepted(y.dtype)
     right = torch.zeros_like(y, dtype=torch.bool)
@@ -377,7 +385,7 @@ def _assert_within(y: Tensor, oracle: _Oracle) -> None:
     over = (error / bound).nan_to_num(torch.inf, torch.inf).where(~right, -1.0)
     worst = tuple(int(i) for i in torch.unravel_index(over.argmax(), y.shape))
     raise AssertionError(
-        f"{int((~right).sum())} of {y.numel()} elements are out of bounds; the worst is y{list(worst)}:"
-        f" expected {value[worst].item()!r}, got {y[worst].item()!r},"
+        f"{int((~right).sum())} of {y.numel()} elements are out of bounds;"
+        f" the worst is y{list(worst)}: expected {value[worst].item()!r}, got {y[worst].item()!r},"
         f" an error of {error[worst].item():.3g} where {bound[worst].item():.3g} is allowed"
     )

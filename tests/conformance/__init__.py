@@ -1,0 +1,1 @@
+"""One suite over the backends: what every norm must do, whoever computes it."""

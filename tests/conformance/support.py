@@ -1,0 +1,173 @@
+"""What the tests of this suite share: the ops, ways to call them, and bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from normkit import testing
+from normkit.testing import Inputs
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SIZES = (
+    *(1, 2, 3, 7, 8, 9, 31, 32, 33, 63, 64, 65, 96, 100, 127, 128, 129, 255, 256, 257),
+    *(768, 1000, 1024, 4096, 4104, 5120, 8192, 12288),
+)
+dtypes = st.sampled_from(DTYPES)
+
+Call = Callable[..., Any]
+
+
+class Op(NamedTuple):
+    """A norm: its function, and what it is made of."""
+
+    name: str
+    kind: str
+    adds: bool = False
+    per_head: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.name}-{self.kind}" if self.per_head else self.name
+
+    @property
+    def selected(self) -> dict[str, Any]:
+        """The options that make the function this op."""
+        return {"kind": self.kind} if self.per_head else {}
+
+    def tensors(self, inputs: Inputs) -> list[Tensor | None]:
+        return [inputs.x, *([inputs.residual] if self.adds else []), inputs.weight, inputs.bias]
+
+
+RMS, LAYER = Op("rms_norm", "rms"), Op("layer_norm", "layer")
+HEAD_RMS, HEAD_LAYER = (
+    Op("head_norm", "rms", per_head=True),
+    Op("head_norm", "layer", per_head=True),
+)
+ADD_RMS, ADD_LAYER = Op("add_rms_norm", "rms", adds=True), Op("add_layer_norm", "layer", adds=True)
+OPS = (RMS, LAYER, HEAD_RMS, HEAD_LAYER, ADD_RMS, ADD_LAYER)
+ADDING = (ADD_RMS, ADD_LAYER)
+
+
+class Result(NamedTuple):
+    y: Tensor
+    residual_out: Tensor | None
+
+
+def run(call: Call, op: Op, inputs: Inputs, **options: Any) -> Result:
+    """Call op out of place."""
+    made = call(op.name, *op.tensors(inputs), **op.selected, **options)
+    return Result(*made) if op.adds else Result(made, None)
+
+
+def run_in_place(call: Call, op: Op, inputs: Inputs, **options: Any) -> Result:
+    """Call op's in-place form on copies, and check that it returns what it was given."""
+    x, residual = inputs.x.clone(), inputs.residual.clone()
+    given = op.tensors(inputs._replace(x=x, residual=residual))
+    made = call(f"{op.name}_", *given, **op.selected, **options)
+    if not op.adds:
+        assert made is x
+        return Result(x, None)
+    assert made[0] is x
+    assert made[1] is residual
+    return Result(x, residual)
+
+
+def check(op: Op, result: Result, inputs: Inputs, **options: Any) -> None:
+    """Check what `run` returned against float64."""
+    options.pop("out_dtype", None)
+    if op.adds:
+        options |= {"residual": inputs.residual, "residual_out": result.residual_out}
+    if "eps" not in options:
+        options["eps"] = 1e-6 if op.kind == "rms" or op.per_head else 1e-5
+    testing.assert_accurate(result.y, inputs.x, inputs.weight, inputs.bias, kind=op.kind, **options)
+
+
+def run_and_check(call: Call, op: Op, inputs: Inputs, **options: Any) -> Result:
+    """Call op, check it against float64, and check that it left its inputs alone."""
+    before = [None if t is None else bits(t).clone() for t in inputs]
+    result = run(call, op, inputs, **options)
+    for name, t, old in zip(inputs._fields, inputs, before, strict=True):
+        assert t is None or torch.equal(bits(t), old), f"{name} was written"
+    assert result.y.shape == inputs.x.shape
+    assert result.y.dtype == (options.get("out_dtype") or inputs.x.dtype)
+    check(op, result, inputs, **options)
+    return result
+
+
+def inputs_for(
+    op: Op, rows: int | tuple[int, ...], n: int, dtype: torch.dtype, **rest: Any
+) -> Inputs:
+    """Inputs of an op; a head norm gets weights per head where there is a dimension for the heads."""
+    shape = (rows, n) if isinstance(rows, int) else (*rows, n)
+    per_head = op.per_head and len(shape) > 1 and shape[-2] > 0
+    return testing.make_inputs(shape, dtype, per_head=per_head, **rest)
+
+
+def bits(t: Tensor) -> Tensor:
+    """The same memory as integers, so that NaN equals NaN and 0.0 does not equal -0.0."""
+    return t.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
+
+
+def assert_same_bits(got: Tensor | None, expected: Tensor | None) -> None:
+    if got is None or expected is None:
+        assert got is expected
+        return
+    assert got.shape == expected.shape
+    assert got.dtype == expected.dtype
+    different = bits(got) != bits(expected)
+    assert not different.any(), f"{int(different.sum())} of {got.numel()} elements differ"
+
+
+def assert_same_results(got: Result, expected: Result) -> None:
+    assert_same_bits(got.y, expected.y)
+    assert_same_bits(got.residual_out, expected.residual_out)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# A NaN that no arithmetic makes: whatever is still this was not written.
+_UNTOUCHED = {torch.float32: 0x7FA5A5A5, torch.float16: 0x7DA5, torch.bfloat16: 0x7FA5}
+
+
+class Guarded:
+    """A tensor of any strides in memory of its own, and a check that nothing round its elements was written."""
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        strides: tuple[int, ...] | None = None,
+        offset: int = 0,
+    ) -> None:
+        strides = torch.empty(shape, device="meta").stride() if strides is None else strides
+        last = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+        band = 256
+        self.memory = torch.empty(band + offset + max(last, 0) + 1 + band, dtype=dtype)
+        bits(self.memory).fill_(_UNTOUCHED[dtype])
+        place = (shape, strides, band + offset)
+        self.tensor = self.memory.as_strided(*place)
+        self._inside = torch.zeros_like(self.memory, dtype=torch.bool)
+        self._inside.as_strided(*place).fill_(True)
+
+    def fill(self, values: Tensor) -> Tensor:
+        self.tensor.copy_(values)
+        return self.tensor
+
+    def assert_only_elements_written(self) -> None:
+        outside = bits(self.memory)[~self._inside]
+        assert (outside == _UNTOUCHED[self.memory.dtype]).all(), (
+            "memory round the tensor was written"
+        )

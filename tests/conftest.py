@@ -1,0 +1,66 @@
+"""Which backends the tests run on, and how much hypothesis tries."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import hypothesis
+import pytest
+
+import normkit
+
+# "auto" is what callers get: the quick path of the extension, which a backend asked for by name does not take.
+BACKENDS = {"reference": "reference", "cpu": "cpu", "auto": "cpu"}
+
+hypothesis.settings.register_profile("ci", derandomize=True, max_examples=200, deadline=None)
+hypothesis.settings.register_profile("fuzz", max_examples=5000, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("NORMKIT_TEST_PROFILE", "ci"))
+
+
+class Backend:
+    """Calls ops, and fails when another backend than the named one serves them."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def __call__(self, op: str, *tensors: Any, **options: Any) -> Any:
+        with normkit.use_backend(self.name):
+            served_by = normkit.explain(op, *tensors, **options).backend
+            assert served_by == BACKENDS[self.name]
+            return getattr(normkit, op)(*tensors, **options)
+
+    def unexplained(self, op: str, *tensors: Any, **options: Any) -> Any:
+        """For calls that must raise: explain() would raise first."""
+        with normkit.use_backend(self.name):
+            return getattr(normkit, op)(*tensors, **options)
+
+
+def _chosen() -> list[str]:
+    names = os.environ.get("NORMKIT_TEST_BACKENDS", ",".join(BACKENDS)).split(",")
+    unknown = set(names) - set(BACKENDS)
+    if unknown:
+        raise pytest.UsageError(f"NORMKIT_TEST_BACKENDS: unknown backends {sorted(unknown)}")
+    return names
+
+
+def _get(name: str) -> Backend:
+    entry = normkit.backends()[BACKENDS[name]]
+    if not entry.usable:
+        pytest.fail(f"backend {name} is not usable: {entry.reason}")
+    return Backend(name)
+
+
+# Of the whole session, because hypothesis refuses fixtures that it cannot make anew for each example.
+@pytest.fixture(scope="session", params=_chosen())
+def backend(request: pytest.FixtureRequest) -> Backend:
+    return _get(request.param)
+
+
+@pytest.fixture(scope="session", params=[name for name in _chosen() if name != "reference"])
+def kernels(request: pytest.FixtureRequest) -> Backend:
+    """A backend with kernels: what plain torch does not promise is asked of these."""
+    return _get(request.param)
