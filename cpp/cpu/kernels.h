@@ -37,8 +37,6 @@ struct Block {
   float rstd[kMaxBlockRows];
   bool has_bias;
   bool stream;        // write around the caches
-  bool fetch;         // bring lines of the output near ahead of the stores
-  int64_t out_item_size;
 };
 
 using Stage = void (*)(Block&);

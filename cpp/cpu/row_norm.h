@@ -18,7 +18,7 @@ struct Plan {
   int64_t block_rows;  // rows that go through the stages together
   int threads;
   bool stream;  // write the output around the caches
-  bool fetch;   // fetch the output's lines ahead of the store
+  bool fetch;   // fetch the next rows while these are stored
 };
 Plan plan(const RowNorm& norm);
 

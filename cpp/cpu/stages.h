@@ -158,26 +158,12 @@ struct CentredSquares {
 template <class T>
 constexpr bool kSplitSum = T::kDType == DType::kBFloat16;
 
-// Lines of a row of the output, brought near ahead of the stores: the first half while the statistic reads the row, the
-// second while the first is stored.
-struct Ahead {
-  const char* out;    // null: none
-  int64_t item_size;
-  NORMKIT_INLINE void fetch(int64_t column) const {
-    if (!out) return;
-    const char* p = out + column * item_size / 2;
-    fetch_for_write(p);
-    if (item_size == 4) fetch_for_write(p + 64);
-  }
-};
-
 // The partial sums of n <= kRun columns.
 template <class T, class Term>
-NORMKIT_INLINE Chunk sum_run(const typename T::Item* x, int64_t n, const Term& term, const Ahead& ahead) {
+NORMKIT_INLINE Chunk sum_run(const typename T::Item* x, int64_t n, const Term& term) {
   Chunk acc = zeros();
   int64_t i = 0;
   for (; i + kChunk <= n; i += kChunk) {
-    ahead.fetch(i);
     term(acc, load_chunk<T, kSplitSum<T>>(x + i));
   }
   if (i < n) {
@@ -195,12 +181,12 @@ NORMKIT_INLINE Chunk sum_run(const typename T::Item* x, int64_t n, const Term& t
 
 // Kept out of line: its levels would cost a short row their place on the stack.
 template <class T, class Term>
-[[gnu::noinline]] float sum_long_row(const typename T::Item* x, int64_t n, const Term& term, Ahead ahead) {
+[[gnu::noinline]] float sum_long_row(const typename T::Item* x, int64_t n, const Term& term) {
   // Level k holds the sum of 2^k runs; equal levels merge, as in binary counting.
   Chunk level[48];
   int64_t runs = 0;
-  for (int64_t i = 0; i < n; i += kRun, ++runs, ahead.out += ahead.out ? kRun * ahead.item_size / 2 : 0) {
-    Chunk sum = sum_run<T>(x + i, n - i < kRun ? n - i : kRun, term, ahead);
+  for (int64_t i = 0; i < n; i += kRun, ++runs) {
+    Chunk sum = sum_run<T>(x + i, n - i < kRun ? n - i : kRun, term);
     int k = 0;
     for (int64_t carry = runs; carry & 1; carry >>= 1) add_to(sum, level[k++]);
     level[k] = sum;
@@ -213,27 +199,25 @@ template <class T, class Term>
   return fold(total);
 }
 
-template <class T, class Make>
-NORMKIT_INLINE void sum_rows(Block& b, bool last_sum, const Make& term_of) {
-  for (int r = 0; r < b.rows; ++r) {
-    const auto* x = static_cast<const typename T::Item*>(b.source[r]);
-    const Ahead ahead{last_sum && b.fetch ? static_cast<const char*>(b.out[r]) : nullptr, b.out_item_size};
-    b.sum[r] = b.n <= kRun ? fold(sum_run<T>(x, b.n, term_of(r), ahead))
-                           : sum_long_row<T>(x, b.n, term_of(r), ahead);
-  }
+template <class T, class Term>
+NORMKIT_INLINE float sum_row(const void* row, int64_t n, const Term& term) {
+  const auto* x = static_cast<const typename T::Item*>(row);
+  return n <= kRun ? fold(sum_run<T>(x, n, term)) : sum_long_row<T>(x, n, term);
 }
 
 template <class T>
 void sum_stage(Block& b) {
-  sum_rows<T>(b, false, [](int) { return Plain{}; });
+  for (int r = 0; r < b.rows; ++r) b.sum[r] = sum_row<T>(b.source[r], b.n, Plain{});
 }
 
 template <class T, bool kCentred>
 void squares_stage(Block& b) {
-  if constexpr (kCentred)
-    sum_rows<T>(b, true, [&b](int r) { return CentredSquares{set1(b.mean[r])}; });
-  else
-    sum_rows<T>(b, true, [](int) { return Squares{}; });
+  for (int r = 0; r < b.rows; ++r) {
+    if constexpr (kCentred)
+      b.sum[r] = sum_row<T>(b.source[r], b.n, CentredSquares{set1(b.mean[r])});
+    else
+      b.sum[r] = sum_row<T>(b.source[r], b.n, Squares{});
+  }
 }
 
 void clamp_stage(Block& b) {
@@ -337,12 +321,10 @@ struct Apply {
     const Affine* bias;
     typename O::Item* out;
     const char* next;  // null: none
-    Ahead ahead;
   };
 
   template <bool kBias, bool kStream>
   NORMKIT_INLINE void chunk(const Row& row, Chunk c, int64_t i) const {
-    row.ahead.fetch(i);
     if (row.next)
       for (size_t line = 0; line < kChunk * sizeof(*row.x); line += 64)
         fetch(row.next + i * sizeof(*row.x) + line);
@@ -392,14 +374,9 @@ struct Apply {
   template <bool kBias, bool kStream>
   static void rows(const Block& b) {
     for (int r = 0; r < b.rows; ++r) {
-      auto* out = static_cast<typename O::Item*>(b.out[r]);
-      const char* second_half = reinterpret_cast<const char*>(out) + b.n * sizeof(*out) / 2;
       const Row row{static_cast<const typename S::Item*>(b.source[r]),
-                    static_cast<const Affine*>(b.weight[r]),
-                    static_cast<const Affine*>(b.bias[r]),
-                    out,
-                    static_cast<const char*>(b.next[r]),
-                    {b.fetch ? second_half : nullptr, sizeof(*out)}};
+                    static_cast<const Affine*>(b.weight[r]), static_cast<const Affine*>(b.bias[r]),
+                    static_cast<typename O::Item*>(b.out[r]), static_cast<const char*>(b.next[r])};
       Apply{set1(b.rstd[r]), set1(b.mean[r])}.template apply<kBias, kStream>(row, b.n);
     }
   }

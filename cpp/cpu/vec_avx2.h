@@ -102,8 +102,6 @@ inline float fold(const V (&v)[4]) {
   return _mm_cvtss_f32(_mm_add_ss(d, _mm_movehdup_ps(d)));
 }
 
-// Not PREFETCHW: processors with AVX2 but without it are still about.
-inline void fetch_for_write(const char* p) { _mm_prefetch(p, _MM_HINT_T0); }
 inline void fetch(const char* p) { _mm_prefetch(p, _MM_HINT_T0); }
 inline void end_of_stream() { _mm_sfence(); }
 

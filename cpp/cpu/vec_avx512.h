@@ -120,7 +120,6 @@ inline float fold(const V (&v)[2]) {
   return _mm_cvtss_f32(_mm_add_ss(d, _mm_movehdup_ps(d)));
 }
 
-inline void fetch_for_write(const char* p) { _mm_prefetch(p, _MM_HINT_ET0); }
 inline void fetch(const char* p) { _mm_prefetch(p, _MM_HINT_T0); }
 inline void end_of_stream() { _mm_sfence(); }
 

@@ -117,5 +117,6 @@ def config_of(prefix: str, config: Mapping[str, Any], origin: str) -> Config:
         name = "audio_config" if tower[0] == "audio" else "vision_config"
         if isinstance(config.get(name), dict):
             return Config(origin, prefix, config[name])
-    text = next((config[name] for name in _TEXT if isinstance(config.get(name), dict)), {})
+    sections = (config.get(name) for name in _TEXT)
+    text: dict[str, Any] = next((part for part in sections if isinstance(part, dict)), {})
     return Config(origin, prefix, {**config, **text})

@@ -84,8 +84,8 @@ class _Files:
 
     def __init__(self, path: Path) -> None:
         self.name = str(path)
-        folder = path if path.is_dir() else path.parent
-        self.config_path = folder / "config.json"
+        self._config_path = (path if path.is_dir() else path.parent) / "config.json"
+        self._config = _read_json(self._config_path) if self._config_path.is_file() else {}
         self._open: dict[Path, Any] = {}
         file = _single_file(path)
         if file is None:
@@ -93,7 +93,10 @@ class _Files:
         else:
             self._shards = dict.fromkeys(self._file(file).keys(), file)
 
-    def names(self) -> set[str] | None:
+    def config(self, prefix: str) -> Config:
+        return config_of(prefix, self._config, str(self._config_path))
+
+    def names(self) -> set[str]:
         return set(self._shards)
 
     def get(self, name: str) -> Tensor | None:
@@ -168,14 +171,15 @@ def _read_index(path: Path) -> dict[str, Path]:
 class _Objects:
     """A dict of tensors, or an object with get_tensor, whose keys() are used if it has them."""
 
-    config_path = None
-
     def __init__(self, source: Any) -> None:
         self.name = f"this {type(source).__name__}"
         self._source = source
         is_mapping = isinstance(source, Mapping)
         self._read = source.__getitem__ if is_mapping else source.get_tensor
         self._names = set(source.keys()) if hasattr(source, "keys") else None
+
+    def config(self, prefix: str) -> Config:
+        return config_of(prefix, {}, self.name)
 
     def names(self) -> set[str] | None:
         return self._names
@@ -221,25 +225,24 @@ def _opened(source: Source) -> _Tensors:
 
 # ------------------------------------------------------------------------------- finding by name
 
-_BIAS_OF = {
-    ".weight": ".bias",
-    ".gamma": ".beta",
-}  # TensorFlow's names, in BERT's first checkpoints
-_NORM_WORDS = set("norm norms layernorm layernorms rmsnorm ln layrnorm enorm hnorm subln".split())
-_OTHER_WORDS = set("batch group instance spectral weight batchnorm groupnorm linear proj".split())
-_HEAD_WORDS = {"q", "k", "query", "key"}
+_BIAS_OF = {".weight": ".bias", ".gamma": ".beta"}  # the second as TensorFlow's BERT has them
+_NORM_WORDS = frozenset(
+    ("norm", "norms", "layernorm", "layernorms", "rmsnorm", "ln", "layrnorm", "enorm", "hnorm")
+)
+_OTHER_WORDS = frozenset(("batch", "group", "instance", "spectral", "weight", "linear", "proj"))
+_HEAD_WORDS = frozenset(("q", "k", "query", "key"))
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Split the name of a weight into the norm's name and its ending; the ending is "" if it is no weight's."""
+    """The norm's name and the ending of its weight's; "" as ending where it is not a weight's."""
     ending = next((e for e in _BIAS_OF if name.endswith(e)), "")
     return name.removesuffix(ending), ending
 
 
 def _words(prefix: str) -> set[str]:
-    parts = prefix.split(".")
-    named = next((part for part in reversed(parts) if not part.isdecimal()), "")
+    """The words in the last part of a name that is not just a number."""
+    named = next((p for p in reversed(prefix.split(".")) if not p.isdecimal()), "")
     return {word.lower() for word in _WORD.findall(named)}
 
 
@@ -249,23 +252,23 @@ def _is_norm(prefix: str) -> bool:
 
 
 def _is_head_norm(prefix: str, shape: tuple[int, ...]) -> bool:
-    return len(shape) == 2 and bool(_words(prefix) & _HEAD_WORDS) and _is_norm(prefix)
+    return len(shape) == 2 and _is_norm(prefix) and bool(_words(prefix) & _HEAD_WORDS)
 
 
 def find_norms(source: Source) -> list[NormEntry]:
     """Find every norm of a checkpoint by names and shapes, without reading a tensor.
 
-    A norm is a floating weight (n,) in a module called norm, layernorm, LayerNorm, ln_1, q_norm and the like, or
-    (heads, head_dim) in one called q_norm or k_norm; TensorFlow's gamma and beta count as weight and bias.  Batch, group
-    and instance norms are left out where their name or a running mean tells; a group norm that is just called "norm"
-    cannot be told from a LayerNorm.
+    A norm is a floating weight (n,) of a module called norm, layernorm, LayerNorm, ln_1, q_norm and
+    the like, or (heads, head_dim) of one called q_norm or k_norm; TensorFlow's gamma and beta count
+    as weight and bias.  Batch, group and instance norms are left out where their name or a running
+    mean tells; a group norm that is just called "norm" cannot be told from a LayerNorm.
 
     Args:
-        source: as in `load_norm`; an object needs keys().  Only from an object without get_slice, tensors are read,
-            those that have the name of a norm.
+        source: as in `load_norm`; an object needs keys().  Only of an object without get_slice,
+            tensors are read: those that have the name of a norm.
 
     Returns:
-        One entry for each norm, in the order of their keys, numbers in the order of numbers.
+        One entry for each norm, sorted by key, with the numbers in keys in numerical order.
 
     Raises:
         TypeError: source is none of these, or an object without keys().
@@ -275,26 +278,24 @@ def find_norms(source: Source) -> list[NormEntry]:
     Example:
         >>> import torch
         >>> from normkit.checkpoint import find_norms
-        >>> [entry.key for entry in find_norms({"a.norm.weight": torch.ones(4), "b.weight": torch.ones(4)})]
+        >>> entries = find_norms({"a.norm.weight": torch.ones(4), "b.weight": torch.ones(4)})
+        >>> [entry.key for entry in entries]
         ['a.norm']
     """
-    tensors, config = _opened(source)
+    tensors = _opened(source)
     names = tensors.names()
     if names is None:
         raise TypeError(f"source: expected an object with keys(), got {tensors.name}")
-    found = (_entry(tensors, config, names, name) for name in sorted(names, key=_natural))
+    found = (_entry(tensors, names, name) for name in sorted(names, key=_natural))
     return [entry for entry in found if entry is not None]
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    return [
-        (int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)
-    ]
+    parts = re.split(r"(\d+)", name)
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
 
 
-def _entry(
-    tensors: _Tensors, config: dict[str, Any], names: set[str], name: str
-) -> NormEntry | None:
+def _entry(tensors: _Tensors, names: set[str], name: str) -> NormEntry | None:
     prefix, ending = _split(name)
     if not ending or not _is_norm(prefix) or f"{prefix}.running_mean" in names:
         return None
@@ -302,16 +303,16 @@ def _entry(
     if dtype is None or not (len(shape) == 1 or _is_head_norm(prefix, shape)):
         return None
     has_bias = prefix + _BIAS_OF[ending] in names
-    settings = _config_for(tensors.config_path, config, prefix)
-    kind = settings.kind(prefix, has_bias)
+    config = tensors.config(prefix)
+    kind = config.kind(has_bias)
     return NormEntry(
         prefix,
         kind,
         shape,
         dtype,
         has_bias,
-        settings.eps(kind),
-        settings.weight_offset(prefix, kind),
+        config.eps(kind),
+        config.weight_offset(kind),
         tensors.shard(name),
     )
 
@@ -329,23 +330,23 @@ def read_norm(
     round_before_weight: bool | None = None,
     device: torch.device | str | None = None,
 ) -> StoredNorm:
-    """Read the tensors and the options of one norm; arguments and errors are those of `load_norm`."""
+    """Read the tensors and options of one norm; arguments and errors are those of `load_norm`."""
     if kind not in (None, "rms", "layer"):
         raise ValueError(f'kind: expected "rms", "layer" or None, got {kind!r}')
-    tensors, config = _opened(source)
+    tensors = _opened(source)
     prefix, weight, bias = _read(tensors, key)
-    settings = _config_for(tensors.config_path, config, prefix)
-    kind = kind or settings.kind(prefix, bias is not None)
+    config = tensors.config(prefix)
+    kind = kind or config.kind(bias is not None)
     if weight_offset is None:
-        weight_offset = settings.weight_offset(prefix, kind)
+        weight_offset = config.weight_offset(kind)
     if round_before_weight is None:
-        round_before_weight = settings.round_before_weight(prefix, kind)
+        round_before_weight = config.round_before_weight(kind)
     return StoredNorm(
         prefix,
         _copied(weight, device),
         None if bias is None else _copied(bias, device),
         kind,
-        settings.eps(kind) if eps is None else eps,
+        config.eps(kind) if eps is None else eps,
         weight_offset,
         round_before_weight,
     )
@@ -359,10 +360,10 @@ def _read(tensors: _Tensors, key: str) -> tuple[str, Tensor, Tensor | None]:
             continue
         bias = tensors.get(prefix + _BIAS_OF[ending])
         if weight.ndim == 0 or (bias is not None and bias.shape != weight.shape):
-            shapes = [tuple(t.shape) for t in (weight, bias) if t is not None]
-            raise ValueError(f"{prefix}: no norm has a weight and a bias of shapes {shapes}")
+            shapes = " and ".join(str(tuple(t.shape)) for t in (weight, bias) if t is not None)
+            raise ValueError(f"{prefix}: expected the shapes of a norm's tensors, got {shapes}")
         return prefix, weight, bias
-    raise KeyError(f"{tensors.name} has no norm {key!r}{_nearest(tensors, prefix)}")
+    raise KeyError(f"no norm {key!r} in {tensors.name}{_nearest(tensors, prefix)}")
 
 
 def _nearest(tensors: _Tensors, prefix: str) -> str:
@@ -373,9 +374,8 @@ def _nearest(tensors: _Tensors, prefix: str) -> str:
 
 
 def _copied(tensor: Tensor, device: torch.device | str | None) -> Tensor:
-    # A copy, since a tensor of a file is a window on the whole of it: torch.save would store it all.
-    moved = tensor.detach().to(device=device)
-    return moved.clone(memory_format=torch.contiguous_format)
+    # A copy, since what a file gives is a window on the whole of it: torch.save would store it all.
+    return tensor.detach().to(device=device).clone(memory_format=torch.contiguous_format)
 
 
 def load_norm(
@@ -388,29 +388,33 @@ def load_norm(
     round_before_weight: bool | None = None,
     device: torch.device | str | None = None,
 ) -> RMSNorm | LayerNorm | HeadNorm:
-    """Make the module of a norm in a checkpoint, of the class that what is stored asks for.
+    """Make the module of a norm in a checkpoint, of the class that fits what is stored.
 
-    The kind is "layer" if there is a bias; else "rms" if the name says so; else what config.json says: the families that
-    have LayerNorms without a bias, or a layer_norm_eps and no rms_norm_eps, except in families whose RMSNorms take their
-    eps from there (T5, Mamba); else "rms".  So a LayerNorm without bias from a dict, or without a config.json, needs
-    kind="layer", and an RMSNorm with a bias kind="rms".  A weight (heads, head_dim) of a q_norm or k_norm makes a
-    `HeadNorm` of that kind, any other an `RMSNorm` or `LayerNorm`.
+    The kind is "layer" if there is a bias; else "rms" if the name says so; else what config.json
+    says: "layer" for the families that have LayerNorms without a bias, and where it has a
+    layer_norm_eps and no rms_norm_eps, except in families whose RMSNorms take their eps from there
+    (T5, Mamba); else "rms".  So a LayerNorm without a bias needs kind="layer" where there is no
+    config.json, and an RMSNorm with a bias always needs kind="rms".  The weight (heads, head_dim)
+    of a q_norm or k_norm makes a `HeadNorm` of that kind, any other an `RMSNorm` or `LayerNorm`.
 
     Args:
-        source: a .safetensors file; a folder with model.safetensors, or with model.safetensors.index.json and its
-            shards, or with one .safetensors file of any name; a dict of tensors; or an object with get_tensor(name), which
-            must have keys() or raise KeyError for what it lacks.  Only the tensors of this norm are read.  A config.json
-            beside the file is used: its text_config, or vision_config or audio_config where the key says so.
+        source: a .safetensors file; a folder with model.safetensors, or with
+            model.safetensors.index.json and its shards, or with one .safetensors file; a dict of
+            tensors; or an object with get_tensor(name), which has keys() or raises KeyError for
+            what it lacks.  Only the tensors of this norm are read.  A config.json beside the file
+            is used: its text_config, or vision_config or audio_config where the key says so.
         key: name of the norm ("model.norm") or of its weight ("model.norm.weight").
         kind: "rms" or "layer"; None for the rule above.
         eps: None for that of config.json, or, without one, 1e-6 for "rms" and 1e-5 for "layer".
-        weight_offset: None for 1.0 where the model family of config.json adds 1 (Gemma 1 to 3, Qwen3-Next), else 0.
-        round_before_weight: None for True where the family does so (Llama, Mistral, Qwen2, Qwen3 and most that
-            descend from them), else False.
+        weight_offset: None for 1.0 where the model family of config.json adds 1 (Gemma 1 to 3,
+            Qwen3-Next and 3.5), else 0.
+        round_before_weight: None for True where the family does so (Llama, Mistral, Qwen2, Qwen3
+            and most that descend from them), else False.
         device: None for where the source gives its tensors.
 
     Returns:
-        An RMSNorm, LayerNorm or HeadNorm that holds copies of the stored tensors, bit for bit and in the dtype stored.
+        An RMSNorm, LayerNorm or HeadNorm with copies of the stored tensors, bit for bit and in the
+        dtype stored.
 
     Raises:
         KeyError: source has no such norm; the message names the nearest.
@@ -418,7 +422,7 @@ def load_norm(
         ValueError: kind is none of these, a file is malformed, or the stored shapes do not fit.
         OSError: a file is missing or cannot be read.
 
-    Families are as in Hugging Face transformers.  Rounding: see the functions that the modules call.
+    Nothing is rounded in loading.  Families are as in Hugging Face transformers.
 
     Example:
         >>> import normkit, torch
@@ -437,7 +441,7 @@ def load_norm(
         device=device,
     )
     if _is_head_norm(stored.key, tuple(stored.weight.shape)):
-        return modules.HeadNorm._from_stored(stored)
+        return modules.HeadNorm.from_stored(stored)
     if stored.kind == "layer":
-        return modules.LayerNorm._from_stored(stored)
-    return modules.RMSNorm._from_stored(stored)
+        return modules.LayerNorm.from_stored(stored)
+    return modules.RMSNorm.from_stored(stored)

@@ -1,0 +1,283 @@
+"""The promises of docs/numerics.md, each with a test of its name."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from conformance.support import (
+    DTYPES,
+    OPS,
+    RMS,
+    Guarded,
+    Op,
+    assert_same_bits,
+    assert_same_results,
+    dtypes,
+    inputs_for,
+    run,
+    run_and_check,
+    run_in_place,
+    threads,
+)
+from normkit.testing import Inputs, make_inputs
+
+ops = st.sampled_from(OPS)
+
+
+def rows_of(inputs: Inputs, rows: slice) -> Inputs:
+    return inputs._replace(x=inputs.x[rows], residual=inputs.residual[rows])
+
+
+# -------------------------------------------------------------------------------------- promise 1
+
+
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_promise_1_statistics_are_float32(backend: Any, op: Op) -> None:
+    """Squares of these float16 overflow float16, and their sum in bfloat16 would stop at 256 terms."""
+    for dtype in DTYPES:
+        run_and_check(backend, op, inputs_for(op, 2, 5000, dtype, scale=300.0))
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op.kind == "layer"], ids=str)
+def test_promise_1_layer_norm_takes_two_passes(backend: Any, op: Op) -> None:
+    """With a mean of 1000 standard deviations, E[x^2] - E[x]^2 in float32 has hardly a right digit.
+
+    The rows are 0 on the average of |x| that the bound allows for, so the bound is not what lets this pass:
+    the deviations are whole numbers, and every step of the two passes is exact.
+    """
+    n = 256
+    deviation = torch.tensor([3.0, -3.0, 1.0, -1.0]).repeat(n // 4)
+    for mean in (0.0, 1024.0, 2.0**20):
+        inputs = Inputs(
+            (mean + deviation).repeat(2, 1), torch.zeros(2, n), torch.ones(n), torch.zeros(n)
+        )
+        y = run(backend, op, inputs, eps=0.0).y
+        assert torch.allclose(y, (deviation / math.sqrt(5)).repeat(2, 1), rtol=2**-22, atol=0)
+
+
+@pytest.mark.parametrize("out_dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_promise_1_rounding_is_to_nearest_even(
+    backend: Any, op: Op, out_dtype: torch.dtype
+) -> None:
+    """xhat is exactly 1 and -1, so y is the weight or its negative: every number between two neighbours, and ties."""
+    upper = 14 if out_dtype == torch.float16 else 126  # one binade below the last
+    lower = -26 if out_dtype == torch.float16 else -135  # below the smallest subnormal
+    bits_kept = 10 if out_dtype == torch.float16 else 7
+    parts = torch.arange(0, 2 ** (bits_kept + 2), 1 if bits_kept == 7 else 37).double()
+    binades = torch.arange(lower, upper + 2).double()
+    weight = (2.0 ** binades[:, None] * (1 + parts / 2 ** (bits_kept + 2))).flatten()
+    weight = torch.cat([weight, weight * (1 + 2.0**-23), weight * (1 - 2.0**-23)])
+    weight = weight.float()[: weight.numel() // 2 * 2]
+    x = torch.ones(1, weight.numel())
+    x[:, 1::2] = -1.0
+    inputs = Inputs(x, torch.zeros_like(x), weight, None)
+    result = run(backend, op, inputs, eps=0.0, out_dtype=out_dtype)
+    assert_same_bits(result.y, (x * weight).to(out_dtype))
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op.adds], ids=str)
+@pytest.mark.parametrize("residual_dtype", DTYPES[1:], ids=str)
+def test_promise_1_the_sum_is_rounded_to_nearest_even(
+    backend: Any, op: Op, residual_dtype: torch.dtype
+) -> None:
+    """x + 0 in float32, every bit pattern of the upper half with tie, just above and just below it."""
+    patterns = torch.arange(0, 2**16, dtype=torch.int32) << 16
+    x = torch.stack([patterns + low for low in (0x0000, 0x8000, 0x8001, 0x7FFF, 0x1000, 0x3000)])
+    x = x.view(torch.float32)
+    x = torch.where(x.isnan(), 1.0, x)
+    residual = torch.full_like(x, -0.0, dtype=residual_dtype)
+    result = run(backend, op, Inputs(x, residual, None, None))
+    assert_same_bits(result.residual_out, x.to(residual_dtype))
+
+
+# -------------------------------------------------------------------------------------- promise 2
+
+
+@given(
+    op=ops,
+    dtype=dtypes,
+    out_dtype=dtypes,
+    n=st.integers(1, 2000),
+    scale=st.integers(-4, 3),
+    spike=st.floats(0, 4),
+    mean=st.floats(-100, 100),
+    eps=st.sampled_from([1e-6, 0.3]),
+    seed=st.integers(0, 2**32),
+)
+def test_promise_2_error_within_the_bound(
+    backend: Any,
+    op: Op,
+    dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    n: int,
+    scale: int,
+    spike: float,
+    mean: float,
+    eps: float,
+    seed: int,
+) -> None:
+    inputs = inputs_for(op, 2, n, dtype, scale=10.0**scale, seed=seed)
+    x = inputs.x.float() + mean * 10.0**scale
+    x[1, seed % n] *= 10.0**spike
+    inputs = inputs._replace(x=x.clamp(-6e4, 6e4).to(dtype))
+    run_and_check(backend, op, inputs, eps=eps, out_dtype=out_dtype)
+
+
+# -------------------------------------------------------------------------------------- promise 3
+
+
+@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize("n", [7, 64, 129, 1000, 4104])
+def test_promise_3_a_row_does_not_depend_on_the_batch(backend: Any, op: Op, n: int) -> None:
+    for dtype, rows in itertools.product(DTYPES, (2, 5, 67)):
+        inputs = inputs_for(op, (rows, 1), n, dtype)
+        whole = run(backend, op, inputs)
+        for row in {0, 1, rows // 2, rows - 1}:
+            alone = run(backend, op, rows_of(inputs, slice(row, row + 1)))
+            assert_same_bits(alone.y[0], whole.y[row])
+            if op.adds:
+                assert_same_bits(alone.residual_out[0], whole.residual_out[row])
+
+
+@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize("n", [1, 33, 130, 1000, 4099])
+def test_promise_3_a_row_does_not_depend_on_strides_or_alignment(
+    backend: Any, op: Op, n: int
+) -> None:
+    for dtype, out_dtype in itertools.product(DTYPES, DTYPES):
+        inputs = inputs_for(op, (3, 2), n, dtype)
+        plain = run(backend, op, inputs, out_dtype=out_dtype)
+        for offset, gap in itertools.product((0, 1, 3), (0, 1, 5)):
+            strides = (2 * (n + gap) + 7, n + gap, 1)
+            place = (inputs.x.shape, strides, offset)
+            moved = inputs._replace(
+                x=Guarded(place[0], dtype, *place[1:]).fill(inputs.x),
+                residual=Guarded(place[0], dtype, *place[1:]).fill(inputs.residual),
+                weight=Guarded(inputs.weight.shape, dtype, None, offset).fill(inputs.weight),
+                bias=Guarded(inputs.bias.shape, dtype, None, 3 - offset).fill(inputs.bias),
+            )
+            out = Guarded(place[0], out_dtype, strides, 3 - offset)
+            assert_same_results(run(backend, op, moved, out=out.tensor), plain)
+            out.assert_only_elements_written()
+
+
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_promise_3_a_row_does_not_depend_on_the_number_of_threads(backend: Any, op: Op) -> None:
+    """Shapes with enough bytes for two threads, in rows that do not divide evenly."""
+    for dtype, (rows, n) in itertools.product(
+        DTYPES, ((3, 12289), (129, 500), (1001, 64), (5001, 7))
+    ):
+        inputs = inputs_for(op, (rows, 1), n, dtype)
+        with threads(1):
+            serial = run(backend, op, inputs)
+        with threads(2):
+            parallel = run(backend, op, inputs)
+            in_place = run_in_place(backend, op, inputs)
+        assert_same_results(parallel, serial)
+        assert_same_results(in_place, serial)
+
+
+def test_threads_are_used(kernels: Any) -> None:
+    """Or the test above compares a thread with itself."""
+    import normkit
+
+    x = torch.ones(1001, 512)
+    for count, text in ((1, "1 thread,"), (2, "2 threads,")):
+        with threads(count):
+            assert text in normkit.explain(RMS.name, x).plan
+
+
+# -------------------------------------------------------------------------------------- promise 4
+
+
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_promise_4_two_runs_give_the_same_bits(backend: Any, op: Op) -> None:
+    for dtype, n in itertools.product(DTYPES, (65, 4096)):
+        inputs = inputs_for(op, 100, n, dtype)
+        with threads(2):
+            first = run(backend, op, inputs)
+            for _ in range(3):
+                assert_same_results(run(backend, op, inputs), first)
+
+
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_promise_4_two_backward_runs_give_the_same_bits(op: Op) -> None:
+    import normkit
+
+    def gradients() -> list[torch.Tensor]:
+        inputs = Inputs(*(t.requires_grad_() for t in inputs_for(op, (50, 8), 96, torch.float32)))
+        y = run(lambda name, *args, **kw: getattr(normkit, name)(*args, **kw), op, inputs).y
+        (y * torch.arange(96)).sum().backward()
+        return [t.grad for t in inputs if t.grad is not None]
+
+    with threads(2):
+        first = gradients()
+        assert len(first) == 3 + op.adds
+        for again in (gradients(), gradients()):
+            for a, b in zip(again, first, strict=True):
+                assert_same_bits(a, b)
+
+
+# -------------------------------------------------------------------------------------- promise 5
+
+
+@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=str)
+def test_promise_5_nan_and_inf_stay_in_their_row_and_show(backend: Any, op: Op, bad: float) -> None:
+    for dtype, n, where in itertools.product(DTYPES, (1, 7, 64, 200), ("x", "residual")):
+        if where == "residual" and not op.adds:
+            continue
+        clean = inputs_for(op, (5, 1), n, dtype)
+        expected = run(backend, op, clean)
+        for column in {0, n // 2, n - 1}:
+            spoilt = getattr(clean, where).clone()
+            spoilt[2, 0, column] = bad
+            spoilt[4, 0, column] = bad
+            inputs = clean._replace(**{where: spoilt})
+            result = run_and_check(backend, op, inputs)
+            for row in (0, 1, 3):
+                assert_same_bits(result.y[row], expected.y[row])
+            assert result.y[2, 0, column].isnan()
+            assert result.y[4, 0, column].isnan()
+
+
+# -------------------------------------------------------------------------------------- promise 6
+
+
+class _TorchCalls(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_promise_6_nothing_is_allocated_beyond_the_outputs(kernels: Any, op: Op) -> None:
+    """Nor copied: torch is asked for the outputs, and for nothing at all where they are given."""
+    shape = (4, 6, 100)
+    big = make_inputs((4, 6, 300), torch.bfloat16, per_head=op.per_head)
+    inputs = Inputs(
+        big.x[..., 100:200], big.residual[..., 1:101], big.weight[..., :100], big.bias[..., 7:107]
+    )
+    given: dict[str, Any] = {"out": torch.empty(shape, dtype=torch.bfloat16)}
+    if op.adds:
+        given["residual_out"] = torch.empty(shape, dtype=torch.bfloat16)
+    with _TorchCalls() as made:
+        run(kernels, op, inputs)
+    with _TorchCalls() as given_calls:
+        run(kernels, op, inputs, **given)
+    explains = 2  # a runner asks explain() first, which makes the outputs too, to say what would happen to them
+    assert made.names == ["aten.empty_like.default"] * (1 + op.adds) * explains
+    assert given_calls.names == []

@@ -1,0 +1,138 @@
+"""Imports and includes point downwards: docs/developing.md has the picture."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "normkit"
+
+# A module imports from its own layer and from those before it. A new file has to be given its place.
+LAYERS = [
+    {"_C", "reference"},
+    {"_checks", "testing"},
+    {"_dispatch"},
+    {"functional", "inplace"},
+    {"_families", "checkpoint", "modules"},
+    {"__init__"},
+    {"_bench"},
+    {"cli"},
+    {"__main__"},
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+# What others than the standard library and torch may be imported, and by whom.
+THIRD_PARTY = {
+    "safetensors": {"checkpoint", "cli"},
+    "rich": {"_bench", "cli"},
+    "typer": {"cli"},
+    "matplotlib": {"_bench"},
+}
+
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
+
+
+def imported(nodes: list[ast.stmt], *, at_load: bool) -> Iterator[str]:
+    """Dotted names; with at_load only what runs when the module is imported."""
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide the direction"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif at_load and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        elif at_load and isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            yield from imported(node.orelse, at_load=True)
+        else:
+            inner = [child for child in ast.walk(node) if isinstance(child, ast.stmt)]
+            if at_load:
+                inner = list(ast.iter_child_nodes(node))  # type: ignore[arg-type]
+                inner = [c for c in inner if isinstance(c, ast.stmt | ast.ExceptHandler)]
+            yield from imported([c for c in inner if c is not node], at_load=at_load)
+
+
+def own_modules(name: str, *, at_load: bool) -> set[str]:
+    tree = ast.parse((PACKAGE / f"{name}.py").read_text())
+    found = set()
+    for dotted in imported(tree.body, at_load=at_load):
+        first, *rest = dotted.split(".")
+        if first == "normkit":
+            found.add(rest[0] if rest and rest[0] in LEVEL else "__init__")
+    return found
+
+
+def test_every_module_has_a_layer() -> None:
+    assert {*MODULES, "_C"} == set(LEVEL)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_point_downwards(name: str) -> None:
+    upwards = {m for m in own_modules(name, at_load=False) if LEVEL[m] > LEVEL[name]}
+    assert not upwards
+
+
+def test_no_module_needs_itself_to_load() -> None:
+    needed = {name: own_modules(name, at_load=True) - {"_C"} for name in MODULES}
+    while ready := {name for name, needs in needed.items() if not needs}:
+        needed = {name: needs - ready for name, needs in needed.items() if name not in ready}
+    assert not needed
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_third_party_imports_stay_where_they_are_needed(name: str) -> None:
+    tree = ast.parse((PACKAGE / f"{name}.py").read_text())
+    tops = {dotted.split(".")[0] for dotted in imported(tree.body, at_load=False)}
+    foreign = tops - sys.stdlib_module_names - {"normkit", "torch"}
+    assert foreign == {package for package in foreign if name in THIRD_PARTY.get(package, ())}
+
+
+# ------------------------------------------------------------------------------------------- C++
+
+KERNEL_FILES = sorted(
+    path for folder in ("cpp/cpu", "cuda") for path in (ROOT / folder).rglob("*") if path.is_file()
+)
+INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]', re.MULTILINE)
+FORBIDDEN = re.compile(r"^(Python|structmember|nanobind/|pybind11/|torch/|ATen/|c10/|dlpack)")
+
+
+def includes(path: Path) -> Iterator[tuple[str, Path | None]]:
+    """Each name, and the file where it is one of ours."""
+    for bracket, name in INCLUDE.findall(path.read_text()):
+        own = (path.parent / name).resolve()
+        yield name, own if bracket == '"' and own.is_file() else None
+
+
+@pytest.mark.parametrize("path", KERNEL_FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_kernels_know_nothing_of_python_and_torch(path: Path) -> None:
+    seen: set[Path] = set()
+    waiting = [path]
+    while waiting:
+        file = waiting.pop()
+        seen.add(file)
+        for name, own in includes(file):
+            assert not FORBIDDEN.match(name), f"{file.relative_to(ROOT)} includes {name}"
+            if own is not None and own not in seen:
+                waiting.append(own)
+
+
+@pytest.mark.parametrize("path", KERNEL_FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_kernels_include_only_each_other_and_plain_structs(path: Path) -> None:
+    plain = {ROOT / "cpp" / "norm_args.h", ROOT / "cpp" / "plan.h"}
+    for _, own in includes(path):
+        assert own is None or own.parent == path.parent or own in plain
+
+
+def test_only_the_extension_module_includes_nanobind() -> None:
+    users = {
+        path.name
+        for path in (ROOT / "cpp").rglob("*")
+        if path.is_file() and any(name.startswith("nanobind/") for name, _ in includes(path))
+    }
+    assert users == {"module.cpp"}
