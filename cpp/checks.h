@@ -1,13 +1,15 @@
-// From the arguments of a call to a RowNorm, or to the reason why the extension does not serve it.  Refusals carry no
-// error message for users: normkit._dispatch looks at a refused call again, raises what has to be raised, and sends what
-// is valid elsewhere.  So every message stands in one place, and this one is quick.
+// From the arguments of a call to a RowNorm, or to the reason why the extension does not serve it.
+// Refusals carry no error message for users: normkit._dispatch looks at a refused call again,
+// raises what has to be raised, and sends what is valid elsewhere.  So every message stands in one
+// place, and this one is quick.
 #pragma once
 #include "tensor.h"
 
 namespace normkit {
 
 struct Arguments {
-  Tensor x{"x"}, residual{"residual"}, weight{"weight"}, bias{"bias"}, out{"out"}, residual_out{"residual_out"};
+  Tensor x{"x"}, residual{"residual"}, weight{"weight"}, bias{"bias"}, out{"out"},
+      residual_out{"residual_out"};
   Statistic statistic;
   bool per_head;
   float eps, weight_offset;
@@ -38,19 +40,22 @@ inline Refusal check_affine(const Tensor& t, const Tensor& x, bool per_head) {
   return {};
 }
 
-// Whether memory is shared in a way that is not plainly harmless: one tensor over itself, or none at all.
+// Whether memory is shared in a way that is not plainly harmless: one tensor over itself, or none
+// at all.
 inline bool may_overlap(const Tensor& written, const Tensor& other) {
   if (!other) return false;
   const char* begin = written.data;
   const char* end = begin + written.extent();
   if (end <= other.data || other.data + other.extent() <= begin) return false;
-  if (begin != other.data || written.dtype != other.dtype || !same_shape(written, other)) return true;
+  if (begin != other.data || written.dtype != other.dtype || !same_shape(written, other))
+    return true;
   for (int d = 0; d < written.ndim; ++d)
     if (written.shape[d] > 1 && written.strides[d] != other.strides[d]) return true;
   return false;
 }
 
-// Whether the rows are laid out from the innermost dimension outwards, each stride beyond what lies inside it.
+// Whether the rows are laid out from the innermost dimension outwards, each stride beyond what lies
+// inside it.
 inline bool rows_are_apart(const Tensor& t) {
   int64_t inside = t.size(1);
   for (int d = t.ndim - 2; d >= 0; --d) {
@@ -93,7 +98,8 @@ inline Refusal check(const Arguments& a, bool memory_checked) {
   return memory_checked ? Refusal{} : check_memory(a);
 }
 
-// The outer dimensions of all tensors at once: those of size 1 dropped, neighbours merged where every tensor allows it.
+// The outer dimensions of all tensors at once: those of size 1 dropped, neighbours merged where
+// every tensor allows it.
 inline void lay_out_rows(const Arguments& a, RowNorm& norm) {
   const Tensor* tensors[] = {&a.x, &a.residual, &a.out, &a.residual_out};
   RowsOf* rows[] = {&norm.x, &norm.residual, &norm.out, &norm.residual_out};
@@ -106,7 +112,8 @@ inline void lay_out_rows(const Arguments& a, RowNorm& norm) {
     const int last = norm.outer_dims - 1;
     bool merges = last >= 0;
     for (int t = 0; t < 4 && merges; ++t)
-      merges = !*tensors[t] || rows[t]->stride[last] == size * tensors[t]->strides[d] * item_size(rows[t]->dtype);
+      merges = !*tensors[t] ||
+               rows[t]->stride[last] == size * tensors[t]->strides[d] * item_size(rows[t]->dtype);
     const int at = merges ? last : norm.outer_dims++;
     norm.outer_size[at] = merges ? norm.outer_size[at] * size : size;
     for (int t = 0; t < 4; ++t)

@@ -1,5 +1,6 @@
-// The parts of DLPack 1.3 that normkit reads, declared from its specification: a tensor's description, and the table of
-// functions that a tensor type offers under __dlpack_c_exchange_api__.  It is the whole of normkit's ABI towards torch.
+// The parts of DLPack 1.3 that normkit reads, declared from its specification: a tensor's
+// description, and the table of functions that a tensor type offers under
+// __dlpack_c_exchange_api__.  It is the whole of normkit's ABI towards torch.
 #pragma once
 #include <cstdint>
 
@@ -38,7 +39,8 @@ struct DLPackExchangeAPIHeader {
 
 struct DLManagedTensorVersioned;
 
-// Python objects and streams are void* here, as in the specification; each function returns 0 on success.
+// Python objects and streams are void* here, as in the specification; each function returns 0 on
+// success.
 struct DLPackExchangeAPI {
   DLPackExchangeAPIHeader header;
   int (*managed_tensor_allocator)(DLTensor*, DLManagedTensorVersioned**, void*,

@@ -24,13 +24,14 @@ nb::object refuse(bool quick, const Refusal& no) {
   return nb::str((std::string(no.argument) + " " + no.what).c_str());
 }
 
-// Calls a Python function of at most one argument; 25 ns less than PyObject_Call for torch's own, which are METH_NOARGS
-// and METH_O.
+// Calls a Python function of at most one argument; 25 ns less than PyObject_Call for torch's own,
+// which are METH_NOARGS and METH_O.
 nb::object call(PyObject* function, PyObject* argument) {
   const int flags = PyCFunction_Check(function) ? PyCFunction_GetFlags(function) : -1;
-  PyObject* result = flags == (argument ? METH_O : METH_NOARGS)
-                         ? PyCFunction_GetFunction(function)(PyCFunction_GetSelf(function), argument)
-                         : PyObject_CallFunctionObjArgs(function, argument, nullptr);
+  PyObject* result =
+      flags == (argument ? METH_O : METH_NOARGS)
+          ? PyCFunction_GetFunction(function)(PyCFunction_GetSelf(function), argument)
+          : PyObject_CallFunctionObjArgs(function, argument, nullptr);
   if (!result) throw nb::python_error();
   return nb::steal(result);
 }
@@ -60,7 +61,8 @@ void bind_torch(nb::handle tensor, nb::handle parameter, nb::handle empty_like,
   torch_objects = torch;
 }
 
-// Set while use_backend() names another backend than "auto", so that the quick path asks normkit._dispatch first.
+// Set while use_backend() names another backend than "auto", so that the quick path asks
+// normkit._dispatch first.
 thread_local bool quick_path_is_off = false;
 
 Refusal check_gradients(const Arguments& a) {
@@ -88,7 +90,8 @@ nb::object empty_like(const Tensor& like, nb::handle dtype) {
   return nb::steal(made);
 }
 
-// Autograd learns of the write by the version counter, as it does from torch's own in-place operators.
+// Autograd learns of the write by the version counter, as it does from torch's own in-place
+// operators.
 void count_write(const Tensor& t) {
   call(torch_objects.increment_version, nb::make_tuple(nb::handle(t.object)).ptr());
 }
@@ -110,8 +113,21 @@ constexpr float kFloat32Epsilon = 1.1920929e-07f;
 
 // The arguments of norm(), by position.
 enum Position {
-  kKind, kX, kResidual, kWeight, kBias, kEps, kWeightOffset, kRoundBeforeWeight, kRoundSum, kClampInf, kOutDtype,
-  kOut, kResidualOut, kMode, kPositions
+  kKind,
+  kX,
+  kResidual,
+  kWeight,
+  kBias,
+  kEps,
+  kWeightOffset,
+  kRoundBeforeWeight,
+  kRoundSum,
+  kClampInf,
+  kOutDtype,
+  kOut,
+  kResidualOut,
+  kMode,
+  kPositions
 };
 enum Mode { kQuick = 0, kChecked = 1, kExplain = 2 };
 
@@ -129,7 +145,8 @@ Refusal read(Arguments& a, PyObject* const* args) {
   if (const Refusal no = tensor(a.residual_out, kResidualOut)) return no;
   a.eps = kFloat32Epsilon;
   if (args[kEps] != Py_None && !read_number(args[kEps], a.eps)) return {"eps", "is not a number"};
-  if (!read_number(args[kWeightOffset], a.weight_offset)) return {"weight_offset", "is not a number"};
+  if (!read_number(args[kWeightOffset], a.weight_offset))
+    return {"weight_offset", "is not a number"};
   if (!read_flag(args[kRoundBeforeWeight], a.round_before_weight))
     return {"round_before_weight", "is not a bool"};
   if (!read_flag(args[kRoundSum], a.round_sum)) return {"round_sum", "is not a bool"};
@@ -146,17 +163,18 @@ nb::object describe(const RowNorm& job) {
   const cpu::Plan plan = cpu::plan(job);
   std::string text = std::string(cpu::instruction_set()) + ", " + std::to_string(plan.threads) +
                      (plan.threads == 1 ? " thread, " : " threads, ") +
-                     std::to_string(plan.block_rows) +
-                     (plan.block_rows == 1 ? " row" : " rows") + " at a time";
+                     std::to_string(plan.block_rows) + (plan.block_rows == 1 ? " row" : " rows") +
+                     " at a time";
   if (plan.stream) text += ", stores around the caches";
-  return nb::make_tuple(text);
+  return nb::make_tuple(nb::str(text.c_str()));
 }
 
 nb::object norm(PyObject* const* args) {
   const long mode = PyLong_AsLong(args[kMode]);
   const bool quick = mode == kQuick;
   if (quick && quick_path_is_off) return nb::none();
-  if (!cpu::instruction_set()) return refuse(quick, {"the processor", "has none of AVX2, AVX-512 and NEON"});
+  if (!cpu::instruction_set())
+    return refuse(quick, {"the processor", "has none of AVX2, AVX-512 and NEON"});
   Arguments a;
   if (const Refusal no = read(a, args)) return refuse(quick, no);
   if (const Refusal no = check(a, !quick)) return refuse(quick, no);
@@ -187,7 +205,6 @@ nb::object norm(PyObject* const* args) {
   return nb::make_tuple(y, nb::borrow(a.residual_out.object));
 }
 
-
 // Not through nanobind: fourteen arguments cost it 60 ns more than a plain vector of them.
 PyObject* norm_entry(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (count != kPositions) {
@@ -212,8 +229,10 @@ PyMethodDef norm_method[] = {
      "     clamp_inf, out_dtype, out, residual_out, mode)\n\n"
      "Run a row norm: y, or (y, residual_out) when there is a residual.\n\n"
      "kind is 0 for rms and 1 for layer, plus 2 when weight and bias may have a row per head.\n"
-     "mode is 0 for the first try, which returns None where it cannot serve; 1 when the caller has\n"
-     "checked that outputs overlap nothing, and wants a str that says why not; and 2 like 1 but to get\n"
+     "mode is 0 for the first try, which returns None where it cannot serve; 1 when the caller "
+     "has\n"
+     "checked that outputs overlap nothing, and wants a str that says why not; and 2 like 1 but to "
+     "get\n"
      "the plan, as a tuple of one str, instead of running."},
     {nullptr, nullptr, 0, nullptr}};
 
@@ -237,7 +256,9 @@ nb::list instruction_sets() {
 
 NB_MODULE(_C, m) {
   using namespace normkit;
-  m.doc() = "normkit's kernels.  Private: normkit.functional is the way in, and says what each argument means.";
+  m.doc() =
+      "normkit's kernels.  Private: normkit.functional is the way in, and says what each argument "
+      "means.";
 
   m.def("bind_torch", &bind_torch, "tensor"_a, "parameter"_a, "empty_like"_a, "is_grad_enabled"_a,
         "increment_version"_a, "float32"_a, "float16"_a, "bfloat16"_a,
@@ -245,8 +266,9 @@ NB_MODULE(_C, m) {
 
   if (PyModule_AddFunctions(m.ptr(), norm_method)) throw nb::python_error();
 
-  m.def("set_quick_path", [](bool on) { quick_path_is_off = !on; }, "on"_a,
-        "Whether this thread's calls in mode 0 are served.");
+  m.def(
+      "set_quick_path", [](bool on) { quick_path_is_off = !on; }, "on"_a,
+      "Whether this thread's calls in mode 0 are served.");
 
   m.def("cuda_devices", &cuda_devices, "The number of CUDA devices, and why it is 0 if it is.");
   m.def("cpu_instruction_sets", &instruction_sets, "Those with kernels that run here, best first.");

@@ -1,5 +1,5 @@
-// What a row norm is, in plain structs: raw pointers, byte strides, dtype codes.  Kernels of every backend read
-// these and know nothing of Python or torch.
+// What a row norm is, in plain structs: raw pointers, byte strides, dtype codes.  Kernels of every
+// backend read these and know nothing of Python or torch.
 #pragma once
 #include <cstdint>
 
@@ -10,10 +10,12 @@ enum class Statistic : uint8_t { kRms, kLayer };
 
 constexpr int64_t item_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
-// A tensor of int64-many elements has at most 62 dimensions of size two or more, and only those are kept.
+// A tensor of int64-many elements has at most 62 dimensions of size two or more, and only those are
+// kept.
 constexpr int kMaxOuterDims = 64;
 
-// The rows of one tensor: row (i0, i1, ...) begins at data + sum(i_k * stride[k]).  data is null when absent.
+// The rows of one tensor: row (i0, i1, ...) begins at data + sum(i_k * stride[k]).  data is null
+// when absent.
 struct RowsOf {
   char* data;
   DType dtype;

@@ -1,6 +1,6 @@
-#include "device_query.h"
-
 #include <cuda_runtime.h>
+
+#include "device_query.h"
 
 namespace normkit::cuda {
 

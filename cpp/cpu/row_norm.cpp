@@ -58,8 +58,8 @@ std::atomic<const Kernels*>& chosen() {
 
 // ---------------------------------------------------------------- memory
 
-// Grows and stays: a call allocates nothing once its thread has seen the shape.  Large buffers are let go again, so
-// that one huge row does not hold its size for the life of the thread.
+// Grows and stays: a call allocates nothing once its thread has seen the shape.  Large buffers are
+// let go again, so that one huge row does not hold its size for the life of the thread.
 class Scratch {
  public:
   ~Scratch() { std::free(data_); }
@@ -86,12 +86,13 @@ class Scratch {
   int64_t size_ = 0;
 };
 
-// Rows that fit here stay in the first-level cache from one stage to the next, with the output and the weight.
+// Rows that fit here stay in the first-level cache from one stage to the next, with the output and
+// the weight.
 constexpr int64_t kBlockBytes = 8 << 10;
 // Fork and join cost about a microsecond, in which one core moves this much.
 constexpr int64_t kThreadBytes = 32 << 10;
-// Beyond the second-level cache it pays to fetch the next rows while these are stored: 5 to 15 % of the whole.  Within
-// it, it costs as much.
+// Beyond the second-level cache it pays to fetch the next rows while these are stored: 5 to 15 % of
+// the whole.  Within it, it costs as much.
 constexpr int64_t kFetchBytes = 4 << 20;
 
 thread_local Scratch affine_scratch;
@@ -112,20 +113,21 @@ int64_t affine_rows(const RowNorm& norm, const Affine& affine) {
   return affine.data && affine.row_stride != 0 ? norm.heads : 1;
 }
 
-// Whether weight and bias are read as stored: they are of the one 16-bit type of source and output, need no offset, and
-// a widened copy does not pay.  It does not for a few rows (Zen 4, n = 4096: 0.14 us to make, 0.02 us saved a row in
-// bfloat16, 0.08 us in float16), nor where it crowds x and y out of the first-level cache, which only bfloat16 minds:
-// widening float16 again costs more than a longer way to the weight.
+// Whether weight and bias are read as stored: they are of the one 16-bit type of source and output,
+// need no offset, and a widened copy does not pay.  It does not for a few rows (Zen 4, n = 4096:
+// 0.14 us to make, 0.02 us saved a row in bfloat16, 0.08 us in float16), nor where it crowds x and
+// y out of the first-level cache, which only bfloat16 minds: widening float16 again costs more than
+// a longer way to the weight.
 bool affine_as_stored(const RowNorm& norm, DType source) {
   const bool few = norm.rows < 4 * norm.heads;
   const bool crowding = source == DType::kBFloat16 && norm.n * (norm.bias.data ? 2 : 1) > 2048;
-  return (few || crowding) && source != DType::kFloat32 && norm.out.dtype == source && norm.weight_offset == 0.f &&
-         norm.weight.data && norm.weight.dtype == source &&
+  return (few || crowding) && source != DType::kFloat32 && norm.out.dtype == source &&
+         norm.weight_offset == 0.f && norm.weight.data && norm.weight.dtype == source &&
          (!norm.bias.data || norm.bias.dtype == source);
 }
 
-// A float32 weight in natural order, or a copy of any other, with the offset added; ones where there is none, since
-// the product with 1 is exact.
+// A float32 weight in natural order, or a copy of any other, with the offset added; ones where
+// there is none, since the product with 1 is exact.
 AffineRows prepared(const RowNorm& norm, const Affine& affine, Layout layout, float offset,
                     const Kernels& kernels, float*& buffer) {
   if (affine.data && affine.dtype == DType::kFloat32 && layout == Layout::kNatural && offset == 0.f)
@@ -170,7 +172,10 @@ class Cursor {
 
  private:
   const RowsOf& tensor(int t) const {
-    return t == kX ? norm_.x : t == kResidual ? norm_.residual : t == kOut ? norm_.out : norm_.residual_out;
+    return t == kX          ? norm_.x
+           : t == kResidual ? norm_.residual
+           : t == kOut      ? norm_.out
+                            : norm_.residual_out;
   }
   const RowNorm& norm_;
   int64_t index_[kMaxOuterDims];
@@ -214,7 +219,8 @@ Stages stages_of(const RowNorm& norm, const Kernels& kernels) {
   if (layer) s.sum = kernels.sum[int(source)];
   s.squares = kernels.squares[int(source)][layer];
   s.affine_as_stored = affine_as_stored(norm, source);
-  s.apply = kernels.apply[int(source)][int(rounded)][int(norm.out.dtype)][s.affine_as_stored][layer];
+  s.apply =
+      kernels.apply[int(source)][int(rounded)][int(norm.out.dtype)][s.affine_as_stored][layer];
   s.layout = layout_of(source, norm.out.dtype);
   return s;
 }
@@ -255,8 +261,8 @@ struct AffinePair {
   AffineRows weight, bias;
 };
 
-// Each part prepares its own: to read what another core has just written takes longer than to write it again (4096
-// columns on Zen 4: 0.14 us to write, 8 us to fetch).
+// Each part prepares its own: to read what another core has just written takes longer than to write
+// it again (4096 columns on Zen 4: 0.14 us to write, 8 us to fetch).
 AffinePair affine_of(const Job& job, int part) {
   const RowNorm& norm = job.norm;
   if (job.stages.affine_as_stored)
@@ -359,13 +365,16 @@ bool use_instruction_set(const char* name) {
 Plan plan(const RowNorm& norm) {
   const int64_t traffic = row_bytes(norm) * norm.rows;
   Plan p;
-  p.block_rows = std::clamp<int64_t>(kBlockBytes / (norm.n * item_size(norm.x.dtype)), 1, kMaxBlockRows);
+  p.block_rows =
+      std::clamp<int64_t>(kBlockBytes / (norm.n * item_size(norm.x.dtype)), 1, kMaxBlockRows);
   const int64_t blocks = (norm.rows + p.block_rows - 1) / p.block_rows;
   p.threads = 1;
   if (traffic >= 2 * kThreadBytes && blocks > 1)
-    p.threads = static_cast<int>(std::min({int64_t{max_threads()}, blocks, traffic / kThreadBytes}));
+    p.threads =
+        static_cast<int>(std::min({int64_t{max_threads()}, blocks, traffic / kThreadBytes}));
   const bool in_place = norm.out.data == norm.x.data || norm.out.data == norm.residual.data;
-  // As much does not stay in the cache anyway; memcpy of glibc draws the line at the same three quarters.
+  // As much does not stay in the cache anyway; memcpy of glibc draws the line at the same three
+  // quarters.
   p.stream = traffic > last_cache_bytes() / 4 * 3 && !in_place && aligned(norm, norm.out);
   p.fetch = traffic > kFetchBytes;
   return p;

@@ -1,10 +1,11 @@
-// The stages of a row norm, written once for every vector width.  Included by one source file per instruction set,
-// after the vec_*.h that defines V, kWidth and the conversions; everything has internal linkage, so that the linker
-// cannot hand one file's AVX-512 code to another.
+// The stages of a row norm, written once for every vector width.  Included by one source file per
+// instruction set, after the vec_*.h that defines V, kWidth and the conversions; everything has
+// internal linkage, so that the linker cannot hand one file's AVX-512 code to another.
 //
-// The order of additions is the same on every instruction set: column i adds to partial sum i % 64, runs of 1024 columns are added pairwise, and the 64 partial sums
-// are folded in half.  Pairwise runs keep the error of the sum at 16 + log2(n / 1024) roundings however long the
-// row is; with 64 running sums a row of a million float32 would break the bound of docs/numerics.md.
+// The order of additions is the same on every instruction set: column i adds to partial sum i % 64,
+// runs of 1024 columns are added pairwise, and the 64 partial sums are folded in half.  Pairwise
+// runs keep the error of the sum at 16 + log2(n / 1024) roundings however long the row is; with 64
+// running sums a row of a million float32 would break the bound of docs/numerics.md.
 #pragma once
 #include <cmath>
 #include <cstring>
@@ -14,8 +15,8 @@
 namespace normkit::cpu {
 namespace {
 
-// Chunks have to live in registers, and the compiler takes these functions for too large to inline on its own: out of
-// line they take twice as long.
+// Chunks have to live in registers, and the compiler takes these functions for too large to inline
+// on its own: out of line they take twice as long.
 #define NORMKIT_INLINE inline __attribute__((always_inline))
 
 constexpr int kVecs = kChunk / kWidth;
@@ -269,7 +270,8 @@ void add_stage(Block& b) {
     auto* residual_out = static_cast<typename R::Item*>(b.residual_out[r]);
     int64_t i = 0;
     for (; i + kChunk <= b.n; i += kChunk) {
-      const Chunk c = sum(load_chunk<X, kSplitLanes>(x + i), load_chunk<R, kSplitLanes>(residual + i));
+      const Chunk c =
+          sum(load_chunk<X, kSplitLanes>(x + i), load_chunk<R, kSplitLanes>(residual + i));
       store_chunk<R, kSplitLanes>(residual_out + i, c);
       if constexpr (kKeep) store_chunk<Float32>(b.wide[r] + i, c);
     }
@@ -283,9 +285,9 @@ void add_stage(Block& b) {
   }
 }
 
-// S is normalised, its normalised value rounded to T before the weight, the result stored as O.  The weight and the bias
-// are of type W: float32 prepared by affine_row, or as stored, which spares a short call the preparation and a long one
-// half of their room in the first-level cache.
+// S is normalised, its normalised value rounded to T before the weight, the result stored as O. The
+// weight and the bias are of type W: float32 prepared by affine_row, or as stored, which spares a
+// short call the preparation and a long one half of their room in the first-level cache.
 template <class S, class T, class O, class W, bool kLayer>
 struct Apply {
   static constexpr bool kSplitLanes = layout_of(S::kDType, O::kDType) == Layout::kSplit;
@@ -341,8 +343,9 @@ struct Apply {
   NORMKIT_INLINE void apply(const Row& row, int64_t n) const {
     int64_t i = 0;
     if (kChunk <= n) {
-      // Each chunk is loaded before the one in front of it is stored: out often begins a line behind x, modulo 4096, and
-      // a load so close behind a store of the same low address bits waits for it (Zen 4: 10 % of the whole norm).
+      // Each chunk is loaded before the one in front of it is stored: out often begins a line
+      // behind x, modulo 4096, and a load so close behind a store of the same low address bits
+      // waits for it (Zen 4: 10 % of the whole norm).
       Chunk c = load_chunk<S, kSplitLanes>(row.x);
       for (; i + 2 * kChunk <= n; i += kChunk) {
         const Chunk following = load_chunk<S, kSplitLanes>(row.x + i + kChunk);

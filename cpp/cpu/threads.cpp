@@ -15,8 +15,8 @@ namespace normkit::cpu {
 #if defined(__linux__)
 namespace {
 
-// libgomp's entry points, from the copy that torch has loaded.  Linking our own would start a second pool: 10.7 s became
-// 35.9 s in pytorch#98836.
+// libgomp's entry points, from the copy that torch has loaded.  Linking our own would start a
+// second pool: 10.7 s became 35.9 s in pytorch#98836.
 struct Pool {
   void (*parallel)(void (*)(void*), void*, unsigned, unsigned) = nullptr;
   int (*max_threads)() = nullptr;
@@ -42,9 +42,9 @@ Pool find_pool() {
     function = reinterpret_cast<std::remove_reference_t<decltype(function)>>(dlsym(library, name));
     return function != nullptr;
   };
-  if (!(find(pool.max_threads, "omp_get_max_threads") && find(pool.in_parallel, "omp_in_parallel") &&
-        find(pool.thread_num, "omp_get_thread_num") && find(pool.num_threads, "omp_get_num_threads") &&
-        find(pool.parallel, "GOMP_parallel")))
+  if (!(find(pool.max_threads, "omp_get_max_threads") &&
+        find(pool.in_parallel, "omp_in_parallel") && find(pool.thread_num, "omp_get_thread_num") &&
+        find(pool.num_threads, "omp_get_num_threads") && find(pool.parallel, "GOMP_parallel")))
     pool.parallel = nullptr;
   return pool;
 }

@@ -45,8 +45,8 @@ inline void stream_half(uint16_t* p, V v) { stream_eight(p, to_half(v)); }
 inline V load_bfloat(const uint16_t* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_eight(p)), 16));
 }
-// Nearest even by integers; the upper half of each lane is the bfloat16.  A NaN would overflow into a number when its
-// payload is all ones, so NaNs are made quiet first.
+// Nearest even by integers; the upper half of each lane is the bfloat16.  A NaN would overflow into
+// a number when its payload is all ones, so NaNs are made quiet first.
 inline __m256i rounded_bits(V v) {
   const __m256i bits = _mm256_castps_si256(v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
@@ -69,12 +69,13 @@ inline void stream_bfloat(uint16_t* p, V v) { stream_eight(p, to_bfloat(v)); }
 
 inline void split(__m256i bits, V& even, V& odd) {
   even = _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
-  odd = _mm256_castsi256_ps(
-      _mm256_and_si256(bits, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+  odd =
+      _mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
 }
 inline void load_split(const uint16_t* p, V& even, V& odd) {
   __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  // Keeps the compiler from folding the load into both instructions: loads are the scarce thing here.
+  // Keeps the compiler from folding the load into both instructions: loads are the scarce thing
+  // here.
   asm("" : "+x"(bits));
   split(bits, even, odd);
 }

@@ -1,4 +1,5 @@
-// AVX-512 (F, BW, VL, DQ), with the bfloat16 conversion of AVX512_BF16 where NORMKIT_AVX512_BF16 is defined.
+// AVX-512 (F, BW, VL, DQ), with the bfloat16 conversion of AVX512_BF16 where NORMKIT_AVX512_BF16 is
+// defined.
 #pragma once
 #include <immintrin.h>
 
@@ -46,8 +47,8 @@ inline V load_bfloat(const uint16_t* p) {
   const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
-// Nearest even by integers; the upper half of each lane is the bfloat16.  A NaN would overflow into a number when its
-// payload is all ones, so NaNs are made quiet first.
+// Nearest even by integers; the upper half of each lane is the bfloat16.  A NaN would overflow into
+// a number when its payload is all ones, so NaNs are made quiet first.
 inline __m512i rounded_bits(V v) {
   const __m512i bits = _mm512_castps_si512(v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -74,7 +75,8 @@ inline void split(__m512i bits, V& even, V& odd) {
 }
 inline void load_split(const uint16_t* p, V& even, V& odd) {
   __m512i bits = _mm512_loadu_si512(p);
-  // Keeps the compiler from folding the load into both instructions: loads are the scarce thing here.
+  // Keeps the compiler from folding the load into both instructions: loads are the scarce thing
+  // here.
   asm("" : "+v"(bits));
   split(bits, even, odd);
 }
@@ -87,16 +89,17 @@ inline __m512i join_by_integers(V even, V odd) {
                                  rounded_bits(odd));
 }
 #ifdef NORMKIT_AVX512_BF16
-// The instruction rounds to nearest even but takes subnormals for zero; any zero among the results sends them through
-// the integers, which take twice as long.
+// The instruction rounds to nearest even but takes subnormals for zero; any zero among the results
+// sends them through the integers, which take twice as long.
 inline Joined join(V even_a, V odd_a, V even_b, V odd_b) {
-  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7,
-                                         22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
+                                         8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   const __m512i a = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd_a, even_a));
   const __m512i b = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd_b, even_b));
   const __m512i magnitude = _mm512_set1_epi16(0x7fff);
   if (__builtin_expect(!_kortestz_mask32_u8(_mm512_testn_epi16_mask(a, magnitude),
-                                            _mm512_testn_epi16_mask(b, magnitude)), 0))
+                                            _mm512_testn_epi16_mask(b, magnitude)),
+                       0))
     return {join_by_integers(even_a, odd_a), join_by_integers(even_b, odd_b)};
   return {_mm512_permutexvar_epi16(order, a), _mm512_permutexvar_epi16(order, b)};
 }
@@ -110,7 +113,8 @@ inline void stream_joined(uint16_t* p, __m512i bits) {
   _mm512_stream_si512(reinterpret_cast<__m512i*>(p), bits);
 }
 
-// Folds in half again and again: 32 partial sums in v[0], v[1], the upper half always onto the lower.
+// Folds in half again and again: 32 partial sums in v[0], v[1], the upper half always onto the
+// lower.
 inline float fold(const V (&v)[2]) {
   const __m512 a = add(v[0], v[1]);
   const __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(a), 1));

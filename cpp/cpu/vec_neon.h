@@ -26,17 +26,15 @@ inline V load(const float* p) { return vld1q_f32(p); }
 inline void store(float* p, V v) { vst1q_f32(p, v); }
 inline void stream(float* p, V v) { store(p, v); }
 
-inline V load_half(const uint16_t* p) {
-  return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
-}
+inline V load_half(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 inline uint16x4_t to_half(V v) { return vreinterpret_u16_f16(vcvt_f16_f32(v)); }
 inline V round_half(V v) { return vcvt_f32_f16(vcvt_f16_f32(v)); }
 inline void store_half(uint16_t* p, V v) { vst1_u16(p, to_half(v)); }
 inline void stream_half(uint16_t* p, V v) { store_half(p, v); }
 
 inline V load_bfloat(const uint16_t* p) { return of_bits(vshll_n_u16(vld1_u16(p), 16)); }
-// Nearest even by integers; the upper half of each lane is the bfloat16.  A NaN would overflow into a number when its
-// payload is all ones, so NaNs are made quiet first.
+// Nearest even by integers; the upper half of each lane is the bfloat16.  A NaN would overflow into
+// a number when its payload is all ones, so NaNs are made quiet first.
 inline uint32x4_t rounded_bits(V v) {
   const uint32x4_t bits = bits_of(v);
   const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
@@ -44,9 +42,7 @@ inline uint32x4_t rounded_bits(V v) {
   const uint32x4_t quiet = vorrq_u32(bits, vdupq_n_u32(0x00400000));
   return vbslq_u32(vceqq_f32(v, v), up, quiet);
 }
-inline V round_bfloat(V v) {
-  return of_bits(vandq_u32(rounded_bits(v), vdupq_n_u32(0xffff0000u)));
-}
+inline V round_bfloat(V v) { return of_bits(vandq_u32(rounded_bits(v), vdupq_n_u32(0xffff0000u))); }
 inline void store_bfloat(uint16_t* p, V v) { vst1_u16(p, vshrn_n_u32(rounded_bits(v), 16)); }
 inline void stream_bfloat(uint16_t* p, V v) { store_bfloat(p, v); }
 
@@ -67,7 +63,9 @@ inline uint32x4_t join(V even, V odd) {
 inline Joined join(V even_a, V odd_a, V even_b, V odd_b) {
   return {join(even_a, odd_a), join(even_b, odd_b)};
 }
-inline void store_joined(uint16_t* p, uint32x4_t bits) { vst1q_u16(p, vreinterpretq_u16_u32(bits)); }
+inline void store_joined(uint16_t* p, uint32x4_t bits) {
+  vst1q_u16(p, vreinterpretq_u16_u32(bits));
+}
 inline void stream_joined(uint16_t* p, uint32x4_t bits) { store_joined(p, bits); }
 
 // Folds in half again and again: 32 partial sums in v[0..7], the upper half always onto the lower.

@@ -133,7 +133,8 @@ def _compute_dtype(x: Tensor, asked: torch.dtype | None) -> torch.dtype:
 
 
 def _widened(x: Tensor, compute: torch.dtype, clamp_inf: bool) -> Tensor:
-    wide = x.to(compute)
+    # Contiguous, because the strides choose the order in which torch adds up a mean.
+    wide = x.to(compute).contiguous()
     if clamp_inf and x.dtype == torch.float16:
         wide = wide.clamp(-FLOAT16_MAX, FLOAT16_MAX)
     return wide

@@ -19,9 +19,7 @@ __all__ = ["Inputs", "assert_accurate", "error_bound", "make_inputs"]
 
 _STORE = 1 + 2.0**-9  # of half a step of the output dtype
 _ARITHMETIC = 4 * 2.0**-24  # of the magnitude that the arithmetic in float32 handles
-_FLOAT32_STEP = (
-    2.0**-149
-)  # the smallest number of float32; xhat is rounded to it before the weight multiplies it
+_UNDERFLOW = 2.0**-150  # half the smallest number of float32
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
@@ -108,14 +106,14 @@ def error_bound(
 ) -> Tensor:
     """How far each element of a norm may be from `reference.norm` in float64.
 
-        bound = ulp / 2 * (1 + 2^-9) + 4 * 2^-24 * t + 2^-150 * |weight + weight_offset|
-        rms:    t = |x| * rstd * |weight + weight_offset| + |bias|
-        layer:  t = (|x| + mean(|x|)) * rstd * |weight + weight_offset| + |bias|
+        bound = ulp / 2 * (1 + 2^-9) + 4 * 2^-24 * t + 2^-150 * u
+        rms:    t = |x| * rstd * |w| + |bias|                 u = |w|
+        layer:  t = (|x| + mean(|x|)) * rstd * |w| + |bias|   u = (1 + rstd) * |w|
 
-    ulp is the step of out_dtype at the float64 result, and never below its smallest number.  The
-    last term is the rounding of a normalised value that is subnormal in float32.  With
-    round_before_weight and a 16-bit x, an element whose normalised value lies within ``4 * 2^-24 *
-    t`` (t for a weight of 1) of the middle between two neighbours may be rounded to either, and its
+    w is weight + weight_offset; ulp is the step of out_dtype at the float64 result, and never below
+    its smallest number; u is for means and normalised values that are subnormal in float32.  With
+    round_before_weight and a 16-bit x, an element whose normalised value lies within 4 * 2^-24 * t
+    (that of a weight of 1) of the middle between two neighbours may be rounded to either, and its
     bound reaches as far.  A row of squares whose sum float32 cannot hold is measured against
     float32's own result.
 
@@ -256,7 +254,7 @@ class _Oracle:
         if self.weight is not None:
             self.weight = self.weight + _rounded(weight_offset, computing)
         self.xhat = self._normalised(x, eps, clamp_inf, torch.float64)
-        self.t = self._magnitude(x, eps, clamp_inf)
+        self.t, self.u = self._magnitudes(x, eps, clamp_inf)
         if computing is torch.float32:
             overflows = self._sum_overflows(x, clamp_inf)
             if overflows.any():
@@ -280,7 +278,7 @@ class _Oracle:
             candidates = [nearest, neighbour.where(close_call, nearest)]
         scale = 1.0 if self.weight is None else self.weight.abs()
         shift = 0.0 if self.bias is None else self.bias.abs()
-        arithmetic = _ARITHMETIC * (self.t * scale + shift) + _FLOAT32_STEP / 2 * scale
+        arithmetic = _ARITHMETIC * (self.t * scale + shift) + _UNDERFLOW * self.u * scale
         values = [self._scaled(xhat) for xhat in candidates]
         return [(y, _ulp(y, out_dtype) / 2 * _STORE + arithmetic) for y in values]
 
@@ -302,15 +300,15 @@ class _Oracle:
         assert self.rounded_to is not None
         return self.xhat.to(self.rounded_to).double()
 
-    def _magnitude(self, x: Tensor, eps: float, clamp_inf: bool) -> Tensor:
-        """The t of the bound, for a weight of 1 and no bias."""
+    def _magnitudes(self, x: Tensor, eps: float, clamp_inf: bool) -> tuple[Tensor, Tensor]:
+        """The t and u of the bound, for a weight of 1 and no bias."""
         wide = _clamped(x, clamp_inf)
         centred = wide - wide.mean(-1, keepdim=True) if self.kind == "layer" else wide
         rstd = ((centred * centred).mean(-1, keepdim=True) + eps).rsqrt()
         t = wide.abs()
         if self.kind == "layer":
-            t = t + t.mean(-1, keepdim=True)
-        return t * rstd
+            return (t + t.mean(-1, keepdim=True)) * rstd, 1 + rstd
+        return t * rstd, torch.ones_like(rstd)
 
     def _sum_overflows(self, x: Tensor, clamp_inf: bool) -> Tensor:
         wide = _clamped(x, clamp_inf)

@@ -163,7 +163,9 @@ class Guarded:
         self._inside.as_strided(*place).fill_(True)
 
     def fill(self, values: Tensor) -> Tensor:
-        self.tensor.copy_(values)
+        """Store values; those of the first index in expanded dimensions."""
+        once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in self.tensor.stride())
+        self.tensor[once].copy_(values[once])
         return self.tensor
 
     def assert_only_elements_written(self) -> None:

@@ -50,8 +50,8 @@ def test_promise_1_statistics_are_float32(backend: Any, op: Op) -> None:
 def test_promise_1_layer_norm_takes_two_passes(backend: Any, op: Op) -> None:
     """With a mean of 1000 standard deviations, E[x^2] - E[x]^2 in float32 has hardly a right digit.
 
-    The rows are 0 on the average of |x| that the bound allows for, so the bound is not what lets this pass:
-    the deviations are whole numbers, and every step of the two passes is exact.
+    The bound grows with the mean and would let that pass.  Here it need not: the deviations are whole numbers, and
+    every step of the two passes is exact but for rstd.
     """
     n = 256
     deviation = torch.tensor([3.0, -3.0, 1.0, -1.0]).repeat(n // 4)

@@ -1,0 +1,188 @@
+"""What only the CPU kernels have: instruction sets, threads, caches, and their place among torch's own operators."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+
+import pytest
+import torch
+from torch import Tensor
+
+import normkit
+from normkit import _C
+from normkit.testing import assert_accurate
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.fixture
+def best_instruction_set():
+    """Puts back what a test has chosen."""
+    best = _C.cpu_instruction_set()
+    yield best
+    _C.use_cpu_instruction_set(best)
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def _randn(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=generator) * 1.5 + 0.5).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [1, 31, 33, 63, 64, 96, 100, 127, 1000, 1025, 4096, 70001])
+def test_every_instruction_set_gives_the_same_bits(n, dtype, best_instruction_set):
+    assert len(_C.cpu_instruction_sets()) >= 1
+    x, residual = _randn(5, n, dtype=dtype, seed=n), _randn(5, n, dtype=torch.bfloat16, seed=n + 1)
+    weight, bias = _randn(n, dtype=torch.float16, seed=2), _randn(n, dtype=dtype, seed=3)
+
+    def results():
+        with normkit.use_backend("cpu"):
+            for rounded in (False, True):
+                yield normkit.rms_norm(x, weight, round_before_weight=rounded)
+                yield normkit.layer_norm(x, bias, bias, round_before_weight=rounded, clamp_inf=True)
+                yield from normkit.add_layer_norm(x, residual, weight, round_sum=rounded)
+                yield from normkit.add_rms_norm(x, x, bias, bias, out_dtype=torch.bfloat16)
+
+    by_set = {}
+    for name in _C.cpu_instruction_sets():
+        _C.use_cpu_instruction_set(name)
+        by_set[name] = list(results())
+    expected = by_set[best_instruction_set]
+    for name, got in by_set.items():
+        for a, b in zip(got, expected, strict=True):
+            assert torch.equal(a, b), name
+
+
+def test_unknown_instruction_set_is_refused():
+    with pytest.raises(ValueError, match="expected one of"):
+        _C.use_cpu_instruction_set("mmx")
+
+
+def test_subnormal_results_are_rounded_not_flushed(best_instruction_set):
+    # The bfloat16 conversion of AVX512_BF16 takes subnormals for zero.
+    x = torch.ones(1, 64, dtype=torch.bfloat16)
+    weight = torch.full((64,), 2.0**-130, dtype=torch.float32)
+    for name in _C.cpu_instruction_sets():
+        _C.use_cpu_instruction_set(name)
+        y = normkit.rms_norm(x, weight, eps=0.0)
+        assert torch.equal(y.float(), weight.expand(1, 64)), name
+
+
+@pytest.mark.parametrize("n", [1_000_003, 1 << 20])
+def test_row_of_a_million_keeps_the_bound(n):
+    x = torch.stack([_randn(n, dtype=torch.float32, seed=n), torch.full((n,), 0.7)])
+    weight = _randn(n, dtype=torch.float32, seed=1)
+    with normkit.use_backend("cpu"):
+        assert_accurate(normkit.rms_norm(x, weight), x, weight, kind="rms")
+        assert_accurate(normkit.layer_norm(x, weight), x, weight, eps=1e-5, kind="layer")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_stores_around_the_caches_give_the_same_bits(dtype):
+    n = 4096
+    rows = (96 << 20) // (n * dtype.itemsize)
+    x, weight = _randn(rows, n, dtype=dtype, seed=0), _randn(n, dtype=dtype, seed=1)
+    storage = torch.empty(rows * n + 1, dtype=dtype)
+    aligned, off_by_one = storage[:-1].view(rows, n), storage[1:].view(rows, n)
+    assert aligned.data_ptr() % 64 == 0
+    assert "around the caches" in normkit.explain("rms_norm", x, weight, out=aligned).plan
+    assert "around the caches" not in normkit.explain("rms_norm", x, weight, out=off_by_one).plan
+    expected = normkit.rms_norm(x, weight, out=aligned).clone()
+    assert torch.equal(normkit.rms_norm(x, weight, out=off_by_one), expected)
+    assert torch.equal(normkit.rms_norm_(x, weight), expected)
+
+
+def test_torch_sets_the_number_of_threads(two_threads):
+    x = torch.randn(64, 4096)
+    assert "2 threads" in normkit.explain("rms_norm", x).plan
+    torch.set_num_threads(1)
+    assert "1 thread," in normkit.explain("rms_norm", x).plan
+
+
+def test_small_calls_stay_on_their_thread(two_threads):
+    assert "1 thread," in normkit.explain("rms_norm", torch.randn(4, 64)).plan
+
+
+def _norm_in_a_child(x: Tensor, queue) -> None:
+    queue.put(normkit.rms_norm(x)[-1, -1].item())  # nothing here may use torch's own threads
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_forked_child_does_not_wait_for_threads_it_has_not(two_threads):
+    x = torch.ones(64, 4096)
+    normkit.rms_norm(x)  # the pool is up in the parent
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_norm_in_a_child, args=(x, queue), daemon=True)
+    child.start()
+    assert queue.get(timeout=20) == pytest.approx(1.0, rel=1e-5)
+    child.join(20)
+    assert child.exitcode == 0
+
+
+def test_python_threads_at_once_get_their_own_results(two_threads):
+    inputs = [_randn(64, 1000 + i, dtype=DTYPES[i % 3], seed=i) for i in range(8)]
+    expected = [normkit.layer_norm(x) for x in inputs]
+    wrong = []
+
+    def work(i: int) -> None:
+        for _ in range(30):
+            if not torch.equal(normkit.layer_norm(inputs[i]), expected[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(inputs))]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
+
+
+def test_autograd_learns_of_every_write():
+    x, residual, out = torch.ones(2, 4), torch.ones(2, 4), torch.empty(2, 4)
+    normkit.rms_norm(x, out=out)
+    normkit.add_rms_norm_(x, residual)
+    assert (x._version, residual._version, out._version) == (1, 1, 1)
+
+
+def test_backward_refuses_what_was_overwritten_in_between():
+    x, weight = torch.ones(2, 4), torch.ones(4, requires_grad=True)
+    y = x * weight
+    normkit.rms_norm_(x)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_inference_mode_is_served_natively():
+    with torch.inference_mode(), normkit.use_backend("cpu"):
+        x = torch.randn(2, 8)
+        expected = normkit.rms_norm(x)
+        assert torch.equal(normkit.rms_norm_(x), expected)
+
+
+def test_result_lies_in_memory_as_torch_would_lay_it():
+    x = torch.randn(3, 5, 8).transpose(0, 1)
+    assert normkit.rms_norm(x).stride() == torch.relu(x).stride()
+
+
+def test_kernels_need_their_fourteen_arguments():
+    with pytest.raises(TypeError, match="14"):
+        _C.norm(0, torch.ones(4))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs /proc")
+def test_one_openmp_runtime_is_loaded(two_threads):
+    normkit.rms_norm(torch.ones(64, 4096))
+    with open("/proc/self/maps") as maps:
+        pools = {line.split()[-1] for line in maps if "libgomp" in line or "libomp" in line}
+    assert len(pools) == 1
