@@ -37,8 +37,8 @@ nb::object call(PyObject* function, PyObject* argument) {
 }
 
 void bind_torch(nb::handle tensor, nb::handle parameter, nb::handle empty_like,
-                nb::handle is_grad_enabled, nb::handle increment_version, nb::handle float32,
-                nb::handle float16, nb::handle bfloat16) {
+                nb::handle is_grad_enabled, nb::handle increment_version, nb::handle forward_ad,
+                nb::handle float32, nb::handle float16, nb::handle bfloat16) {
   nb::object capsule = nb::getattr(tensor, "__dlpack_c_exchange_api__");
   auto* header = static_cast<const DLPackExchangeAPIHeader*>(
       PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
@@ -54,6 +54,8 @@ void bind_torch(nb::handle tensor, nb::handle parameter, nb::handle empty_like,
   torch.empty_like = empty_like.inc_ref().ptr();
   torch.is_grad_enabled = is_grad_enabled.inc_ref().ptr();
   torch.increment_version = increment_version.inc_ref().ptr();
+  torch.forward_ad = forward_ad.inc_ref().ptr();
+  torch.current_level = nb::str("_current_level").release().ptr();
   torch.requires_grad = nb::str("requires_grad").release().ptr();
   torch.dtypes[int(DType::kFloat32)] = float32.inc_ref().ptr();
   torch.dtypes[int(DType::kFloat16)] = float16.inc_ref().ptr();
@@ -65,7 +67,14 @@ void bind_torch(nb::handle tensor, nb::handle parameter, nb::handle empty_like,
 // normkit._dispatch first.
 thread_local bool quick_path_is_off = false;
 
+// A dual tensor does not say that it is one; that duals are about, torch.autograd.forward_ad does.
+bool forward_ad_is_on() {
+  PyObject* level = PyDict_GetItemWithError(torch_objects.forward_ad, torch_objects.current_level);
+  return level && PyLong_AsLong(level) >= 0;
+}
+
 Refusal check_gradients(const Arguments& a) {
+  if (forward_ad_is_on()) return {"forward-mode AD", "is on"};
   if (!call(torch_objects.is_grad_enabled, nullptr).is(nb::handle(Py_True))) return {};
   for (const Tensor* t : {&a.x, &a.residual, &a.weight, &a.bias, &a.out, &a.residual_out}) {
     if (!*t) continue;
@@ -100,8 +109,9 @@ bool read_number(nb::handle value, float& number) {
   PyObject* object = value.ptr();
   if (PyBool_Check(object) || !(PyFloat_Check(object) || PyLong_Check(object))) return false;
   number = static_cast<float>(PyFloat_AsDouble(object));
-  if (PyErr_Occurred()) throw nb::python_error();
-  return true;
+  if (!PyErr_Occurred()) return true;
+  PyErr_Clear();  // an int beyond every double
+  return false;
 }
 
 bool read_flag(nb::handle value, bool& flag) {
@@ -139,6 +149,7 @@ Refusal read(Arguments& a, PyObject* const* args) {
   if (const Refusal no = tensor(a.x, kX)) return no;
   if (!a.x) return {"x", "is None"};
   if (const Refusal no = tensor(a.residual, kResidual)) return no;
+  if (bool(a.residual) != bool(kind & 4)) return {"residual", "is None"};
   if (const Refusal no = tensor(a.weight, kWeight)) return no;
   if (const Refusal no = tensor(a.bias, kBias)) return no;
   if (const Refusal no = tensor(a.out, kOut)) return no;
@@ -177,6 +188,9 @@ nb::object norm(PyObject* const* args) {
     return refuse(quick, {"the processor", "has none of AVX2, AVX-512 and NEON"});
   Arguments a;
   if (const Refusal no = read(a, args)) return refuse(quick, no);
+  // The exchange API does not tell of a lazily negated tensor.  Such a one has a last stride of 2
+  // or more, unless its rows are single elements; normkit._dispatch resolves it.
+  if (quick && a.x.ndim > 0 && a.x.size(1) == 1) return nb::none();
   if (const Refusal no = check(a, !quick)) return refuse(quick, no);
   if (const Refusal no = check_gradients(a)) return refuse(quick, no);
 
@@ -228,7 +242,9 @@ PyMethodDef norm_method[] = {
      "norm(kind, x, residual, weight, bias, eps, weight_offset, round_before_weight, round_sum,\n"
      "     clamp_inf, out_dtype, out, residual_out, mode)\n\n"
      "Run a row norm: y, or (y, residual_out) when there is a residual.\n\n"
-     "kind is 0 for rms and 1 for layer, plus 2 when weight and bias may have a row per head.\n"
+     "kind is 0 for rms and 1 for layer, plus 2 when weight and bias may have a row per head, "
+     "plus\n"
+     "4 when there is a residual.\n"
      "mode is 0 for the first try, which returns None where it cannot serve; 1 when the caller "
      "has\n"
      "checked that outputs overlap nothing, and wants a str that says why not; and 2 like 1 but to "
@@ -261,7 +277,7 @@ NB_MODULE(_C, m) {
       "means.";
 
   m.def("bind_torch", &bind_torch, "tensor"_a, "parameter"_a, "empty_like"_a, "is_grad_enabled"_a,
-        "increment_version"_a, "float32"_a, "float16"_a, "bfloat16"_a,
+        "increment_version"_a, "forward_ad"_a, "float32"_a, "float16"_a, "bfloat16"_a,
         "Hand over what the extension needs of torch.  Raises ImportError when torch is too old.");
 
   if (PyModule_AddFunctions(m.ptr(), norm_method)) throw nb::python_error();

@@ -18,7 +18,9 @@ struct Torch {
   PyObject* empty_like = nullptr;
   PyObject* is_grad_enabled = nullptr;
   PyObject* increment_version = nullptr;
-  PyObject* requires_grad = nullptr;  // the attribute's name
+  PyObject* forward_ad = nullptr;     // the dict of torch.autograd.forward_ad
+  PyObject* current_level = nullptr;  // "_current_level"
+  PyObject* requires_grad = nullptr;  // "requires_grad"
   PyObject* dtypes[3] = {};           // in the order of DType
 };
 inline Torch torch_objects;
@@ -80,7 +82,10 @@ struct Tensor {
     }
     if (view.device.device_type != kDLCPU) return {name, "is not on the CPU"};
     const auto type = dtype_of(view.dtype);
-    if (!type) return {name, "is not float32, float16 or bfloat16"};
+    if (!type)
+      return {name, view.dtype.code == kDLFloat && view.dtype.bits == 64
+                        ? "is float64"
+                        : "is not float32, float16 or bfloat16"};
     object = source;
     data = static_cast<char*>(view.data) + view.byte_offset;
     dtype = *type;

@@ -10,7 +10,7 @@ import pytest
 
 import normkit
 
-# "auto" is what callers get: the quick path of the extension, which a backend asked for by name does not take.
+# "auto" is what callers get: the quick path, which a backend asked for by name does not take.
 BACKENDS = {"reference": "reference", "cpu": "cpu", "auto": "cpu"}
 
 hypothesis.settings.register_profile("ci", derandomize=True, max_examples=200, deadline=None)
@@ -54,7 +54,7 @@ def _get(name: str) -> Backend:
     return Backend(name)
 
 
-# Of the whole session, because hypothesis refuses fixtures that it cannot make anew for each example.
+# Of the session: hypothesis refuses fixtures that it cannot make anew for each example.
 @pytest.fixture(scope="session", params=_chosen())
 def backend(request: pytest.FixtureRequest) -> Backend:
     return _get(request.param)

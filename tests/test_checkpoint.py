@@ -144,6 +144,12 @@ def test_only_the_tensors_asked_for_are_read(tmp_path, monkeypatch):
     assert read == []
 
 
+def test_model_safetensors_is_the_one_of_several_files(tmp_path):
+    file_of(tmp_path, tensors())
+    save_file({"model.norm.weight": torch.ones(2)}, tmp_path / "adapter.safetensors")
+    assert load_norm(tmp_path, "model.norm").weight.shape == (8,)
+
+
 def test_a_dict_is_asked_for_nothing_else():
     class Picky(Mapping):
         def __getitem__(self, name):
@@ -262,6 +268,13 @@ def test_a_tower_goes_by_its_own_config(tmp_path):
     text, vision = find_norms(file_of(tmp_path, stored, config))
     assert (text.kind, text.eps, text.weight_offset) == ("rms", 0.25, 1.0)
     assert (vision.kind, vision.eps, vision.weight_offset) == ("layer", 0.5, 0.0)
+
+
+def test_a_tower_takes_nothing_from_the_language_model(tmp_path):
+    config = {"model_type": "gemma", "layer_norm_eps": 0.25, "vision_config": {}}
+    path = file_of(tmp_path, {"vision_model.norm.weight": torch.ones(4)}, config)
+    (entry,) = find_norms(path)
+    assert (entry.kind, entry.eps, entry.weight_offset) == ("rms", 1e-6, 0.0)
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,7 @@ AffineRows prepared(const RowNorm& norm, const Affine& affine, Layout layout, fl
                     const Kernels& kernels, float*& buffer) {
   if (affine.data && affine.dtype == DType::kFloat32 && layout == Layout::kNatural && offset == 0.f)
     return {affine.data, affine.row_stride};
+  if (offset == 0.f) offset = -0.f;  // a weight of -0 plus 0 would be +0
   const int64_t n = padded(norm.n);
   const AffineRows rows{reinterpret_cast<const char*>(buffer),
                         affine.row_stride ? n * int64_t{sizeof(float)} : 0};

@@ -76,42 +76,61 @@ def _check_types(call: Call) -> None:
         if value is None and not needed:
             continue
         if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+            raise TypeError(f"{name}: expected a torch.Tensor, got {_type_name(value)}")
         allowed = (*FLOATS, torch.float64) if call.x.dtype == torch.float64 else FLOATS
         if name != "x" and value.dtype not in allowed:
             extra = ", since x is float64: or float64" if len(allowed) > len(FLOATS) else ""
             raise TypeError(f"{name}: expected {FLOATS_TEXT}{extra}, got {value.dtype}")
         if name == "x" and value.dtype not in (*FLOATS, torch.float64):
             raise TypeError(f"x: expected {FLOATS_TEXT}, or float64, got {value.dtype}")
-        if name == "residual_out" and value.dtype != call.residual.dtype:
+        if (
+            name == "residual_out"
+            and call.residual is not None
+            and value.dtype != call.residual.dtype
+        ):
             expected = call.residual.dtype
             raise TypeError(
                 f"residual_out: expected residual's dtype {expected}, got {value.dtype}"
             )
 
 
+def _type_name(value: object) -> str:
+    kind = type(value)
+    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+
+
 def _check_options(call: Call) -> None:
-    for name in ("eps", "weight_offset"):
-        value = getattr(call, name)
-        if value is None and name == "eps":
-            continue
-        if isinstance(value, (bool, str, bytes, Tensor)) or not hasattr(value, "__float__"):
-            raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-        setattr(call, name, float(value))
-        if not math.isfinite(value):
-            raise ValueError(f"{name}: expected a finite number, got {value}")
-    if call.eps is not None and call.eps < 0:
-        raise ValueError(f"eps: expected a number >= 0, got {call.eps}")
+    if not torch.compiler.is_compiling():  # there, a number may be a symbol, which has no value yet
+        _check_numbers(call)
     for name in ("round_before_weight", "round_sum", "clamp_inf"):
         value = getattr(call, name)
         if not isinstance(value, bool):
-            raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
+            raise TypeError(f"{name}: expected True or False, got {_type_name(value)}")
     if call.out_dtype is not None:
         allowed = (*FLOATS, torch.float64) if call.x.dtype == torch.float64 else FLOATS
         if not isinstance(call.out_dtype, torch.dtype) or call.out_dtype not in allowed:
             raise TypeError(f"out_dtype: expected torch.{FLOATS_TEXT}, got {call.out_dtype!r}")
         if call.out is not None and call.out.dtype != call.out_dtype:
             raise TypeError(f"out: expected out_dtype {call.out_dtype}, got {call.out.dtype}")
+
+
+def _check_numbers(call: Call) -> None:
+    largest = torch.finfo(torch.float64 if call.x.dtype == torch.float64 else torch.float32).max
+    for name in ("eps", "weight_offset"):
+        value = getattr(call, name)
+        if value is None and name == "eps":
+            continue
+        if isinstance(value, (bool, str, bytes, Tensor)) or not hasattr(value, "__float__"):
+            raise TypeError(f"{name}: expected a number, got {_type_name(value)}")
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if not abs(number) <= largest:
+            raise ValueError(f"{name}: expected a finite number, got {value}")
+        setattr(call, name, number)
+    if call.eps is not None and call.eps < 0:
+        raise ValueError(f"eps: expected a number >= 0, got {call.eps}")
 
 
 def _check_shapes(call: Call) -> None:
@@ -144,6 +163,10 @@ def _check_places(call: Call) -> None:
         if t.device != call.x.device:
             raise ValueError(f"{name}: expected x's device {call.x.device}, got {t.device}")
     for name, t in call.written():
+        if t.is_neg():
+            raise ValueError(
+                f"{name}: expected a tensor without the negative bit in what is written"
+            )
         if t.shape[-1] > 1 and t.stride(-1) != 1:
             raise ValueError(
                 f"{name}: expected a last stride of 1 in what is written, got {t.stride(-1)}"
@@ -219,6 +242,11 @@ def _collide(written: Tensor, other: Tensor) -> bool:
 def _check_memory(call: Call) -> None:
     if any(t.is_meta or _is_fake(t) for _, t in call.tensors()):
         return
+    for name, t in call.tensors():
+        if type(t) in (Tensor, torch.nn.Parameter) and t.numel() > 0 and _is_freed(t):
+            raise ValueError(
+                f"{name}: expected a tensor with memory, got one whose storage is freed"
+            )
     written = call.written()
     for name, t in written:
         if _covers_itself(t):
@@ -238,6 +266,13 @@ def _check_memory(call: Call) -> None:
                 )
     if len(written) == 2 and _collide(written[0][1], written[1][1]):
         raise ValueError("out: expected memory apart from residual_out's, got an overlap")
+
+
+def _is_freed(t: Tensor) -> bool:
+    try:
+        return t.data_ptr() == 0
+    except RuntimeError:  # a wrapper of torch.func has no memory of its own
+        return False
 
 
 def _is_fake(t: Tensor) -> bool:

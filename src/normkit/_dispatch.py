@@ -28,6 +28,7 @@ try:
         torch.empty_like,
         torch.is_grad_enabled,
         torch._C._increment_version,
+        torch.autograd.forward_ad.__dict__,
         torch.float32,
         torch.float16,
         torch.bfloat16,
@@ -183,20 +184,12 @@ def _not_native(wanted: str) -> str:
 
 
 def _serve_natively(call: Call) -> Result | Explanation | str:
-    inputs = [_with_unit_last_stride(t) for t in (call.x, call.residual, call.weight, call.bias)]
-    copied = [
-        name
-        for name, t, given in zip(
-            ("x", "residual", "weight", "bias"),
-            inputs,
-            (call.x, call.residual, call.weight, call.bias),
-            strict=True,
-        )
-        if t is not given
-    ]
+    given = {name: getattr(call, name) for name in ("x", "residual", "weight", "bias")}
+    inputs = {name: t if t is None else _as_kernels_read_it(t) for name, t in given.items()}
+    copied = [name for name, t in inputs.items() if t is not given[name]]
     result = native(
-        call.layer + 2 * call.per_head,
-        *inputs,
+        call.layer + 2 * call.per_head + 4 * (call.residual is not None),
+        *inputs.values(),
         call.eps,
         call.weight_offset,
         call.round_before_weight,
@@ -215,10 +208,11 @@ def _serve_natively(call: Call) -> Result | Explanation | str:
     return Explanation("cpu", result[0], reason)
 
 
-def _with_unit_last_stride(t: Tensor | None) -> Tensor | None:
-    if t is None or t.shape[-1] == 1 or t.stride(-1) == 1:
-        return t
-    return t.contiguous()
+def _as_kernels_read_it(t: Tensor) -> Tensor:
+    """The tensor itself, or a copy with a last stride of 1 and its signs in its memory."""
+    if t.shape[-1] > 1 and t.stride(-1) != 1:
+        t = t.contiguous()
+    return t.resolve_neg()
 
 
 def _serve_by_reference(call: Call) -> Result:

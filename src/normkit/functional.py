@@ -34,6 +34,21 @@ from normkit.inplace import (
     rms_norm_,
 )
 
+__all__ = [
+    "Kind",
+    "add_layer_norm",
+    "add_layer_norm_",
+    "add_rms_norm",
+    "add_rms_norm_",
+    "explain",
+    "head_norm",
+    "head_norm_",
+    "layer_norm",
+    "layer_norm_",
+    "rms_norm",
+    "rms_norm_",
+]
+
 _native = _dispatch.native
 
 
@@ -357,7 +372,7 @@ def add_rms_norm(
     """
     if not is_dynamo_compiling():
         result = _native(
-            0,
+            4,
             x,
             residual,
             weight,
@@ -456,7 +471,7 @@ def add_layer_norm(
     """
     if not is_dynamo_compiling():
         result = _native(
-            1,
+            5,
             x,
             residual,
             weight,
@@ -528,7 +543,7 @@ def explain(op: str | Callable[..., Any], *tensors: Tensor | None, **options: An
     Example:
         >>> import normkit, torch
         >>> normkit.explain("rms_norm", torch.ones(2, 4, dtype=torch.float64)).reason
-        'x is not float32, float16 or bfloat16'
+        'x is float64'
     """
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
     if name not in _OPS:

@@ -331,7 +331,7 @@ def add_rms_norm_(
     """
     if not is_dynamo_compiling():
         result = _native(
-            0,
+            4,
             x,
             residual,
             weight,
@@ -425,7 +425,7 @@ def add_layer_norm_(
     """
     if not is_dynamo_compiling():
         result = _native(
-            1,
+            5,
             x,
             residual,
             weight,

@@ -102,7 +102,7 @@ def run_and_check(call: Call, op: Op, inputs: Inputs, **options: Any) -> Result:
 def inputs_for(
     op: Op, rows: int | tuple[int, ...], n: int, dtype: torch.dtype, **rest: Any
 ) -> Inputs:
-    """Inputs of an op; a head norm gets weights per head where there is a dimension for the heads."""
+    """Inputs of an op; a head norm gets weights per head where x has heads."""
     shape = (rows, n) if isinstance(rows, int) else (*rows, n)
     per_head = op.per_head and len(shape) > 1 and shape[-2] > 0
     return testing.make_inputs(shape, dtype, per_head=per_head, **rest)
@@ -143,7 +143,7 @@ _UNTOUCHED = {torch.float32: 0x7FA5A5A5, torch.float16: 0x7DA5, torch.bfloat16: 
 
 
 class Guarded:
-    """A tensor of any strides in memory of its own, and a check that nothing round its elements was written."""
+    """A tensor of any strides in memory of its own, which shows writes round its elements."""
 
     def __init__(
         self,

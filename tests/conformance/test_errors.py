@@ -52,7 +52,7 @@ def _overlapping(count: int, dtype: torch.dtype = F32) -> Tensor:
 
 
 def _shift(a: Arguments, name: str, by: int) -> Tensor:
-    """x, residual, ... moved by some elements inside its own memory; the argument itself is replaced too."""
+    """An output that is the argument moved by some elements, in memory for both."""
     memory = torch.randn(4 * 6 * 16 + abs(by)).to(a[name].dtype)
     a[name] = memory[: 4 * 6 * 16].view(SHAPE)
     return memory[by:].view(SHAPE)
@@ -249,7 +249,7 @@ def test_a_missing_residual_is_named(backend: Any) -> None:
     """Without the outputs that would give it away."""
     x = torch.ones(2, 4)
     for name in ("add_rms_norm", "add_layer_norm", "add_rms_norm_", "add_layer_norm_"):
-        with pytest.raises(TypeError, match="^residual: expected a torch.Tensor, got NoneType"):
+        with pytest.raises(TypeError, match=r"^residual: expected a torch.Tensor, got NoneType"):
             backend.unexplained(name, x, None)
     assert (x == 1).all()
 
@@ -364,9 +364,8 @@ CHANGES = dict(
 backend, *kinds = sys.argv[1:]
 for kind in kinds:
     for name in ("x", "residual", "weight", "bias", "out", "residual_out"):
-        shape = (8,) if name in ("weight", "bias") else (4, 8)
-        values = dict(x=torch.ones(4, 8), residual=torch.ones(4, 8), weight=torch.ones(8), bias=torch.ones(8),
-                      out=torch.ones(4, 8), residual_out=torch.ones(4, 8))
+        values = {t: torch.ones(4, 8) for t in ("x", "residual", "out", "residual_out")}
+        values |= {t: torch.ones(8) for t in ("weight", "bias")}
         values[name] = CHANGES[kind](values[name])
         print(kind, name, end=" ", flush=True)
         try:
@@ -381,7 +380,7 @@ for kind in kinds:
 
 @pytest.mark.parametrize("kinds", ["fake zero nested uninitialized deleted", "freed"])
 def test_tensors_without_memory_raise_and_do_not_crash(backend: Any, kinds: str) -> None:
-    """In a process of its own, so that a crash shows as one, and its output tells how far it came."""
+    """In a process of its own: a crash shows as one, and the output how far it came."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", DANGEROUS, backend.name, *kinds.split()],
         capture_output=True,

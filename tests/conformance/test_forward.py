@@ -1,4 +1,4 @@
-"""Every op gives the right numbers: for every size, dtype mix, and with or without weight and bias."""
+"""Every op gives the right numbers: every size, every dtype mix, with weight and bias or not."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_in_place_gives_the_bits_of_out_of_place(backend: Any, op: Op) -> None:
 
 @pytest.mark.parametrize("op", OPS, ids=str)
 def test_default_eps(backend: Any, op: Op) -> None:
-    """At this scale the mean of squares is about eps: 1e-6, and 1e-5 for the layer norms, must be told apart."""
+    """At this scale the mean of squares is about eps, so 1e-6 and 1e-5 are told apart."""
     inputs = inputs_for(op, 4, 100, torch.float32, scale=1e-3)
     result = run_and_check(backend, op, inputs)
     eps = 1e-6 if op.kind == "rms" or op.per_head else 1e-5

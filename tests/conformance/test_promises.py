@@ -41,7 +41,7 @@ def rows_of(inputs: Inputs, rows: slice) -> Inputs:
 
 @pytest.mark.parametrize("op", OPS, ids=str)
 def test_promise_1_statistics_are_float32(backend: Any, op: Op) -> None:
-    """Squares of these float16 overflow float16, and their sum in bfloat16 would stop at 256 terms."""
+    """These squares overflow float16, and a sum in bfloat16 would stop at 256 terms."""
     for dtype in DTYPES:
         run_and_check(backend, op, inputs_for(op, 2, 5000, dtype, scale=300.0))
 
@@ -50,8 +50,8 @@ def test_promise_1_statistics_are_float32(backend: Any, op: Op) -> None:
 def test_promise_1_layer_norm_takes_two_passes(backend: Any, op: Op) -> None:
     """With a mean of 1000 standard deviations, E[x^2] - E[x]^2 in float32 has hardly a right digit.
 
-    The bound grows with the mean and would let that pass.  Here it need not: the deviations are whole numbers, and
-    every step of the two passes is exact but for rstd.
+    The bound grows with the mean and would let that pass.  Here it need not: the deviations are
+    whole numbers, and every step of the two passes is exact but for rstd.
     """
     n = 256
     deviation = torch.tensor([3.0, -3.0, 1.0, -1.0]).repeat(n // 4)
@@ -68,7 +68,7 @@ def test_promise_1_layer_norm_takes_two_passes(backend: Any, op: Op) -> None:
 def test_promise_1_rounding_is_to_nearest_even(
     backend: Any, op: Op, out_dtype: torch.dtype
 ) -> None:
-    """xhat is exactly 1 and -1, so y is the weight or its negative: every number between two neighbours, and ties."""
+    """With xhat exactly 1 and -1, y is the weight or its negative: ties and what lies round them."""
     upper = 14 if out_dtype == torch.float16 else 126  # one binade below the last
     lower = -26 if out_dtype == torch.float16 else -135  # below the smallest subnormal
     bits_kept = 10 if out_dtype == torch.float16 else 7
@@ -89,7 +89,7 @@ def test_promise_1_rounding_is_to_nearest_even(
 def test_promise_1_the_sum_is_rounded_to_nearest_even(
     backend: Any, op: Op, residual_dtype: torch.dtype
 ) -> None:
-    """x + 0 in float32, every bit pattern of the upper half with tie, just above and just below it."""
+    """Every upper half of a float32, with a tie in the lower half, and just beside it."""
     patterns = torch.arange(0, 2**16, dtype=torch.int32) << 16
     x = torch.stack([patterns + low for low in (0x0000, 0x8000, 0x8001, 0x7FFF, 0x1000, 0x3000)])
     x = x.view(torch.float32)
@@ -278,6 +278,6 @@ def test_promise_6_nothing_is_allocated_beyond_the_outputs(kernels: Any, op: Op)
         run(kernels, op, inputs)
     with _TorchCalls() as given_calls:
         run(kernels, op, inputs, **given)
-    explains = 2  # a runner asks explain() first, which makes the outputs too, to say what would happen to them
-    assert made.names == ["aten.empty_like.default"] * (1 + op.adds) * explains
+    # Twice, because the runner asks explain() first, which makes outputs as the call does.
+    assert made.names == ["aten.empty_like.default"] * (1 + op.adds) * 2
     assert given_calls.names == []

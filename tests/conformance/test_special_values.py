@@ -37,7 +37,7 @@ def _plain(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) 
 
 @pytest.mark.parametrize("op", OPS, ids=str)
 def test_negative_zero_keeps_its_sign(backend: Any, op: Op) -> None:
-    """As in the formula: in x, in a residual, in a weight of any dtype, stored as it is and with an offset of 0."""
+    """As in the formula: in x, in a residual, and in a weight of any dtype, read by any path."""
     for dtype, weight_dtype, n in itertools.product(DTYPES, DTYPES, (4, 67)):
         inputs = inputs_for(op, 3, n, dtype, weight_dtype=weight_dtype)
         for name in ("x", "residual", "weight"):
@@ -74,7 +74,7 @@ def test_rows_of_subnormals_are_not_flushed(backend: Any, op: Op) -> None:
 
 @pytest.mark.parametrize("op", PLAIN, ids=str)
 def test_subnormals_beside_large_numbers_and_in_outputs(backend: Any, op: Op) -> None:
-    """Every element but one is tiny against the row, so that xhat, weight and y are subnormal in turn."""
+    """Most elements are tiny against their row: xhat, weight and y are subnormal in turn."""
     for dtype, out_dtype, n in itertools.product(DTYPES, DTYPES, (8, 67)):
         powers = torch.linspace(math.log2(SMALLEST[dtype]), 1, n, dtype=torch.float64)
         x = (2.0**powers * 1.37).to(dtype).repeat(2, 1)
@@ -209,7 +209,7 @@ def test_a_sum_beyond_the_residuals_dtype_is_infinite(backend: Any, op: Op) -> N
 
 @pytest.mark.parametrize("op", [RMS, LAYER], ids=str)
 def test_outputs_beyond_the_largest_number_are_infinite(backend: Any, op: Op) -> None:
-    """xhat is 1 and -1 exactly; the weights stand on both sides of where rounding to infinity begins."""
+    """With xhat 1 and -1; the weights lie on both sides of where rounding to infinity begins."""
     for out_dtype in (torch.float16, torch.bfloat16):
         largest = LARGEST[out_dtype]
         step = largest * torch.finfo(out_dtype).eps / (2 - torch.finfo(out_dtype).eps)

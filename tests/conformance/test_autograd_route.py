@@ -1,0 +1,225 @@
+"""A call that wants a gradient gets the right one, and one that cannot have it says so."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+import normkit
+from conformance.support import DTYPES, OPS, Op, assert_same_bits, inputs_for, run
+from normkit import reference
+from normkit.testing import Inputs, make_inputs
+
+
+def call(name: str, *tensors: Any, **options: Any) -> Any:
+    return getattr(normkit, name)(*tensors, **options)
+
+
+def _used(op: Op, inputs: Inputs) -> list[Tensor]:
+    return [t for t in op.tensors(inputs) if t is not None]
+
+
+def _wanting(op: Op, inputs: Inputs) -> Inputs:
+    return Inputs(*(t.detach().clone().requires_grad_() for t in inputs))
+
+
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_gradients_are_right_in_float64(op: Op) -> None:
+    inputs = make_inputs((2, 3, 5), torch.float64, per_head=op.per_head)
+
+    def function(*tensors: Tensor) -> Any:
+        return call(op.name, *tensors, eps=0.3, weight_offset=1.0, **op.selected)
+
+    assert torch.autograd.gradcheck(function, _used(op, _wanting(op, inputs)))
+    assert torch.autograd.gradgradcheck(function, _used(op, _wanting(op, inputs)))
+
+
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_gradients_are_those_of_the_reference(op: Op) -> None:
+    for dtype, weight_dtype in itertools.product(DTYPES, DTYPES):
+        made = inputs_for(op, (2, 3), 40, dtype, weight_dtype=weight_dtype)
+        inputs, expected = _wanting(op, made), _wanting(op, made)
+        result = run(call, op, inputs)
+        if op.adds:
+            y, total = reference.add_norm(*_used(op, expected), eps=_eps(op), kind=op.kind)
+            loss = (y.float() * 3).sum() + (total.float() ** 2).sum()
+            got = (result.y.float() * 3).sum() + (result.residual_out.float() ** 2).sum()
+        else:
+            y = reference.norm(*_used(op, expected), eps=_eps(op), kind=op.kind)
+            loss, got = (y.float() ** 2).sum(), (result.y.float() ** 2).sum()
+        got.backward()
+        loss.backward()
+        for mine, theirs in zip(_used(op, inputs), _used(op, expected), strict=True):
+            assert mine.grad.dtype == mine.dtype
+            assert_same_bits(mine.grad, theirs.grad)
+            assert mine.grad.count_nonzero() > 0
+
+
+def _eps(op: Op) -> float:
+    return 1e-6 if op.kind == "rms" or op.per_head else 1e-5
+
+
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_one_tensor_that_wants_a_gradient_is_enough(op: Op) -> None:
+    for wanted in op.tensors(Inputs(*Inputs._fields)):
+        made = inputs_for(op, 3, 8, torch.bfloat16)
+        inputs = made._replace(**{wanted: getattr(made, wanted).requires_grad_()})
+        explanation = normkit.explain(op.name, *op.tensors(inputs), **op.selected)
+        assert explanation.backend == "reference"
+        assert "gradient" in explanation.reason
+        assert wanted in explanation.reason
+        assert run(call, op, inputs).y.requires_grad
+        with torch.no_grad():
+            assert not run(call, op, inputs).y.requires_grad
+
+
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_without_grad_mode_the_kernels_serve_tensors_that_require_one(kernels: Any, op: Op) -> None:
+    inputs = _wanting(op, inputs_for(op, 3, 8, torch.bfloat16))
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            run(kernels, op, inputs)
+
+
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_a_kernel_asked_for_by_name_refuses_a_gradient(kernels: Any, op: Op) -> None:
+    if kernels.name == "auto":
+        return
+    with pytest.raises(ValueError, match=rf'use_backend\("{kernels}"\) cannot serve.*gradient'):
+        run(kernels.unexplained, op, _wanting(op, inputs_for(op, 3, 8, torch.bfloat16)))
+
+
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_in_place_refuses_a_gradient_and_names_the_way_out(backend: Any, op: Op) -> None:
+    for wanted in op.tensors(Inputs(*Inputs._fields)):
+        made = inputs_for(op, 3, 8, torch.float32)
+        inputs = made._replace(**{wanted: getattr(made, wanted).clone().requires_grad_()})
+        before = [t.detach().clone() for t in inputs]
+        with pytest.raises(RuntimeError, match=rf"\b{op.name}\b"):
+            backend.unexplained(f"{op.name}_", *op.tensors(inputs), **op.selected)
+        for t, old in zip(inputs, before, strict=True):
+            assert torch.equal(t.detach(), old)
+
+
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_outputs_refuse_a_gradient_and_name_the_way_out(backend: Any, op: Op) -> None:
+    made = inputs_for(op, 3, 8, torch.float32)
+    cases: list[tuple[Inputs, dict[str, Tensor]]] = [
+        (_wanting(op, made), {"out": torch.zeros(3, 8)}),
+        (made, {"out": torch.zeros(3, 8, requires_grad=True)}),
+    ]
+    if op.adds:
+        cases.append((_wanting(op, made), {"residual_out": torch.zeros(3, 8)}))
+        cases.append((made, {"residual_out": torch.zeros(3, 8, requires_grad=True)}))
+    for inputs, outputs in cases:
+        with pytest.raises(RuntimeError, match=rf"\b{op.name}\b"):
+            run(backend.unexplained, op, inputs, **outputs)
+        assert all((t.detach() == 0).all() for t in outputs.values())
+
+
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_autograd_learns_of_what_is_written(backend: Any, op: Op) -> None:
+    """A tensor that autograd saved and a norm then wrote makes backward fail instead of lie."""
+    x = torch.randn(3, 8, requires_grad=True)
+    inputs = inputs_for(op, 3, 8, torch.float32)
+    for name in ("x", *(["residual"] if op.adds else [])):
+        saved = x * 1.0
+        loss = (saved * saved).sum()
+        with torch.no_grad():
+            written = inputs._replace(**{name: saved})
+            backend(f"{op.name}_", *op.tensors(written), **op.selected)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+    for output in ("out", *(["residual_out"] if op.adds else [])):
+        saved = x * 1.0
+        loss = (saved * saved).sum()
+        with torch.no_grad():
+            run(backend, op, inputs, **{output: saved})
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # in torch's own jvp
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_forward_mode_derivatives_are_not_lost(op: Op) -> None:
+    inputs = inputs_for(op, 3, 8, torch.float32)
+    direction = torch.ones(3, 8)
+    with forward_ad.dual_level():
+        dual = inputs._replace(x=forward_ad.make_dual(inputs.x, direction))
+        tangent = forward_ad.unpack_dual(run(call, op, dual).y).tangent
+    assert tangent is not None
+    total = inputs.x + inputs.residual if op.adds else inputs.x
+    expected = torch.func.jvp(
+        lambda t: reference.norm(t, inputs.weight, inputs.bias, eps=_eps(op), kind=op.kind),
+        (total,),
+        (direction,),
+    )[1]
+    torch.testing.assert_close(tangent, expected)
+
+
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_transforms_of_torch_func(op: Op) -> None:
+    """vmap, grad and jvp: their tensors have no memory a kernel could read."""
+    inputs = inputs_for(op, (4, 3), 8, torch.float32)
+    rest = op.tensors(inputs)[1:]
+
+    def y(x: Tensor, *others: Tensor) -> Tensor:
+        made = call(op.name, x, *others, **op.selected)
+        return made[0] if op.adds else made
+
+    expected = y(inputs.x, *rest)
+    batched = (0, *([0] if op.adds else []), None, None)
+    torch.testing.assert_close(torch.vmap(y, batched)(inputs.x, *rest), expected)
+    wanting = inputs.x.clone().requires_grad_()
+    (y(wanting, *rest) ** 2).sum().backward()
+    gradient = torch.func.grad(lambda t: (y(t, *rest) ** 2).sum())(inputs.x)
+    torch.testing.assert_close(gradient, wanting.grad)
+
+
+class Tagged(torch.Tensor):
+    """A subclass that records nothing and changes nothing: it must come out again."""
+
+
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_a_tensor_subclass_takes_the_reference_path(op: Op) -> None:
+    inputs = inputs_for(op, 3, 8, torch.float32)
+    tagged = inputs._replace(x=inputs.x.as_subclass(Tagged))
+    assert normkit.explain(op.name, *op.tensors(tagged), **op.selected).backend == "reference"
+    result = run(call, op, tagged)
+    assert type(result.y) is Tagged
+    torch.testing.assert_close(result.y.as_subclass(Tensor), run(call, op, inputs).y)
+
+
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_float64_is_served_in_float64(op: Op) -> None:
+    inputs = make_inputs((3, 4, 20), torch.float64, per_head=op.per_head)
+    assert normkit.explain(op.name, *op.tensors(inputs), **op.selected).backend == "reference"
+    result = run(call, op, inputs)
+    assert result.y.dtype == torch.float64
+    total = inputs.x + inputs.residual if op.adds else inputs.x
+    kind = torch.nn.functional.layer_norm if op.kind == "layer" else torch.nn.functional.rms_norm
+    expected = kind(total, (20,), eps=_eps(op)) * inputs.weight + inputs.bias
+    torch.testing.assert_close(result.y, expected, rtol=1e-13, atol=1e-13)
+    assert not torch.equal(result.y, result.y.float().double())
+
+
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_compiled_functions_give_the_same_values(op: Op) -> None:
+    """With nothing but tracing: no graph break, and gradients too."""
+    torch._dynamo.reset()  # or the ops together exceed its limit of recompilations
+    inputs = inputs_for(op, (2, 3), 16, torch.bfloat16)
+    compiled = torch.compile(
+        lambda *tensors: call(op.name, *tensors, **op.selected), fullgraph=True, backend="aot_eager"
+    )
+    made = compiled(*op.tensors(inputs))
+    y = made[0] if op.adds else made
+    torch.testing.assert_close(y, run(call, op, inputs).y)
+    wanting = _wanting(op, inputs)
+    made = compiled(*op.tensors(wanting))
+    (made[0] if op.adds else made).float().sum().backward()
+    assert all(t.grad is not None for t in _used(op, wanting))

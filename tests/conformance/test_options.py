@@ -1,0 +1,225 @@
+"""What each option does, on inputs where doing something else gives another result."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from conformance.support import (
+    ADDING,
+    DTYPES,
+    LAYER,
+    OPS,
+    RMS,
+    Op,
+    assert_same_bits,
+    assert_same_results,
+    inputs_for,
+    run,
+    run_and_check,
+)
+from normkit.testing import Inputs
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+PLAIN = [op for op in OPS if not op.adds]
+
+
+def _differ(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The share of elements that differ."""
+    return (a != b).float().mean().item()
+
+
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_weight_offset_is_added_in_float32(backend: Any, op: Op) -> None:
+    """A weight of 0.003 is lost beside 1 in bfloat16: a sum rounded there is 1 for all."""
+    for dtype, weight_dtype in itertools.product(DTYPES, DTYPES):
+        inputs = inputs_for(op, 4, 100, dtype, weight_dtype=weight_dtype)
+        small = inputs._replace(weight=inputs.weight * 0.003)
+        result = run_and_check(backend, op, small, weight_offset=1.0, out_dtype=F32)
+        rounded = small._replace(weight=small.weight + 1.0)
+        if weight_dtype != F32:
+            assert _differ(run(backend, op, rounded, out_dtype=F32).y, result.y) > 0.5
+        widened = small._replace(weight=small.weight.float() + 1.0)
+        assert_same_results(run(backend, op, widened, out_dtype=F32), result)
+
+
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_without_a_weight_there_is_no_offset(backend: Any, op: Op) -> None:
+    for dtype in DTYPES:
+        inputs = inputs_for(op, 4, 100, dtype)._replace(weight=None)
+        result = run_and_check(backend, op, inputs, weight_offset=1.0)
+        assert_same_results(result, run(backend, op, inputs))
+
+
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_an_integer_is_a_number(backend: Any, op: Op) -> None:
+    inputs = inputs_for(op, 4, 100, F32)
+    integers = run(backend, op, inputs, eps=1, weight_offset=2)
+    assert_same_results(integers, run(backend, op, inputs, eps=1.0, weight_offset=2.0))
+
+
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_eps_none_is_that_of_float32(backend: Any, op: Op) -> None:
+    """Whatever x is; the rows are so small that it decides the result."""
+    for dtype in DTYPES:
+        inputs = inputs_for(op, 4, 100, dtype, scale=1e-4)
+        result = run_and_check(backend, op, inputs, eps=None)
+        assert_same_results(run(backend, op, inputs, eps=2.0**-23), result)
+        assert not torch.allclose(run(backend, op, inputs, eps=2.0**-22).y, result.y, rtol=0.1)
+
+
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_out_dtype_follows_out(backend: Any, op: Op) -> None:
+    inputs = inputs_for(op, 4, 100, BF16)
+    out = torch.empty(4, 100, dtype=F32)
+    assert_same_results(run(backend, op, inputs, out=out), run(backend, op, inputs, out_dtype=F32))
+    assert_same_results(
+        run(backend, op, inputs, out=out, out_dtype=F32), run(backend, op, inputs, out_dtype=F32)
+    )
+
+
+# ------------------------------------------------------------------------ round_before_weight
+
+
+@pytest.mark.parametrize("op", PLAIN, ids=str)
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+def test_round_before_weight_is_the_rounding_of_llama(
+    backend: Any, op: Op, dtype: torch.dtype
+) -> None:
+    """x is 1 and -1 and eps is 2, so xhat is 1/sqrt(3) and no sum can blur where it is rounded."""
+    n = 256
+    x = torch.ones(2, n, dtype=dtype)
+    x[:, ::2] = -1.0
+    xhat = torch.full((2, n), 3**-0.5, dtype=torch.float64) * x
+    weight = (1 + torch.arange(n) / 128).to(dtype)
+    inputs = Inputs(x, x, weight, None)
+    twice = (xhat.to(dtype).double() * weight.double()).to(dtype)
+    once = (xhat * weight.double()).to(dtype)
+    assert _differ(twice, once) > 0.1
+    assert_same_bits(run(backend, op, inputs, eps=2.0, round_before_weight=True).y, twice)
+    assert_same_bits(run(backend, op, inputs, eps=2.0, round_before_weight=False).y, once)
+    wide = run(backend, op, inputs, eps=2.0, round_before_weight=True, out_dtype=F32)
+    assert_same_bits(wide.y, xhat.to(dtype).float() * weight.float())
+
+
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_round_before_weight_without_a_weight_is_seen_in_a_wider_output(
+    backend: Any, op: Op
+) -> None:
+    for dtype in (F16, BF16):
+        inputs = inputs_for(op, 4, 100, dtype)._replace(weight=None, bias=None)
+        y = run(backend, op, inputs, round_before_weight=True, out_dtype=F32).y
+        assert_same_bits(y, y.to(dtype).float())
+        assert _differ(run(backend, op, inputs, out_dtype=F32).y, y) > 0.5
+
+
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_round_before_weight_is_accurate_in_every_mix(backend: Any, op: Op) -> None:
+    for dtype, weight_dtype, out_dtype, n in itertools.product(DTYPES, DTYPES, DTYPES, (65, 300)):
+        inputs = inputs_for(op, 3, n, dtype, weight_dtype=weight_dtype)
+        for offset in (0.0, 1.0):
+            run_and_check(
+                backend,
+                op,
+                inputs,
+                round_before_weight=True,
+                weight_offset=offset,
+                out_dtype=out_dtype,
+            )
+
+
+@pytest.mark.parametrize("op", ADDING, ids=str)
+def test_round_before_weight_rounds_to_the_dtype_of_what_is_normalised(
+    backend: Any, op: Op
+) -> None:
+    """The rounded sum's, which is residual's; with round_sum=False x's."""
+    for dtype, residual_dtype in itertools.product(DTYPES, DTYPES):
+        inputs = inputs_for(op, 4, 100, dtype, residual_dtype=residual_dtype)
+        inputs = inputs._replace(weight=None, bias=None)
+        for round_sum, expected in ((True, residual_dtype), (False, dtype)):
+            options = {"round_sum": round_sum, "out_dtype": F32}
+            y = run_and_check(backend, op, inputs, round_before_weight=True, **options).y
+            assert_same_bits(y, y.to(expected).float())
+            if expected == F32:
+                assert_same_bits(y, run(backend, op, inputs, **options).y)
+
+
+# ---------------------------------------------------------------------------------- clamp_inf
+
+
+@pytest.mark.parametrize("op", PLAIN, ids=str)
+def test_clamp_inf_counts_infinity_as_the_largest_float16(backend: Any, op: Op) -> None:
+    for n, out_dtype in itertools.product((3, 64, 67), DTYPES):
+        inputs = inputs_for(op, 5, n, F16)
+        infinite = inputs.x.clone()
+        infinite[1, 0], infinite[2, n - 1], infinite[3, 1], infinite[4, 1] = (
+            *(math.inf, -math.inf),
+            *(math.inf, math.nan),
+        )
+        infinite[3, 2] = -math.inf
+        clamped = infinite.clamp(-65504, 65504)
+        given = inputs._replace(x=infinite)
+        result = run_and_check(backend, op, given, clamp_inf=True, out_dtype=out_dtype)
+        expected = run(backend, op, inputs._replace(x=clamped), out_dtype=out_dtype)
+        assert_same_bits(result.y[:4], expected.y[:4])
+        assert result.y[:4].isfinite().all()
+        assert result.y[4, 1].isnan()
+        hidden = run_and_check(backend, op, given, clamp_inf=False, out_dtype=out_dtype)
+        assert hidden.y[1, 0].isnan()
+
+
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_clamp_inf_leaves_other_dtypes_alone(backend: Any, op: Op) -> None:
+    for dtype in (F32, BF16):
+        inputs = inputs_for(op, 3, 64, dtype)
+        inputs.x[1, 5] = math.inf
+        inputs.x[2] *= 1e6
+        result = run_and_check(backend, op, inputs, clamp_inf=True)
+        assert_same_results(result, run(backend, op, inputs, clamp_inf=False))
+        assert result.y[1, 5].isnan()
+
+
+@pytest.mark.parametrize("op", ADDING, ids=str)
+def test_clamp_inf_of_a_sum(backend: Any, op: Op) -> None:
+    """A float16 x is clamped before the sum, a float16 sum where it is normalised, not stored."""
+    for dtype, residual_dtype, round_sum, n in itertools.product(
+        DTYPES, DTYPES, (True, False), (3, 67)
+    ):
+        inputs = inputs_for(op, 4, n, dtype, residual_dtype=residual_dtype)
+        inputs.x[1, 0] = math.inf
+        inputs.residual[2, 1] = -math.inf
+        inputs.x[3], inputs.residual[3] = 50000.0, 40000.0
+        result = run_and_check(backend, op, inputs, clamp_inf=True, round_sum=round_sum)
+        assert result.residual_out[2, 1].isneginf()
+        if dtype == F16:
+            largest = 65504.0 + inputs.residual[1, 0].float()
+            assert result.residual_out[1, 0] == largest.to(residual_dtype)
+        else:
+            assert result.residual_out[1, 0].isposinf()
+        if residual_dtype == F16:
+            assert result.residual_out[3].isposinf().all()
+            assert result.y[3].isfinite().all()
+            assert result.y[2].isfinite().all() == round_sum
+
+
+# ---------------------------------------------------------------------------------- round_sum
+
+
+@pytest.mark.parametrize(("op", "plain"), [(ADDING[0], RMS), (ADDING[1], LAYER)], ids=str)
+def test_round_sum_false_normalises_the_float32_sum(backend: Any, op: Op, plain: Op) -> None:
+    for dtype, residual_dtype in itertools.product(DTYPES, DTYPES):
+        inputs = inputs_for(op, 4, 300, dtype, residual_dtype=residual_dtype)
+        result = run_and_check(backend, op, inputs, round_sum=False, out_dtype=F32)
+        total = inputs.x.float() + inputs.residual.float()
+        assert_same_bits(result.residual_out, total.to(residual_dtype))
+        unfused = run(backend, plain, inputs._replace(x=total), out_dtype=F32)
+        assert_same_bits(result.y, unfused.y)
+        rounded = run(backend, op, inputs, round_sum=True, out_dtype=F32)
+        if residual_dtype != F32:
+            assert _differ(rounded.y, result.y) > 0.5
+        else:
+            assert_same_results(rounded, result)
