@@ -180,6 +180,24 @@ NORMKIT_INLINE Chunk sum_run(const typename T::Item* x, int64_t n, const Term& t
   return acc;
 }
 
+// The squares of bfloat16 rows are added in pairs of columns, as the dot product of AVX512_BF16
+// adds them: columns 2j and 2j + 1 of each 128 to partial sum j.
+template <>
+NORMKIT_INLINE Chunk sum_run<BFloat16, Squares>(const uint16_t* x, int64_t n, const Squares&) {
+  Chunk acc = zeros();
+  const auto add_pairs = [&acc](const uint16_t* p) __attribute__((always_inline)) {
+    for (int k = 0; k < kVecs; ++k) acc.v[k] = add_squares(acc.v[k], p + 2 * k * kWidth);
+  };
+  int64_t i = 0;
+  for (; i + 2 * kChunk <= n; i += 2 * kChunk) add_pairs(x + i);
+  if (i < n) {
+    alignas(64) uint16_t rest[2 * kChunk] = {};
+    std::memcpy(rest, x + i, (n - i) * sizeof(*x));
+    add_pairs(rest);
+  }
+  return acc;
+}
+
 // Kept out of line: its levels would cost a short row their place on the stack.
 template <class T, class Term>
 [[gnu::noinline]] float sum_long_row(const typename T::Item* x, int64_t n, const Term& term) {

@@ -79,6 +79,13 @@ inline void load_split(const uint16_t* p, V& even, V& odd) {
   asm("" : "+x"(bits));
   split(bits, even, odd);
 }
+// The squares of 16 bfloat16, each odd column and then its even neighbour added to one lane.
+inline V add_squares(V sum, const uint16_t* p) {
+  V even, odd;
+  load_split(p, even, odd);
+  return fma(even, even, fma(odd, odd, sum));
+}
+
 struct Joined {
   __m256i a, b;
 };

@@ -54,6 +54,13 @@ inline void load_split(const uint16_t* p, V& even, V& odd) {
   split(vreinterpretq_u32_u16(vld1q_u16(p)), even, odd);
 }
 
+// The squares of 8 bfloat16, each odd column and then its even neighbour added to one lane.
+inline V add_squares(V sum, const uint16_t* p) {
+  V even, odd;
+  load_split(p, even, odd);
+  return fma(even, even, fma(odd, odd, sum));
+}
+
 struct Joined {
   uint32x4_t a, b;
 };

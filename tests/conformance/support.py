@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+import normkit
 from normkit import testing
 from normkit.testing import Inputs
 
@@ -19,6 +21,11 @@ SIZES = (
     *(768, 1000, 1024, 4096, 4104, 5120, 8192, 12288),
 )
 dtypes = st.sampled_from(DTYPES)
+
+# Without kernels the reason why none serves is always that there are none.
+needs_kernels = pytest.mark.skipif(
+    not normkit.backends()["cpu"].usable, reason="the automatic choice has nothing to choose from"
+)
 
 Call = Callable[..., Any]
 

@@ -11,7 +11,15 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 import normkit
-from conformance.support import DTYPES, OPS, Op, assert_same_bits, inputs_for, run
+from conformance.support import (
+    DTYPES,
+    OPS,
+    Op,
+    assert_same_bits,
+    inputs_for,
+    needs_kernels,
+    run,
+)
 from normkit import reference
 from normkit.testing import Inputs, make_inputs
 
@@ -64,6 +72,7 @@ def _eps(op: Op) -> float:
     return 1e-6 if op.kind == "rms" or op.per_head else 1e-5
 
 
+@needs_kernels
 @pytest.mark.parametrize("op", OPS, ids=str)
 def test_one_tensor_that_wants_a_gradient_is_enough(op: Op) -> None:
     for wanted in op.tensors(Inputs(*Inputs._fields)):

@@ -68,7 +68,7 @@ def test_promise_1_layer_norm_takes_two_passes(backend: Any, op: Op) -> None:
 def test_promise_1_rounding_is_to_nearest_even(
     backend: Any, op: Op, out_dtype: torch.dtype
 ) -> None:
-    """With xhat exactly 1 and -1, y is the weight or its negative: ties and what lies round them."""
+    """With xhat exactly 1 and -1, y is the weight or its negative: ties and their neighbours."""
     upper = 14 if out_dtype == torch.float16 else 126  # one binade below the last
     lower = -26 if out_dtype == torch.float16 else -135  # below the smallest subnormal
     bits_kept = 10 if out_dtype == torch.float16 else 7

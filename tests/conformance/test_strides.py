@@ -242,7 +242,7 @@ def test_x_may_be_the_residual(backend: Any, op: Op) -> None:
 
 @pytest.mark.parametrize("op", OPS, ids=str)
 def test_rows_interleaved_with_the_output_do_not_overlap_it(backend: Any, op: Op) -> None:
-    """With x in the even rows of a tensor and out in the odd ones, ranges cross, elements do not."""
+    """With x in the even rows of a tensor and out in the odd ones, only the ranges cross."""
     for dtype, n in itertools.product(DTYPES, (5, 64)):
         inputs = inputs_for(op, 4, n, dtype)
         both = torch.empty(8, n, dtype=dtype)

@@ -158,10 +158,8 @@ def test_a_single_step_of_the_output_does_not_pass(dtype: torch.dtype) -> None:
     """In 16 bits; in float32 the arithmetic may cost steps, and a part in 2^18 does not pass."""
     x, _, weight, bias = make_inputs((3, 200), dtype)
     y = right(x, weight, bias, kind="rms")
-    if dtype == F32:
-        moved = y * (1 + 2.0**-18)
-    else:
-        moved = y.nextafter(torch.full_like(y, torch.inf))
+    upwards = torch.full_like(y, torch.inf)
+    moved = y * (1 + 2.0**-18) if dtype == F32 else y.nextafter(upwards)
     for column in (0, 77, 199):
         wrong = y.clone()
         wrong[1, column] = moved[1, column]
