@@ -39,9 +39,8 @@ def _randn(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n", [1, 31, 33, 63, 64, 96, 100, 127, 1000, 1025, 4096, 70001])
-def test_every_instruction_set_gives_the_same_bits(n, dtype, best_instruction_set):
-    assert len(_C.cpu_instruction_sets()) >= 1
+@pytest.mark.parametrize("n", [31, 64, 96, 1025, 70001])
+def test_options_give_the_same_bits_on_every_instruction_set(n, dtype, best_instruction_set):
     x, residual = _randn(5, n, dtype=dtype, seed=n), _randn(5, n, dtype=torch.bfloat16, seed=n + 1)
     weight, bias = _randn(n, dtype=torch.float16, seed=2), _randn(n, dtype=dtype, seed=3)
 

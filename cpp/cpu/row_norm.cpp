@@ -153,8 +153,9 @@ class Cursor {
  public:
   Cursor(const RowNorm& norm, int64_t row) : norm_(norm) {
     for (int64_t d = norm.outer_dims - 1, rest = row; d >= 0; --d) {
-      index_[d] = rest == 0 ? 0 : rest % norm.outer_size[d];
-      if (index_[d] == 0 && rest == 0) continue;
+      index_[d] = 0;
+      if (rest == 0) continue;  // most calls begin here, and a division takes as long as ten sums
+      index_[d] = rest % norm.outer_size[d];
       rest /= norm.outer_size[d];
       for (int t = 0; t < kTensors; ++t) at_[t] += index_[d] * tensor(t).stride[d];
     }
@@ -299,7 +300,7 @@ void run_part(void* context, int part) {
       b.residual[r] = cursor.at(Cursor::kResidual);
       b.out[r] = cursor.at(Cursor::kOut);
       b.residual_out[r] = cursor.at(Cursor::kResidualOut);
-      b.wide[r] = wide + r * padded(norm.n);
+      b.wide[r] = wide ? wide + r * padded(norm.n) : nullptr;
       b.weight[r] = affine.weight.row(head);
       b.bias[r] = affine.bias.row(head);
       if (++head == norm.heads) head = 0;

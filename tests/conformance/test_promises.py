@@ -172,11 +172,10 @@ def test_promise_3_a_row_does_not_depend_on_strides_or_alignment(
 
 @pytest.mark.parametrize("op", OPS, ids=str)
 def test_promise_3_a_row_does_not_depend_on_the_number_of_threads(backend: Any, op: Op) -> None:
-    """Shapes with enough bytes for two threads, in rows that do not divide evenly."""
-    for dtype, (rows, n) in itertools.product(
-        DTYPES, ((3, 12289), (129, 500), (1001, 64), (5001, 7))
-    ):
-        inputs = inputs_for(op, (rows, 1), n, dtype)
+    """Shapes with enough bytes for two threads, in rows and heads that do not divide evenly."""
+    shapes = (((3, 1), 12289), ((43, 3), 500), ((143, 7), 64), ((1667, 3), 7))
+    for dtype, (outer, n) in itertools.product(DTYPES, shapes):
+        inputs = inputs_for(op, outer, n, dtype)
         with threads(1):
             serial = run(backend, op, inputs)
         with threads(2):
