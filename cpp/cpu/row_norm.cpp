@@ -87,8 +87,9 @@ class Scratch {
 };
 
 // Rows that fit here stay in the first-level cache from one stage to the next, with the output and
-// the weight.
-constexpr int64_t kBlockBytes = 8 << 10;
+// the weight.  Where memory is the limit the second-level cache is near enough, and fewer changes
+// between reading and writing save 5 to 10 %.
+constexpr int64_t kBlockBytes = 8 << 10, kStreamedBlockBytes = 32 << 10;
 // Fork and join cost about a microsecond, in which one core moves this much.
 constexpr int64_t kThreadBytes = 32 << 10;
 // Beyond the second-level cache it pays to fetch the next rows while these are stored: 5 to 15 % of
@@ -366,19 +367,20 @@ bool use_instruction_set(const char* name) {
 
 Plan plan(const RowNorm& norm) {
   const int64_t traffic = row_bytes(norm) * norm.rows;
+  const bool in_place = norm.out.data == norm.x.data || norm.out.data == norm.residual.data;
   Plan p;
+  // Little of so much stays in the cache.  glibc's memcpy draws the line at the same three quarters
+  // (2048x4096 bfloat16 on Zen 4 with 32 MB: 0.8 ms around the cache, 1.1 ms through it).
+  p.stream = traffic > last_cache_bytes() / 4 * 3 && !in_place && aligned(norm, norm.out);
+  p.fetch = traffic > kFetchBytes;
+  const int64_t block_bytes = p.stream ? kStreamedBlockBytes : kBlockBytes;
   p.block_rows =
-      std::clamp<int64_t>(kBlockBytes / (norm.n * item_size(norm.x.dtype)), 1, kMaxBlockRows);
+      std::clamp<int64_t>(block_bytes / (norm.n * item_size(norm.x.dtype)), 1, kMaxBlockRows);
   const int64_t blocks = (norm.rows + p.block_rows - 1) / p.block_rows;
   p.threads = 1;
   if (traffic >= 2 * kThreadBytes && blocks > 1)
     p.threads =
         static_cast<int>(std::min({int64_t{max_threads()}, blocks, traffic / kThreadBytes}));
-  const bool in_place = norm.out.data == norm.x.data || norm.out.data == norm.residual.data;
-  // As much does not stay in the cache anyway; memcpy of glibc draws the line at the same three
-  // quarters.
-  p.stream = traffic > last_cache_bytes() / 4 * 3 && !in_place && aligned(norm, norm.out);
-  p.fetch = traffic > kFetchBytes;
   return p;
 }
 
