@@ -102,37 +102,15 @@ def rms_norm(
     """
     if not is_dynamo_compiling():
         result = _native(
-            0,
-            x,
-            None,
-            weight,
-            bias,
-            eps,
-            weight_offset,
-            round_before_weight,
-            True,
-            clamp_inf,
-            out_dtype,
-            out,
-            None,
-            0,
-        )
+            0, x, None, weight, bias, eps, weight_offset, round_before_weight, True, clamp_inf,
+            out_dtype, out, None, 0,
+        )  # fmt: skip
         if result is not None:
             return result  # type: ignore[no-any-return]
     call = Call(
-        "rms_norm",
-        False,
-        False,
-        x,
-        weight,
-        bias,
-        eps,
-        weight_offset,
-        round_before_weight,
-        clamp_inf,
-        out_dtype,
-        out,
-    )
+        "rms_norm", False, False, x, weight, bias, eps, weight_offset, round_before_weight,
+        clamp_inf, out_dtype, out,
+    )  # fmt: skip
     return cast(Tensor, _dispatch.serve(call))
 
 
@@ -186,37 +164,15 @@ def layer_norm(
     """
     if not is_dynamo_compiling():
         result = _native(
-            1,
-            x,
-            None,
-            weight,
-            bias,
-            eps,
-            weight_offset,
-            round_before_weight,
-            True,
-            clamp_inf,
-            out_dtype,
-            out,
-            None,
-            0,
-        )
+            1, x, None, weight, bias, eps, weight_offset, round_before_weight, True, clamp_inf,
+            out_dtype, out, None, 0,
+        )  # fmt: skip
         if result is not None:
             return result  # type: ignore[no-any-return]
     call = Call(
-        "layer_norm",
-        True,
-        False,
-        x,
-        weight,
-        bias,
-        eps,
-        weight_offset,
-        round_before_weight,
-        clamp_inf,
-        out_dtype,
-        out,
-    )
+        "layer_norm", True, False, x, weight, bias, eps, weight_offset, round_before_weight,
+        clamp_inf, out_dtype, out,
+    )  # fmt: skip
     return cast(Tensor, _dispatch.serve(call))
 
 
@@ -275,37 +231,15 @@ def head_norm(
     layer = is_layer(kind)
     if not is_dynamo_compiling():
         result = _native(
-            layer + 2,
-            x,
-            None,
-            weight,
-            bias,
-            eps,
-            weight_offset,
-            round_before_weight,
-            True,
-            clamp_inf,
-            out_dtype,
-            out,
-            None,
-            0,
-        )
+            layer + 2, x, None, weight, bias, eps, weight_offset, round_before_weight, True,
+            clamp_inf, out_dtype, out, None, 0,
+        )  # fmt: skip
         if result is not None:
             return result  # type: ignore[no-any-return]
     call = Call(
-        "head_norm",
-        layer,
-        True,
-        x,
-        weight,
-        bias,
-        eps,
-        weight_offset,
-        round_before_weight,
-        clamp_inf,
-        out_dtype,
-        out,
-    )
+        "head_norm", layer, True, x, weight, bias, eps, weight_offset, round_before_weight,
+        clamp_inf, out_dtype, out,
+    )  # fmt: skip
     return cast(Tensor, _dispatch.serve(call))
 
 
@@ -372,40 +306,15 @@ def add_rms_norm(
     """
     if not is_dynamo_compiling():
         result = _native(
-            4,
-            x,
-            residual,
-            weight,
-            bias,
-            eps,
-            weight_offset,
-            round_before_weight,
-            round_sum,
-            clamp_inf,
-            out_dtype,
-            out,
-            residual_out,
-            0,
-        )
+            4, x, residual, weight, bias, eps, weight_offset, round_before_weight, round_sum,
+            clamp_inf, out_dtype, out, residual_out, 0,
+        )  # fmt: skip
         if result is not None:
             return result  # type: ignore[no-any-return]
     call = Call(
-        "add_rms_norm",
-        False,
-        False,
-        x,
-        weight,
-        bias,
-        eps,
-        weight_offset,
-        round_before_weight,
-        clamp_inf,
-        out_dtype,
-        out,
-        residual,
-        residual_out,
-        round_sum,
-    )
+        "add_rms_norm", False, False, x, weight, bias, eps, weight_offset, round_before_weight,
+        clamp_inf, out_dtype, out, residual, residual_out, round_sum,
+    )  # fmt: skip
     return cast("tuple[Tensor, Tensor]", _dispatch.serve(call))
 
 
@@ -471,40 +380,15 @@ def add_layer_norm(
     """
     if not is_dynamo_compiling():
         result = _native(
-            5,
-            x,
-            residual,
-            weight,
-            bias,
-            eps,
-            weight_offset,
-            round_before_weight,
-            round_sum,
-            clamp_inf,
-            out_dtype,
-            out,
-            residual_out,
-            0,
-        )
+            5, x, residual, weight, bias, eps, weight_offset, round_before_weight, round_sum,
+            clamp_inf, out_dtype, out, residual_out, 0,
+        )  # fmt: skip
         if result is not None:
             return result  # type: ignore[no-any-return]
     call = Call(
-        "add_layer_norm",
-        True,
-        False,
-        x,
-        weight,
-        bias,
-        eps,
-        weight_offset,
-        round_before_weight,
-        clamp_inf,
-        out_dtype,
-        out,
-        residual,
-        residual_out,
-        round_sum,
-    )
+        "add_layer_norm", True, False, x, weight, bias, eps, weight_offset, round_before_weight,
+        clamp_inf, out_dtype, out, residual, residual_out, round_sum,
+    )  # fmt: skip
     return cast("tuple[Tensor, Tensor]", _dispatch.serve(call))
 
 

@@ -73,37 +73,15 @@ def rms_norm_(
     """
     if not is_dynamo_compiling():
         result = _native(
-            0,
-            x,
-            None,
-            weight,
-            bias,
-            eps,
-            weight_offset,
-            round_before_weight,
-            True,
-            clamp_inf,
-            None,
-            x,
-            None,
-            0,
-        )
+            0, x, None, weight, bias, eps, weight_offset, round_before_weight, True, clamp_inf,
+            None, x, None, 0,
+        )  # fmt: skip
         if result is not None:
             return result  # type: ignore[no-any-return]
     call = Call(
-        "rms_norm_",
-        False,
-        False,
-        x,
-        weight,
-        bias,
-        eps,
-        weight_offset,
-        round_before_weight,
-        clamp_inf,
-        None,
-        x,
-    )
+        "rms_norm_", False, False, x, weight, bias, eps, weight_offset, round_before_weight,
+        clamp_inf, None, x,
+    )  # fmt: skip
     return cast(Tensor, _dispatch.serve(call))
 
 
@@ -154,37 +132,15 @@ def layer_norm_(
     """
     if not is_dynamo_compiling():
         result = _native(
-            1,
-            x,
-            None,
-            weight,
-            bias,
-            eps,
-            weight_offset,
-            round_before_weight,
-            True,
-            clamp_inf,
-            None,
-            x,
-            None,
-            0,
-        )
+            1, x, None, weight, bias, eps, weight_offset, round_before_weight, True, clamp_inf,
+            None, x, None, 0,
+        )  # fmt: skip
         if result is not None:
             return result  # type: ignore[no-any-return]
     call = Call(
-        "layer_norm_",
-        True,
-        False,
-        x,
-        weight,
-        bias,
-        eps,
-        weight_offset,
-        round_before_weight,
-        clamp_inf,
-        None,
-        x,
-    )
+        "layer_norm_", True, False, x, weight, bias, eps, weight_offset, round_before_weight,
+        clamp_inf, None, x,
+    )  # fmt: skip
     return cast(Tensor, _dispatch.serve(call))
 
 
@@ -239,37 +195,15 @@ def head_norm_(
     layer = is_layer(kind)
     if not is_dynamo_compiling():
         result = _native(
-            layer + 2,
-            x,
-            None,
-            weight,
-            bias,
-            eps,
-            weight_offset,
-            round_before_weight,
-            True,
-            clamp_inf,
-            None,
-            x,
-            None,
-            0,
-        )
+            layer + 2, x, None, weight, bias, eps, weight_offset, round_before_weight, True,
+            clamp_inf, None, x, None, 0,
+        )  # fmt: skip
         if result is not None:
             return result  # type: ignore[no-any-return]
     call = Call(
-        "head_norm_",
-        layer,
-        True,
-        x,
-        weight,
-        bias,
-        eps,
-        weight_offset,
-        round_before_weight,
-        clamp_inf,
-        None,
-        x,
-    )
+        "head_norm_", layer, True, x, weight, bias, eps, weight_offset, round_before_weight,
+        clamp_inf, None, x,
+    )  # fmt: skip
     return cast(Tensor, _dispatch.serve(call))
 
 
@@ -331,40 +265,15 @@ def add_rms_norm_(
     """
     if not is_dynamo_compiling():
         result = _native(
-            4,
-            x,
-            residual,
-            weight,
-            bias,
-            eps,
-            weight_offset,
-            round_before_weight,
-            round_sum,
-            clamp_inf,
-            None,
-            x,
-            residual,
-            0,
-        )
+            4, x, residual, weight, bias, eps, weight_offset, round_before_weight, round_sum,
+            clamp_inf, None, x, residual, 0,
+        )  # fmt: skip
         if result is not None:
             return result  # type: ignore[no-any-return]
     call = Call(
-        "add_rms_norm_",
-        False,
-        False,
-        x,
-        weight,
-        bias,
-        eps,
-        weight_offset,
-        round_before_weight,
-        clamp_inf,
-        None,
-        x,
-        residual,
-        residual,
-        round_sum,
-    )
+        "add_rms_norm_", False, False, x, weight, bias, eps, weight_offset, round_before_weight,
+        clamp_inf, None, x, residual, residual, round_sum,
+    )  # fmt: skip
     return cast("tuple[Tensor, Tensor]", _dispatch.serve(call))
 
 
@@ -425,38 +334,13 @@ def add_layer_norm_(
     """
     if not is_dynamo_compiling():
         result = _native(
-            5,
-            x,
-            residual,
-            weight,
-            bias,
-            eps,
-            weight_offset,
-            round_before_weight,
-            round_sum,
-            clamp_inf,
-            None,
-            x,
-            residual,
-            0,
-        )
+            5, x, residual, weight, bias, eps, weight_offset, round_before_weight, round_sum,
+            clamp_inf, None, x, residual, 0,
+        )  # fmt: skip
         if result is not None:
             return result  # type: ignore[no-any-return]
     call = Call(
-        "add_layer_norm_",
-        True,
-        False,
-        x,
-        weight,
-        bias,
-        eps,
-        weight_offset,
-        round_before_weight,
-        clamp_inf,
-        None,
-        x,
-        residual,
-        residual,
-        round_sum,
-    )
+        "add_layer_norm_", True, False, x, weight, bias, eps, weight_offset, round_before_weight,
+        clamp_inf, None, x, residual, residual, round_sum,
+    )  # fmt: skip
     return cast("tuple[Tensor, Tensor]", _dispatch.serve(call))
