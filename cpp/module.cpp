@@ -143,6 +143,7 @@ enum Mode { kQuick = 0, kChecked = 1, kExplain = 2 };
 
 Refusal read(Arguments& a, PyObject* const* args) {
   const long kind = PyLong_AsLong(args[kKind]);
+  if (kind == -1 && PyErr_Occurred()) throw nb::python_error();
   a.statistic = static_cast<Statistic>(kind & 1);
   a.per_head = kind & 2;
   const auto tensor = [args](Tensor& t, Position at) { return t.read(args[at]); };
@@ -182,6 +183,7 @@ nb::object describe(const RowNorm& job) {
 
 nb::object norm(PyObject* const* args) {
   const long mode = PyLong_AsLong(args[kMode]);
+  if (mode == -1 && PyErr_Occurred()) throw nb::python_error();
   const bool quick = mode == kQuick;
   if (quick && quick_path_is_off) return nb::none();
   if (!cpu::instruction_set())
