@@ -62,8 +62,7 @@ def block(kept: Mapping[str, Any]) -> str:
             table(results),
             "",
             one_row(results),
-            "Around the size of the last cache (2048x4096, 32768x128) the copy is no steady measure: see",
-            "[what limits the kernels](docs/benchmarks.md#what-limits-the-kernels).",
+            "Why: [what limits the kernels](docs/benchmarks.md#what-limits-the-kernels).",
             END,
         )
     )

@@ -94,9 +94,9 @@ def paired(
 ) -> Comparison:
     """Times all candidates in `rounds` rounds; each round starts with the next candidate.
 
-    Before each sample the candidate runs untimed: it is measured on the caches that it leaves behind
-    itself, not on those that its neighbour in the round left.  Once is too little for that: a copy
-    that followed stores around the caches took up to 2.8 times its own time.
+    Before each sample the candidate runs untimed: it is measured on the caches that it leaves
+    behind itself, not on those that its neighbour in the round left.  Once is too little for that:
+    a copy that followed stores around the caches took up to 2.8 times its own time.
     """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
