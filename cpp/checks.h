@@ -83,10 +83,19 @@ inline Refusal check_memory(const Arguments& a) {
   return {};
 }
 
+inline Refusal check_device(const Tensor& t, const Tensor& x) {
+  if (!t ||
+      (t.device.device_type == x.device.device_type && t.device.device_id == x.device.device_id))
+    return {};
+  return {t.name, "is on another device than x"};
+}
+
 // memory_checked: the caller knows that what is written overlaps nothing.
 inline Refusal check(const Arguments& a, bool memory_checked) {
   if (a.x.ndim < (a.per_head ? 2 : 1)) return {"x", "has too few dimensions"};
   if (a.x.size(1) < 1) return {"x", "has rows of no elements"};
+  for (const Tensor* t : {&a.residual, &a.weight, &a.bias, &a.out, &a.residual_out})
+    if (const Refusal no = check_device(*t, a.x)) return no;
   for (const Tensor* t : {&a.x, &a.residual, &a.out, &a.residual_out})
     if (const Refusal no = check_rows(*t, a.x)) return no;
   for (const Tensor* t : {&a.weight, &a.bias})

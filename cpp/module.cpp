@@ -3,11 +3,8 @@
 
 #include <string>
 
+#include "backends.h"
 #include "checks.h"
-#include "cpu/row_norm.h"
-#ifdef NORMKIT_HAS_CUDA
-#include "../cuda/device_query.h"
-#endif
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -171,25 +168,15 @@ Refusal read(Arguments& a, PyObject* const* args) {
   return {};
 }
 
-nb::object describe(const RowNorm& job) {
-  const cpu::Plan plan = cpu::plan(job);
-  std::string text = std::string(cpu::instruction_set()) + ", " + std::to_string(plan.threads) +
-                     (plan.threads == 1 ? " thread, " : " threads, ") +
-                     std::to_string(plan.block_rows) + (plan.block_rows == 1 ? " row" : " rows") +
-                     " at a time";
-  if (plan.stream) text += ", stores around the caches";
-  return nb::make_tuple(nb::str(text.c_str()));
-}
-
 nb::object norm(PyObject* const* args) {
   const long mode = PyLong_AsLong(args[kMode]);
   if (mode == -1 && PyErr_Occurred()) throw nb::python_error();
   const bool quick = mode == kQuick;
   if (quick && quick_path_is_off) return nb::none();
-  if (!cpu::instruction_set())
-    return refuse(quick, {"the processor", "has none of AVX2, AVX-512 and NEON"});
   Arguments a;
   if (const Refusal no = read(a, args)) return refuse(quick, no);
+  const Backend* backend = nullptr;
+  if (const Refusal no = find_backend(a.x.device, backend)) return refuse(quick, no);
   // The exchange API does not tell of a lazily negated tensor.  Such a one has a last stride of 2
   // or more, unless its rows are single elements; normkit._dispatch resolves it.
   if (quick && a.x.ndim > 0 && a.x.size(1) == 1) return nb::none();
@@ -207,12 +194,17 @@ nb::object norm(PyObject* const* args) {
     if (const Refusal no = a.residual_out.read(made_residual.ptr())) return refuse(quick, no);
   }
   const RowNorm job = row_norm_of(a);
-  if (mode == kExplain) return describe(job);
-  if (job.rows * job.n >= kReleaseGilElements) {
+  const int device = a.x.device.device_id;
+  if (mode == kExplain)
+    return nb::make_tuple(backend->name, backend->describe(job, device).c_str());
+  void* stream = stream_for(*backend, a.x.device);
+  // A launch may have to wait for room in the stream, which a callback that wants the interpreter
+  // may be keeping.
+  if (backend->has_streams || job.rows * job.n >= kReleaseGilElements) {
     nb::gil_scoped_release release;
-    cpu::row_norm(job);
+    backend->run(job, device, stream);
   } else {
-    cpu::row_norm(job);
+    backend->run(job, device, stream);
   }
   if (writes_out) count_write(a.out);
   if (writes_residual_out) count_write(a.residual_out);
@@ -251,23 +243,30 @@ PyMethodDef norm_method[] = {
      "has\n"
      "checked that outputs overlap nothing, and wants a str that says why not; and 2 like 1 but to "
      "get\n"
-     "the plan, as a tuple of one str, instead of running."},
+     "the backend's name and its plan, as a tuple of two str, instead of running."},
     {nullptr, nullptr, 0, nullptr}};
 
 nb::object cuda_devices() {
-#ifdef NORMKIT_HAS_CUDA
+  nb::list found;
+#if defined(NORMKIT_HAS_CUDA)
   const cuda::Devices devices = cuda::devices();
-  return nb::make_tuple(devices.count, devices.message);
+  for (int i = 0; i < devices.count; ++i) {
+    const cuda::KnownDevice& known = cuda::device(i);
+    found.append(nb::make_tuple(known.name.c_str(), known.unusable.c_str()));
+  }
+  return nb::make_tuple(found, devices.message);
 #else
-  return nb::make_tuple(0, "built without CUDA");
+  return nb::make_tuple(found, "built without CUDA");
 #endif
 }
 
+#ifndef NORMKIT_EMULATED
 nb::list instruction_sets() {
   nb::list names;
   for (const char* const* name = cpu::instruction_sets(); *name; ++name) names.append(*name);
   return names;
 }
+#endif
 
 }  // namespace
 }  // namespace normkit
@@ -288,7 +287,10 @@ NB_MODULE(_C, m) {
       "set_quick_path", [](bool on) { quick_path_is_off = !on; }, "on"_a,
       "Whether this thread's calls in mode 0 are served.");
 
-  m.def("cuda_devices", &cuda_devices, "The number of CUDA devices, and why it is 0 if it is.");
+  m.def("cuda_devices", &cuda_devices,
+        "(name, why it is not usable or an empty str) of each CUDA device, and why there is none "
+        "if so.");
+#ifndef NORMKIT_EMULATED
   m.def("cpu_instruction_sets", &instruction_sets, "Those with kernels that run here, best first.");
   m.def("cpu_instruction_set", &cpu::instruction_set, "The one in use, or None.");
   m.def(
@@ -298,4 +300,5 @@ NB_MODULE(_C, m) {
           throw nb::value_error("name: expected one of cpu_instruction_sets()");
       },
       "name"_a, "Use another one from now on, in every thread.  The results are the same bits.");
+#endif
 }

@@ -52,6 +52,7 @@ struct Tensor {
   const char* name;
   PyObject* object = nullptr;  // null: absent
   char* data = nullptr;
+  DLDevice device = {};
   DType dtype = DType::kFloat32;
   int ndim = 0;
   const int64_t* shape = nullptr;
@@ -80,13 +81,13 @@ struct Tensor {
       PyErr_Clear();
       return {name, "has no memory that DLPack can describe"};
     }
-    if (view.device.device_type != kDLCPU) return {name, "is not on the CPU"};
     const auto type = dtype_of(view.dtype);
     if (!type)
       return {name, view.dtype.code == kDLFloat && view.dtype.bits == 64
                         ? "is float64"
                         : "is not float32, float16 or bfloat16"};
     object = source;
+    device = view.device;
     data = static_cast<char*>(view.data) + view.byte_offset;
     dtype = *type;
     ndim = view.ndim;

@@ -9,9 +9,12 @@ import hypothesis
 import pytest
 
 import normkit
+from emulation import BUILD, extension
 
 # "auto" is what callers get: the quick path, which a backend asked for by name does not take.
-BACKENDS = {"reference": "reference", "cpu": "cpu", "auto": "cpu"}
+# "emu" is the CUDA kernels on the CPU; "cuda" runs where NORMKIT_TEST_BACKENDS names it.
+BACKENDS = {"reference": "reference", "cpu": "cpu", "auto": "cpu", "emu": "emu", "cuda": "cuda"}
+DEFAULT = "reference,cpu,auto,emu"
 
 hypothesis.settings.register_profile("ci", derandomize=True, max_examples=200, deadline=None)
 hypothesis.settings.register_profile("fuzz", max_examples=5000, deadline=None)
@@ -40,7 +43,7 @@ class Backend:
 
 
 def _chosen() -> list[str]:
-    names = os.environ.get("NORMKIT_TEST_BACKENDS", ",".join(BACKENDS)).split(",")
+    names = os.environ.get("NORMKIT_TEST_BACKENDS", DEFAULT).split(",")
     unknown = set(names) - set(BACKENDS)
     if unknown:
         raise pytest.UsageError(f"NORMKIT_TEST_BACKENDS: unknown backends {sorted(unknown)}")
@@ -48,6 +51,10 @@ def _chosen() -> list[str]:
 
 
 def _get(name: str) -> Backend:
+    if name == "emu":
+        if extension() is None:
+            pytest.fail(f"{BUILD} has no emulated kernels; `make emu` builds them")
+        return Backend(name)
     entry = normkit.backends()[BACKENDS[name]]
     if not entry.usable:
         pytest.fail(f"backend {name} is not usable: {entry.reason}")

@@ -385,6 +385,15 @@ Plan plan(const RowNorm& norm) {
   return p;
 }
 
+std::string describe(const RowNorm& norm) {
+  const Plan p = plan(norm);
+  std::string text = std::string(instruction_set()) + ", " + std::to_string(p.threads) +
+                     (p.threads == 1 ? " thread, " : " threads, ") + std::to_string(p.block_rows) +
+                     (p.block_rows == 1 ? " row" : " rows") + " at a time";
+  if (p.stream) text += ", stores around the caches";
+  return text;
+}
+
 void row_norm(const RowNorm& norm) {
   if (norm.rows == 0) return;
   const Kernels& kernels = *chosen().load(std::memory_order_relaxed);

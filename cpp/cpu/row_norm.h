@@ -1,5 +1,7 @@
 // The CPU backend: runs a row norm on the best kernels this processor has.
 #pragma once
+#include <string>
+
 #include "../norm_args.h"
 
 namespace normkit::cpu {
@@ -21,6 +23,9 @@ struct Plan {
   bool fetch;   // fetch the next rows while these are stored
 };
 Plan plan(const RowNorm& norm);
+
+// The plan in words.
+std::string describe(const RowNorm& norm);
 
 void row_norm(const RowNorm& norm);
 

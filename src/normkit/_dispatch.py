@@ -19,10 +19,10 @@ from torch import Tensor
 from normkit import reference
 from normkit._checks import Call, check
 
-try:
-    from normkit import _C
 
-    _C.bind_torch(
+def bind(extension: Any) -> None:
+    """Hand over to the extension what it needs of torch."""
+    extension.bind_torch(
         torch.Tensor,
         torch.nn.Parameter,
         torch.empty_like,
@@ -33,12 +33,16 @@ try:
         torch.float16,
         torch.bfloat16,
     )
+
+
+try:
+    from normkit import _C
+
+    bind(_C)
     _missing = ""
 except (ImportError, AttributeError) as error:
     _missing = f"the extension could not be loaded: {error}"
 
-NAMES = ("auto", "cpu", "cuda", "reference")
-_NO_CUDA_KERNELS = "this version has no CUDA kernels"
 
 Result = Tensor | tuple[Tensor, Tensor]
 
@@ -62,6 +66,19 @@ def _refuse(*args: Any) -> str | None:
 # out_dtype, out, residual_out, mode -> the result, or None (QUICK) or a str that says why there is
 # none
 native: Callable[..., Any] = _refuse if _missing else _C.norm
+
+
+def _use_reference(*_: Any) -> str:
+    return 'use_backend("reference")'
+
+
+# The names of use_backend(), and who is asked to serve; "auto" takes the kernels for x's device.
+natives: dict[str, Callable[..., Any]] = {
+    "auto": native,
+    "cpu": native,
+    "cuda": native,
+    "reference": _use_reference,
+}
 
 
 @dataclass(frozen=True)
@@ -109,9 +126,12 @@ def _cpu() -> Backend:
 def _cuda() -> Backend:
     if _missing:
         return Backend("cuda", False, _missing)
-    count, message = _C.cuda_devices()
-    found = f"{count} CUDA device{'s' * (count > 1)}" if count else message
-    return Backend("cuda", False, f"{_NO_CUDA_KERNELS} ({found})")
+    devices, message = _C.cuda_devices()
+    if not devices:
+        return Backend("cuda", False, message)
+    usable = [name for name, unusable in devices if not unusable]
+    others = [unusable for _, unusable in devices if unusable]
+    return Backend("cuda", bool(usable), "; ".join([*usable, *others]))
 
 
 @contextmanager
@@ -131,8 +151,8 @@ def use_backend(name: str) -> Iterator[None]:
         >>> with normkit.use_backend("reference"):
         ...     y = normkit.rms_norm(torch.ones(2, 4))
     """
-    if name not in NAMES:
-        raise ValueError(f"name: expected one of {', '.join(NAMES)}, got {name!r}")
+    if name not in natives:
+        raise ValueError(f"name: expected one of {', '.join(natives)}, got {name!r}")
     with _set_state(backend=name):
         yield
 
@@ -167,10 +187,10 @@ def serve(call: Call) -> Any:
     if not torch.compiler.is_compiling():
         check(call)
         wanted = _state.backend
-        served = _serve_natively(call) if wanted in ("auto", "cpu") else _not_native(wanted)
+        served = _serve_natively(call, wanted)
         if not isinstance(served, str):
             return served
-        if wanted in ("cpu", "cuda"):
+        if wanted not in ("auto", "reference"):
             raise ValueError(f'use_backend("{wanted}") cannot serve this {call.op}: {served}')
         if _state.explaining:
             return Explanation("reference", "plain torch", served)
@@ -179,15 +199,14 @@ def serve(call: Call) -> Any:
     return _serve_by_reference(call)
 
 
-def _not_native(wanted: str) -> str:
-    return 'use_backend("reference")' if wanted == "reference" else _cuda().reason
-
-
-def _serve_natively(call: Call) -> Result | Explanation | str:
+def _serve_natively(call: Call, wanted: str) -> Result | Explanation | str:
+    if wanted in ("cpu", "cuda") and call.x.device.type != wanted:
+        unusable = "" if (backend := backends()[wanted]).usable else f"; {backend.reason}"
+        return f"x is on {call.x.device}{unusable}"
     given = {name: getattr(call, name) for name in ("x", "residual", "weight", "bias")}
     inputs = {name: t if t is None else _as_kernels_read_it(t) for name, t in given.items()}
     copied = [name for name, t in inputs.items() if t is not given[name]]
-    result = native(
+    result = natives[wanted](
         call.layer + 2 * call.per_head + 4 * (call.residual is not None),
         *inputs.values(),
         call.eps,
@@ -205,7 +224,7 @@ def _serve_natively(call: Call) -> Result | Explanation | str:
     reason = "served natively"
     if copied:
         reason += f"; copied first, for a last stride of 1: {', '.join(copied)}"
-    return Explanation("cpu", result[0], reason)
+    return Explanation(*result, reason)
 
 
 def _as_kernels_read_it(t: Tensor) -> Tensor:

@@ -1,0 +1,75 @@
+// Who runs a row norm: the kernels for the device that x is on.
+#pragma once
+#include <stdexcept>
+#include <string>
+
+#include "tensor.h"
+#ifndef NORMKIT_EMULATED
+#include "cpu/row_norm.h"
+#endif
+#if defined(NORMKIT_HAS_CUDA) || defined(NORMKIT_EMULATED)
+#include "../cuda/device.h"
+#include "../cuda/launch.h"
+#endif
+
+namespace normkit {
+
+struct Backend {
+  const char* name;
+  std::string (*describe)(const RowNorm& norm, int device);
+  void (*run)(const RowNorm& norm, int device, void* stream);
+  bool has_streams;
+};
+
+#ifdef NORMKIT_EMULATED
+// The CUDA kernels on the CPU: a build for the tests.
+inline constexpr Backend kEmulated{"emu", cuda::describe, cuda::row_norm, false};
+
+inline Refusal find_backend(DLDevice device, const Backend*& backend) {
+  if (device.device_type != kDLCPU) return {"x", "is not on the CPU"};
+  backend = &kEmulated;
+  return {};
+}
+#else
+namespace cpu {
+inline std::string describe_on(const RowNorm& norm, int) { return describe(norm); }
+inline void run_on(const RowNorm& norm, int, void*) { row_norm(norm); }
+}  // namespace cpu
+
+inline constexpr Backend kCpu{"cpu", cpu::describe_on, cpu::run_on, false};
+#ifdef NORMKIT_HAS_CUDA
+inline constexpr Backend kCuda{"cuda", cuda::describe, cuda::row_norm, true};
+#endif
+
+inline Refusal find_backend(DLDevice device, const Backend*& backend) {
+  if (device.device_type == kDLCPU) {
+    if (!cpu::instruction_set()) return {"the processor", "has none of AVX2, AVX-512 and NEON"};
+    backend = &kCpu;
+    return {};
+  }
+#ifdef NORMKIT_HAS_CUDA
+  if (device.device_type == kDLCUDA) {
+    const std::string& unusable = cuda::device(device.device_id).unusable;
+    if (!unusable.empty()) return {"x's device:", unusable.c_str()};
+    backend = &kCuda;
+    return {};
+  }
+  return {"x", "is neither on the CPU nor on a CUDA device"};
+#else
+  if (device.device_type == kDLCUDA)
+    return {"x", "is on a CUDA device, and this build has no CUDA kernels"};
+  return {"x", "is not on the CPU"};
+#endif
+}
+#endif
+
+// torch's current stream of the device that x is on; null on the CPU.
+inline void* stream_for(const Backend& backend, DLDevice device) {
+  void* stream = nullptr;
+  if (backend.has_streams &&
+      torch_objects.api->current_work_stream(device.device_type, device.device_id, &stream))
+    throw std::runtime_error("torch did not tell its current stream");
+  return stream;
+}
+
+}  // namespace normkit

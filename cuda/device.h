@@ -1,0 +1,36 @@
+// The CUDA devices of this machine.  Works, and says so, on a machine without a driver.
+#pragma once
+#include <string>
+
+#include "../cpp/plan.h"
+
+namespace normkit::cuda {
+
+struct Devices {
+  int count;
+  const char* message;  // why there are none; empty if there are some
+};
+
+Devices devices();
+
+struct KnownDevice : Device {
+  std::string name;      // and compute capability
+  std::string unusable;  // why no kernel runs here; empty if they do
+};
+
+// Asked of the driver at the first call for this index, and kept.
+const KnownDevice& device(int index);
+
+// Makes a device the current one, for as long as this lives.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int index);
+  ~DeviceGuard();
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int before_ = -1;  // -1: nothing to restore
+};
+
+}  // namespace normkit::cuda

@@ -1,0 +1,209 @@
+// The one file that knows whether the kernels are compiled by nvcc or for the emulation on the CPU
+// (tests/emu).  Kernels use what is here and the parts of CUDA that both have: threadIdx and the
+// like, __syncthreads, __syncwarp, __shfl_sync, __shfl_xor_sync, and the types float16 and
+// bfloat16.
+#pragma once
+
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#else
+#include "emu.hpp"
+#endif
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+// Variants for benchmarks/tune.py: 1 keeps x out of the first cache, 1 marks what is written as the
+// first to be evicted.
+#ifndef NORMKIT_TUNE_LOAD
+#define NORMKIT_TUNE_LOAD 0
+#endif
+#ifndef NORMKIT_TUNE_STORE
+#define NORMKIT_TUNE_STORE 0
+#endif
+
+// Null, or why the kernel could not be launched.  A kernel with commas goes in parentheses.
+//   NORMKIT_LAUNCH(kernel, config, arguments...)
+#define NORMKIT_LAUNCH(kernel, ...) ::normkit::cuda::launch_kernel(kernel, __VA_ARGS__)
+
+namespace normkit::cuda {
+
+struct LaunchConfig {
+  dim3 grid, block;
+  unsigned dynamic_smem;
+  unsigned cluster;   // blocks along x that reach each other's shared memory; 1: none
+  bool programmatic;  // may start before the kernel ahead of it in the stream has ended
+  void* stream;
+};
+
+}  // namespace normkit::cuda
+
+#ifdef __CUDACC__
+
+// Type may be an array: NORMKIT_SHARED(float[32], partial).
+#define NORMKIT_SHARED(Type, name) \
+  using name##_shared_type = Type; \
+  __shared__ name##_shared_type name
+#define NORMKIT_DYNAMIC_SHARED(Type, name)                              \
+  extern __shared__ __align__(16) unsigned char normkit_shared_bytes[]; \
+  Type* const name = reinterpret_cast<Type*>(normkit_shared_bytes)
+
+namespace normkit::cuda {
+
+template <class... Parameters, class... Arguments>
+const char* launch_kernel(void (*kernel)(Parameters...), const LaunchConfig& config,
+                          Arguments&&... arguments) {
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t launch{};
+  launch.gridDim = config.grid;
+  launch.blockDim = config.block;
+  launch.dynamicSmemBytes = config.dynamic_smem;
+  launch.stream = static_cast<cudaStream_t>(config.stream);
+  launch.attrs = attributes;
+  if (config.cluster > 1) {
+    cudaLaunchAttribute& attribute = attributes[launch.numAttrs++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = config.cluster;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  }
+  if (config.programmatic) {
+    cudaLaunchAttribute& attribute = attributes[launch.numAttrs++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
+  const cudaError_t error =
+      cudaLaunchKernelEx(&launch, kernel, std::forward<Arguments>(arguments)...);
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();  // or the next one to ask would take it for his own
+  return cudaGetErrorString(error);
+}
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define NORMKIT_SM_90(...) __trap()
+#else
+#define NORMKIT_SM_90(...) asm volatile(__VA_ARGS__)
+#endif
+
+__device__ __forceinline__ unsigned cluster_rank() {
+  unsigned rank = 0;
+  NORMKIT_SM_90("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+__device__ __forceinline__ unsigned cluster_size() {
+  unsigned size = 1;
+  NORMKIT_SM_90("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+  return size;
+}
+// Every thread of the cluster arrives once and then waits once.  What it wrote before it arrived is
+// there for all who have waited.
+__device__ __forceinline__ void cluster_arrive() {
+  NORMKIT_SM_90("barrier.cluster.arrive.release;" :: : "memory");
+}
+__device__ __forceinline__ void cluster_wait() {
+  NORMKIT_SM_90("barrier.cluster.wait.acquire;" :: : "memory");
+}
+// Where the block of that rank has what this block has at `shared`.
+template <class T>
+__device__ __forceinline__ T* cluster_peer(T* shared, unsigned rank) {
+  uint64_t address = reinterpret_cast<uint64_t>(shared);
+  NORMKIT_SM_90("mapa.u64 %0, %0, %1;" : "+l"(address) : "r"(rank));
+  return reinterpret_cast<T*>(address);
+}
+
+#undef NORMKIT_SM_90
+
+// Until the kernel ahead in the stream has ended, and its writes can be seen.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void let_next_kernel_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ float inverse_square_root(float v) { return __frsqrt_rn(v); }
+
+// The asm is volatile so that it stays behind wait_for_previous_kernel.
+__device__ __forceinline__ uint4 load_once(const uint4* from) {
+#if NORMKIT_TUNE_LOAD == 1
+  uint4 v;
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(from));
+  return v;
+#else
+  return *from;
+#endif
+}
+__device__ __forceinline__ void store(uint4* to, uint4 v) {
+#if NORMKIT_TUNE_STORE == 1
+  __stcs(to, v);
+#else
+  *to = v;
+#endif
+}
+
+// Makes the compiler forget what it knows of a value, and anything it has computed from it.
+__device__ __forceinline__ void keep(int& v) { asm volatile("" : "+r"(v)); }
+__device__ __forceinline__ void keep(uint4& v) {
+  asm volatile("" : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w));
+}
+
+}  // namespace normkit::cuda
+
+#else  // the emulation
+
+#define NORMKIT_SHARED(Type, name)                       \
+  static const char name##_key = 0;                      \
+  auto& name = *static_cast<::emu::SharedPointer<Type>>( \
+      ::emu::shared(&name##_key, sizeof(Type), __FILE__, __LINE__))
+#define NORMKIT_DYNAMIC_SHARED(Type, name) \
+  Type* const name = static_cast<Type*>(::emu::dynamic_shared())
+
+namespace normkit::cuda {
+
+template <class... Parameters, class... Arguments>
+const char* launch_kernel(void (*kernel)(Parameters...), const LaunchConfig& config,
+                          Arguments&&... arguments) {
+  return emu::launch({config.grid, config.block, config.dynamic_smem, config.cluster}, kernel,
+                     std::forward<Arguments>(arguments)...);
+}
+
+inline unsigned cluster_rank() { return emu::self->block->rank; }
+inline unsigned cluster_size() { return emu::self->block->cluster; }
+inline void cluster_arrive(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  emu::cluster_arrive(file, line);
+}
+inline void cluster_wait(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  emu::cluster_wait(file, line);
+}
+template <class T>
+T* cluster_peer(T* shared, unsigned rank, const char* file = __builtin_FILE(),
+                int line = __builtin_LINE()) {
+  return static_cast<T*>(emu::cluster_peer(shared, rank, file, line));
+}
+
+inline void wait_for_previous_kernel() {}
+inline void let_next_kernel_start() {}
+
+// Two roundings, of which the first does no harm: no float32 has a root that near to the middle of
+// two others.
+inline float inverse_square_root(float v) {
+  return static_cast<float>(1.0 / std::sqrt(static_cast<double>(v)));
+}
+
+inline uint4 load_once(const uint4* from) { return *from; }
+inline void store(uint4* to, uint4 v) { *to = v; }
+inline void keep(int&) {}
+inline void keep(uint4&) {}
+
+}  // namespace normkit::cuda
+
+#endif

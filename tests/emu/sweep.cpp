@@ -1,0 +1,298 @@
+// Every plan that cpp/plan.h can return, run on the emulation against double: what the sanitizers
+// look at, and what the mutants have to get past.  Usage: sweep SEED [SHARE OF]
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <random>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "../../cuda/launch.h"
+#include "../../cuda/pack.cuh"
+#include "../../cpp/plan.h"
+
+extern "C" void normkit_emulate_device(int processors, int clusters);
+
+namespace {
+
+using namespace normkit;
+using cuda::BFloat16;
+using cuda::Half;
+
+float read(DType dtype, const char* at) {
+  if (dtype == DType::kFloat32) return *reinterpret_cast<const float*>(at);
+  if (dtype == DType::kFloat16) return __half2float(*reinterpret_cast<const Half*>(at));
+  return __bfloat162float(*reinterpret_cast<const BFloat16*>(at));
+}
+
+void write(DType dtype, char* at, float v) {
+  if (dtype == DType::kFloat32)
+    *reinterpret_cast<float*>(at) = v;
+  else if (dtype == DType::kFloat16)
+    *reinterpret_cast<Half*>(at) = __float2half_rn(v);
+  else
+    *reinterpret_cast<BFloat16*>(at) = __float2bfloat16_rn(v);
+}
+
+double rounded(DType dtype, double v) {
+  char memory[4] = {};
+  write(dtype, memory, static_cast<float>(v));
+  return read(dtype, memory);
+}
+
+// Half of the distance between neighbours round v.
+double half_ulp(DType dtype, double v) {
+  const int bits = dtype == DType::kFloat32 ? 24 : dtype == DType::kFloat16 ? 11 : 8;
+  const int lowest = dtype == DType::kFloat16 ? -14 : -126;
+  const int exponent = std::max(v == 0 ? lowest : std::ilogb(v), lowest);
+  return std::ldexp(0.5, exponent - bits + 1);
+}
+
+// Rows in memory of exactly their size, so that a step outside meets the sanitizer.
+struct Rows {
+  std::vector<char> memory;
+  DType dtype = DType::kFloat32;
+  int64_t row_stride = 0;  // bytes
+
+  Rows(DType type, int64_t rows, int64_t n, int64_t pad, int64_t shift) : dtype(type) {
+    const int64_t size = item_size(type);
+    row_stride = (n + pad) * size;
+    bytes_before = shift * size;
+    // The last row ends where the memory ends.
+    memory.resize(bytes_before + std::max<int64_t>(rows - 1, 0) * row_stride + n * size);
+  }
+  int64_t bytes_before;
+  char* data() { return memory.data() + bytes_before; }
+  char* at(int64_t row, int64_t column) {
+    return data() + row * row_stride + column * item_size(dtype);
+  }
+};
+
+struct Case {
+  Statistic statistic;
+  bool adds;
+  DType x, other;  // other: of weight, bias, residual and out
+  int64_t rows, n, heads, pad, shift;
+  bool weight, bias, in_place, round_before_weight, round_sum, clamp_inf;
+  float offset, eps;
+  uint64_t seed;
+};
+
+std::string name(const Case& c) {
+  const auto n = [](int64_t v) { return " " + std::to_string(v); };
+  return "statistic" + n(int(c.statistic)) + " adds" + n(c.adds) + " dtypes" + n(int(c.x)) +
+         n(int(c.other)) + " rows" + n(c.rows) + " n" + n(c.n) + " heads" + n(c.heads) + " pad" +
+         n(c.pad) + " shift" + n(c.shift) + " weight" + n(c.weight) + " bias" + n(c.bias) +
+         " in place" + n(c.in_place) + " round_before_weight" + n(c.round_before_weight) +
+         " round_sum" + n(c.round_sum) + " clamp_inf" + n(c.clamp_inf) + " seed" +
+         n(static_cast<int64_t>(c.seed));
+}
+
+int failures = 0;
+std::set<std::string> plans;
+
+void report(const Case& c, const char* what, int64_t row, int64_t column, double got, double want) {
+  if (++failures > 5) return;
+  std::fprintf(stderr, "%s\n  %s at row %lld column %lld: %.9g, expected %.9g\n", name(c).c_str(),
+               what, static_cast<long long>(row), static_cast<long long>(column), got, want);
+}
+
+void fill(Rows& t, int64_t rows, int64_t n, std::mt19937_64& random, float around, bool infinite) {
+  std::normal_distribution<float> normal(around, 1.f);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t i = 0; i < n; ++i) write(t.dtype, t.at(r, i), normal(random));
+  if (infinite && rows > 0) write(t.dtype, t.at(0, n / 2), -std::numeric_limits<float>::infinity());
+}
+
+void run(const Case& c) {
+  std::mt19937_64 random(c.seed);
+  emu::seed(c.seed);
+  Rows x(c.x, c.rows, c.n, c.pad, c.shift), residual(c.other, c.rows, c.n, c.pad, c.shift);
+  Rows weight(c.other, c.heads, c.n, 0, c.shift), bias(c.other, c.heads, c.n, 0, c.shift);
+  // Next to 65504 the mean of a row is not known to within the bound.
+  fill(x, c.rows, c.n, random, 0.7f, c.clamp_inf && c.x == DType::kFloat16 && c.statistic == Statistic::kRms);
+  fill(residual, c.rows, c.n, random, -0.2f, false);
+  fill(weight, c.heads, c.n, random, 1.5f, false);
+  fill(bias, c.heads, c.n, random, 0.4f, false);
+  Rows x_before = x, residual_before = residual;
+  Rows out(c.other, c.rows, c.n, c.pad, c.shift), residual_out = residual;
+
+  RowNorm norm{};
+  norm.statistic = c.statistic;
+  norm.rows = c.rows;
+  norm.n = c.n;
+  norm.heads = c.heads;
+  norm.outer_dims = c.rows == 1 ? 0 : 1;
+  norm.outer_size[0] = c.rows;
+  const auto rows = [](Rows& t) { return RowsOf{t.data(), t.dtype, {t.row_stride}}; };
+  norm.x = rows(x);
+  const bool in_place = c.in_place && c.x == c.other;
+  norm.out = in_place ? norm.x : rows(out);
+  if (c.adds) {
+    norm.residual = rows(residual);
+    norm.residual_out = c.in_place ? norm.residual : rows(residual_out);
+  }
+  const int64_t affine_stride = c.heads > 1 ? weight.row_stride : 0;
+  if (c.weight) norm.weight = {weight.data(), weight.dtype, affine_stride};
+  if (c.bias) norm.bias = {bias.data(), bias.dtype, affine_stride};
+  norm.eps = c.eps;
+  norm.weight_offset = c.weight ? c.offset : 0.f;
+  norm.round_before_weight = c.round_before_weight;
+  norm.round_sum = c.round_sum;
+  norm.clamp_inf = c.clamp_inf;
+  plans.insert(cuda::describe(norm, 0));
+  cuda::row_norm(norm, 0, nullptr);
+
+  Rows& y = in_place ? x : out;
+  Rows& sums = c.in_place ? residual : residual_out;
+  std::vector<double> v(c.n);
+  for (int64_t r = 0; r < c.rows; ++r) {
+    double sum = 0, magnitude = 0, squares = 0;
+    for (int64_t i = 0; i < c.n; ++i) {
+      const auto clamped = [&](double value, DType dtype) {
+        return c.clamp_inf && dtype == DType::kFloat16 ? std::clamp(value, -65504.0, 65504.0)
+                                                       : value;
+      };
+      v[i] = clamped(read(c.x, x_before.at(r, i)), c.x);
+      if (c.adds) {
+        v[i] = static_cast<float>(v[i] + read(c.other, residual_before.at(r, i)));
+        const double stored = rounded(c.other, v[i]);
+        const double got = read(c.other, sums.at(r, i));
+        if (got != stored) report(c, "residual_out", r, i, got, stored);
+        if (c.round_sum) v[i] = clamped(stored, c.other);
+      }
+      sum += v[i];
+      magnitude += std::abs(v[i]);
+    }
+    const bool layer = c.statistic == Statistic::kLayer;
+    const double mean = layer ? sum / c.n : 0;
+    const double about = layer ? magnitude / c.n : 0;
+    for (int64_t i = 0; i < c.n; ++i) squares += (v[i] - mean) * (v[i] - mean);
+    const double rstd = 1 / std::sqrt(squares / c.n + c.eps);
+    const DType normalised = c.adds && c.round_sum ? c.other : c.x;
+    for (int64_t i = 0; i < c.n; ++i) {
+      const double w =
+          c.weight ? read(c.other, weight.at(r % c.heads, i)) + double{norm.weight_offset} : 1;
+      const double b = c.bias ? read(c.other, bias.at(r % c.heads, i)) : 0;
+      double xhat = (v[i] - mean) * rstd;
+      const double t = (std::abs(v[i]) + about) * rstd * std::abs(w) + std::abs(b);
+      double bound = std::ldexp(4 * t, -24);
+      if (c.round_before_weight) {
+        // One more rounding, which may fall to either side.
+        xhat = rounded(normalised, xhat);
+        bound += 2 * half_ulp(normalised, xhat) * std::abs(w);
+      }
+      const double want = xhat * w + b, got = read(y.dtype, y.at(r, i));
+      bound += half_ulp(y.dtype, want) * (1 + std::ldexp(1, -9));
+      if (!(std::abs(got - want) <= bound)) report(c, "y", r, i, got, want);
+    }
+  }
+}
+
+// n on both sides of every threshold of plan.h.
+const std::vector<int64_t> kSizes = {1,    2,    7,    8,    9,    16,   31,   32,   64,    65,    128,  136,
+                                     256,  257,  264,  384,  512,  520,  1000,  1024,  1032, 2048,
+                                     3072, 4096, 4100, 5120, 8192, 8200, 16384, 16392};
+const std::vector<int64_t> kLongSizes = {12288, 16383, 16384, 16400,  24576,  32768,  32776,  40961,  65536, 65544,
+                                         131072, 131080, 200000, 262144, 262152, 300001};
+
+struct Sweep {
+  std::mt19937_64 random;
+  uint64_t share, of, count = 0;
+  bool clusters = true;
+
+  // As it comes, and for one dtype also plainly: 16 bytes at a time, and as many rows as there are.
+  void add(Statistic statistic, bool adds, DType x, DType other, int64_t rows, int64_t n) {
+    run_one(statistic, adds, x, other, rows, n, false);
+    if (x == other) run_one(statistic, adds, x, other, rows, n, true);
+  }
+
+  void run_one(Statistic statistic, bool adds, DType x, DType other, int64_t rows, int64_t n,
+               bool plain) {
+    if (count++ % of != share) return;
+    const auto chance = [&](int one_in) { return random() % one_in == 0; };
+    const bool awkward = !plain && chance(3);
+    // As few processors as make the case's rows many, or few.
+    normkit_emulate_device(!plain && chance(3) ? 64 : 1, clusters);
+    Case c{};
+    c.statistic = statistic;
+    c.adds = adds;
+    c.x = x;
+    c.other = other;
+    c.rows = rows;
+    c.n = n;
+    c.heads = chance(3) ? 3 : 1;
+    c.pad = awkward ? static_cast<int64_t>(random() % 9) : chance(2) ? 8 : 0;
+    c.shift = awkward ? static_cast<int64_t>(random() % 5) : 0;
+    c.weight = !chance(4);
+    c.bias = chance(2);
+    c.in_place = chance(2);
+    c.round_before_weight = chance(4);
+    c.round_sum = plain || !chance(3);
+    c.clamp_inf = chance(3);
+    c.offset = chance(3) ? 1.f : 0.f;
+    c.eps = chance(2) ? 0.3f : 1e-6f;
+    c.seed = random();
+    run(c);
+  }
+};
+
+// In words, of all that a call can lead to.
+std::set<std::string> every_plan() {
+  std::set<std::string> found;
+  for (const bool clusters : {true, false})
+    for (const int64_t rows : {int64_t{1}, int64_t{1} << 20})
+      for (const DType x : {DType::kFloat32, DType::kBFloat16})
+        for (int64_t n = 1; n < 1 << 19; n += n < 4096 ? 1 : 60) {
+          normkit_emulate_device(64, clusters);
+          RowNorm norm{};
+          norm.rows = rows;
+          norm.n = n;
+          norm.heads = norm.outer_dims = 1;
+          norm.outer_size[0] = rows;
+          norm.x = norm.out = {reinterpret_cast<char*>(16), x, {n * item_size(x)}};
+          found.insert(cuda::describe(norm, 0));
+          norm.out.data += 1;  // unaligned
+          found.insert(cuda::describe(norm, 0));
+        }
+  return found;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const auto argument = [&](int i, uint64_t otherwise) {
+    return argc > i ? std::strtoull(argv[i], nullptr, 10) : otherwise;
+  };
+  Sweep sweep{std::mt19937_64(argument(1, 1)), argument(2, 0), argument(3, 1)};
+  const bool whole = sweep.of == 1;
+  const DType dtypes[] = {DType::kFloat32, DType::kFloat16, DType::kBFloat16};
+  for (const bool clusters : {true, false}) {
+    sweep.clusters = clusters;
+    for (const Statistic statistic : {Statistic::kRms, Statistic::kLayer})
+      for (const bool adds : {false, true})
+        for (const DType x : dtypes)
+          for (const DType other : dtypes) {
+            if (clusters)
+              for (const int64_t n : kSizes) {
+                // Few rows, and enough to fill the device of one processor where that is cheap.
+                sweep.add(statistic, adds, x, other, n == 7 ? 0 : n % 2 ? 3 : 1, n);
+                sweep.add(statistic, adds, x, other, n <= 32 ? 2100 : n <= 264 ? 300 : n <= 520 ? 67 : 9, n);
+              }
+            for (const int64_t n : kLongSizes)
+              if (x == other || n % 7 == 0) sweep.add(statistic, adds, x, other, 1, n);
+          }
+  }
+  if (whole)
+    for (const std::string& plan : every_plan())
+      if (!plans.count(plan) && ++failures)
+        std::fprintf(stderr, "this plan was not run: %s\n", plan.c_str());
+  std::printf("%llu cases, %zu plans, %d failures\n", static_cast<unsigned long long>(sweep.count),
+              plans.size(), failures);
+  if (std::getenv("NORMKIT_SHOW_PLANS"))
+    for (const std::string& plan : plans) std::printf("  %s\n", plan.c_str());
+  return failures != 0;
+}
