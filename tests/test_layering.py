@@ -133,3 +133,11 @@ def test_only_the_extension_module_includes_nanobind() -> None:
         if path.is_file() and any(name.startswith("nanobind/") for name, _ in includes(path))
     }
     assert users == {"module.cpp"}
+
+
+def test_only_one_file_of_the_kernels_knows_the_cuda_runtime() -> None:
+    """The emulation compiles the rest; a device is asked of its properties in one more."""
+    knows = re.compile(r"cuda_runtime|__shared__|<<<|\basm\b|cooperative_groups|cudaLaunch")
+    allowed = {"portable.cuh", "device.cu"}
+    for path in (ROOT / "cuda").iterdir():
+        assert path.name in allowed or not knows.search(path.read_text()), path.name

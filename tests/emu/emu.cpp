@@ -165,6 +165,8 @@ const char* refuse(const LaunchShape& shape) {
   return nullptr;
 }
 
+}  // namespace
+
 void seed(std::uint64_t value) {
   const std::lock_guard<std::mutex> lock(one_launch);
   random_state = value * 2 + 1;

@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <tuple>
 #include <type_traits>
 #include <utility>
 
@@ -42,9 +43,13 @@ const char* launch(const LaunchShape& shape, void (*kernel)(Parameters...),
                    Arguments&&... arguments) {
   static_assert(!(std::is_reference_v<Parameters> || ...), "a kernel's parameters are values");
   static_assert((sizeof(Parameters) + ... + 0) <= 4096, "more parameters than a kernel can have");
-  // By value, as a launch copies them.
-  const auto call = [kernel, arguments...] { kernel(arguments...); };
-  const auto body = [](const void* context) { (*static_cast<decltype(&call)>(context))(); };
+  // Converted once, as a launch does, and copied for every thread.
+  using Call = std::pair<void (*)(Parameters...), std::tuple<Parameters...>>;
+  const Call call(kernel, std::tuple<Parameters...>(std::forward<Arguments>(arguments)...));
+  const auto body = [](const void* context) {
+    const Call& c = *static_cast<const Call*>(context);
+    std::apply(c.first, c.second);
+  };
   return run(shape, body, &call);
 }
 

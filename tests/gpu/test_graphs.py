@@ -1,0 +1,98 @@
+"""Every op can be captured in a CUDA graph, and a replay works on what its inputs hold by then."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gpu_support import OPS, SIZES, call, inputs_on, tensors_of, warm_up
+
+import normkit
+from conformance.support import Op, assert_same_results
+from normkit.testing import Inputs
+
+
+def _overwrite(inputs: Inputs, new: Inputs) -> None:
+    for to, source in zip(inputs, new, strict=True):
+        to.copy_(source)
+
+
+@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize("n", SIZES)
+def test_a_replay_takes_the_inputs_of_the_moment(op: Op, n: int) -> None:
+    inputs = inputs_on(op, 5, n, seed=0)
+    warm_up(op, inputs)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call(op, inputs)
+    for seed in (1, 2, 3):
+        new = inputs_on(op, 5, n, seed=seed)
+        _overwrite(inputs, new)
+        for t in tensors_of(result):
+            t.fill_(float("nan"))
+        graph.replay()
+        assert_same_results(result, call(op, new))
+
+
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_in_place_forms_and_out_can_be_captured(op: Op) -> None:
+    inputs, out = inputs_on(op, 5, 4096), inputs_on(op, 5, 4096)
+    outs = {"out": out.x} | ({"residual_out": out.residual} if op.adds else {})
+    in_place = inputs_on(op, 5, 4096)
+    warm_up(op, inputs)
+
+    def both() -> None:
+        call(op, inputs, **outs)
+        with normkit.use_backend("cuda"):
+            getattr(normkit, f"{op.name}_")(*op.tensors(in_place), **op.selected)
+
+    both()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        both()
+    for seed in (1, 2):
+        new = inputs_on(op, 5, 4096, seed=seed)
+        _overwrite(inputs, new)
+        _overwrite(in_place, new)
+        expected = call(op, new)
+        graph.replay()
+        torch.cuda.synchronize()
+        for got in (out, in_place):
+            assert torch.equal(got.x, expected.y)
+            if op.adds:
+                assert torch.equal(got.residual, expected.residual_out)
+
+
+def test_a_captured_chain_replays_as_it_was_made() -> None:
+    """Layers in a row, as in a decoding step: each node depends on the one before."""
+    op = next(op for op in OPS if str(op) == "add_rms_norm")
+    first = inputs_on(op, 8, 4096)
+    warm_up(op, first)
+
+    def chain(inputs: Inputs) -> list[torch.Tensor]:
+        states = []
+        for _ in range(60):
+            result = call(op, inputs)
+            inputs = inputs._replace(x=result.y, residual=result.residual_out)
+            states += tensors_of(result)
+        return states
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = chain(first)
+    for seed in (1, 2):
+        new = inputs_on(op, 8, 4096, seed=seed)
+        _overwrite(first, new)
+        graph.replay()
+        for got, expected in zip(captured, chain(new), strict=True):
+            assert torch.equal(got, expected)
+
+
+def test_nothing_is_allocated_beyond_the_outputs() -> None:
+    for op in OPS:
+        inputs = inputs_on(op, 5, 4096)
+        warm_up(op, inputs)
+        before = torch.cuda.memory_stats()["allocation.all.allocated"]
+        call(op, inputs)
+        after = torch.cuda.memory_stats()["allocation.all.allocated"]
+        assert after - before == (2 if op.adds else 1)
