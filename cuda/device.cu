@@ -11,7 +11,21 @@
 namespace normkit::cuda {
 namespace {
 
-__global__ void probe() {}
+__global__ void __launch_bounds__(kMostLanes, 1) probe() {}
+
+// Whether the largest clusters of any plan find room.
+bool runs_clusters() {
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {kMaxCluster, 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(kMaxCluster);
+  config.blockDim = dim3(kMostLanes);
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  int clusters = 0;
+  return cudaOccupancyMaxActiveClusters(&clusters, probe, &config) == cudaSuccess && clusters > 0;
+}
 
 // NORMKIT_PDL=0 launches every kernel only after the one before it has ended.
 bool programmatic_launch_is_wanted() {
@@ -29,20 +43,19 @@ KnownDevice ask(int index) {
         std::to_string(properties.major) + "." + std::to_string(properties.minor);
     found.name = std::string(properties.name) + " (" + capability + ")";
     found.processors = properties.multiProcessorCount;
-    found.programmatic = properties.major >= 9 && programmatic_launch_is_wanted();
-    int clusters = 0;
-    if (cudaDeviceGetAttribute(&clusters, cudaDevAttrClusterLaunch, index) == cudaSuccess)
-      found.clusters = clusters != 0 && properties.major >= 9;
     cudaFuncAttributes attributes;
     error = cudaFuncGetAttributes(&attributes, probe);
-    if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction)
+    if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
       found.unusable =
           "this build has no kernels for " + found.name + ": " + cudaGetErrorString(error);
-    else if (error == cudaSuccess && found.clusters && attributes.binaryVersion < 90)
-      found.clusters = false;
+    } else if (error == cudaSuccess && attributes.ptxVersion >= 90) {
+      // Kernels built for less do not wait for the previous one, whatever device they run on.
+      found.programmatic = programmatic_launch_is_wanted();
+      found.clusters = runs_clusters();
+    }
   }
   if (error != cudaSuccess && found.unusable.empty()) found.unusable = cudaGetErrorString(error);
-  if (error != cudaSuccess) cudaGetLastError();  // ours, and nobody else's to find
+  cudaGetLastError();  // if any, ours, and nobody else's to find
   return found;
 }
 

@@ -103,6 +103,10 @@ __device__ __forceinline__ unsigned cluster_size() {
 __device__ __forceinline__ void cluster_arrive() {
   NORMKIT_SM_90("barrier.cluster.arrive.release;" :: : "memory");
 }
+// The same for a thread that has written nothing yet, without the wait for its writes.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+  NORMKIT_SM_90("barrier.cluster.arrive.relaxed;" :: : "memory");
+}
 __device__ __forceinline__ void cluster_wait() {
   NORMKIT_SM_90("barrier.cluster.wait.acquire;" :: : "memory");
 }
@@ -179,7 +183,11 @@ const char* launch_kernel(void (*kernel)(Parameters...), const LaunchConfig& con
 inline unsigned cluster_rank() { return emu::self->block->rank; }
 inline unsigned cluster_size() { return emu::self->block->cluster; }
 inline void cluster_arrive(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
-  emu::cluster_arrive(file, line);
+  emu::cluster_arrive(true, file, line);
+}
+inline void cluster_arrive_relaxed(const char* file = __builtin_FILE(),
+                                   int line = __builtin_LINE()) {
+  emu::cluster_arrive(false, file, line);
 }
 inline void cluster_wait(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
   emu::cluster_wait(file, line);

@@ -207,9 +207,9 @@ const char* run(const LaunchShape& shape, void (*kernel)(const void*), const voi
 namespace {
 
 // The last of `threads` to come lets all go on.
-void arrive(Barrier& barrier, unsigned count, const Place& place) {
+void arrive(Barrier& barrier, unsigned count, const Place& place, bool releases = true) {
   if (barrier.arrived == 0) barrier.place = place;
-  barrier.order[barrier.generation & 1].release();
+  if (releases) barrier.order[barrier.generation & 1].release();
   if (++barrier.arrived < count) return;
   barrier.arrived = 0;
   ++barrier.generation;
@@ -273,7 +273,7 @@ void sync_threads(const char* file, int line) {
   barrier.order[generation & 1].acquire();
 }
 
-void cluster_arrive(const char* file, int line) {
+void cluster_arrive(bool releases, const char* file, int line) {
   Fiber& f = *current;
   f.at = Place{kArrive, file, line};
   if (f.arrived) fail("cluster_arrive() twice without cluster_wait()");
@@ -281,7 +281,7 @@ void cluster_arrive(const char* file, int line) {
   if (set->cluster.arrived && !same(set->cluster.place, f.at))
     fail("threads of one cluster are at different cluster_arrive()");
   f.arrived = true;
-  arrive(set->cluster, threads * blocks, f.at);
+  arrive(set->cluster, threads * blocks, f.at, releases);
 }
 
 void cluster_wait(const char* file, int line) {

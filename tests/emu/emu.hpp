@@ -57,7 +57,7 @@ const char* launch(const LaunchShape& shape, void (*kernel)(Parameters...),
 
 void sync_threads(const char* file, int line);
 void sync_warp(unsigned mask, const char* file, int line);
-void cluster_arrive(const char* file, int line);
+void cluster_arrive(bool releases, const char* file, int line);
 void cluster_wait(const char* file, int line);
 void* cluster_peer(void* shared, unsigned rank, const char* file, int line);
 

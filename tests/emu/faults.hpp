@@ -3,7 +3,7 @@
 #include "../../cuda/portable.cuh"
 
 // Outside of the namespace, or the compiler sees that nobody reads it.
-inline float global_value[64];
+inline float global_value[128];
 
 namespace {
 
@@ -14,6 +14,8 @@ constexpr unsigned kAll = 0xffffffffu;
 LaunchConfig shape(dim3 grid, dim3 block, unsigned cluster = 1, unsigned dynamic_smem = 0) {
   return {grid, block, dynamic_smem, cluster, true, nullptr};
 }
+
+__device__ unsigned global_index() { return blockIdx.x * blockDim.x + threadIdx.x; }
 
 enum class When { kAlways, kAsan, kTsan };
 
@@ -214,6 +216,17 @@ const Fault kFaults[] = {
          *cluster_peer(&value[threadIdx.x], cluster_rank() ^ 1) = 1;
          __syncthreads();
          global_value[threadIdx.x] = value[threadIdx.x];
+         start_cluster();
+       });
+     }},
+    {"race_after_a_relaxed_arrival", When::kTsan, "data race",
+     [] {
+       one_cluster([] {
+         NORMKIT_SHARED(float[32], value);
+         value[threadIdx.x] = 1;
+         cluster_arrive_relaxed();
+         cluster_wait();
+         global_value[global_index()] = *cluster_peer(&value[threadIdx.x], cluster_rank() ^ 1);
          start_cluster();
        });
      }},

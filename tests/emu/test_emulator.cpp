@@ -30,8 +30,6 @@ void expect(bool holds, const char* what) {
   ++failures;
 }
 
-__device__ unsigned global_index() { return blockIdx.x * blockDim.x + threadIdx.x; }
-
 __global__ void count_threads(int* runs, dim3 grid, dim3 block) {
   const unsigned thread = (threadIdx.z * block.y + threadIdx.y) * block.x + threadIdx.x;
   const unsigned at = (blockIdx.z * grid.y + blockIdx.y) * grid.x + blockIdx.x;
@@ -155,7 +153,7 @@ void test_warp_barrier() {
 __global__ void sum_cluster(unsigned* out) {
   NORMKIT_SHARED(unsigned[8], of_block);
   NORMKIT_DYNAMIC_SHARED(unsigned, also);
-  cluster_arrive();
+  cluster_arrive_relaxed();
   const unsigned rank = cluster_rank(), size = cluster_size();
   cluster_wait();
   if (threadIdx.x < size) {
