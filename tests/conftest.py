@@ -78,3 +78,8 @@ def backend(request: pytest.FixtureRequest) -> Backend:
 def kernels(request: pytest.FixtureRequest) -> Backend:
     """A backend with kernels: what plain torch does not promise is asked of these."""
     return _get(request.param)
+
+
+@pytest.fixture(scope="session")
+def emu() -> Backend:
+    return _get("emu")

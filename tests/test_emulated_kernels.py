@@ -12,8 +12,7 @@ from torch import Tensor
 
 import normkit
 from conformance.support import DTYPES, OPS, Op, assert_same_bits, inputs_for, run
-from conftest import Backend
-from emulation import emulate_device, extension
+from emulation import emulate_device
 
 if "emu" not in os.environ.get("NORMKIT_TEST_BACKENDS", "emu"):
     pytest.skip("NORMKIT_TEST_BACKENDS leaves out emu", allow_module_level=True)
@@ -22,11 +21,9 @@ SIZES = (8, 100, 128, 256, 512, 1000, 2048, 4096, 5120, 8192, 16384)
 LONG = (16392, 32768, 65544, 131072, 131080)
 
 
-@pytest.fixture
-def emu() -> Iterator[Backend]:
-    if extension() is None:
-        pytest.fail("the emulated kernels are not built; `make emu` builds them")
-    yield Backend("emu")
+@pytest.fixture(autouse=True)
+def the_usual_device_afterwards(emu: Any) -> Iterator[None]:
+    yield
     emulate_device()
 
 
@@ -43,7 +40,7 @@ def unaligned(t: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("n", SIZES + LONG)
 @pytest.mark.parametrize("op", OPS, ids=str)
-def test_bits_do_not_depend_on_rows_alignment_or_processors(emu: Backend, op: Op, n: int) -> None:
+def test_bits_do_not_depend_on_rows_alignment_or_processors(emu: Any, op: Op, n: int) -> None:
     rows = 40 if n <= 1000 else 3
     inputs = inputs_for(op, (rows, 2), n, torch.bfloat16)
     emulate_device(1)
@@ -66,7 +63,7 @@ def test_bits_do_not_depend_on_rows_alignment_or_processors(emu: Backend, op: Op
 
 
 @pytest.mark.parametrize("n", SIZES + LONG)
-def test_bits_do_not_depend_on_the_dtype_that_holds_a_value(emu: Backend, n: int) -> None:
+def test_bits_do_not_depend_on_the_dtype_that_holds_a_value(emu: Any, n: int) -> None:
     x = inputs_for(OPS[0], 3, n, torch.bfloat16).x
     for op in ("rms_norm", "layer_norm"):
         narrow = emu(op, x, out_dtype=torch.float32)
@@ -76,7 +73,7 @@ def test_bits_do_not_depend_on_the_dtype_that_holds_a_value(emu: Backend, n: int
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bits_do_not_depend_on_clusters_where_rows_fit_without(
-    emu: Backend, n: int, dtype: torch.dtype
+    emu: Any, n: int, dtype: torch.dtype
 ) -> None:
     x = inputs_for(OPS[0], 2, n, dtype).x
     for op in ("rms_norm", "layer_norm"):
@@ -86,7 +83,7 @@ def test_bits_do_not_depend_on_clusters_where_rows_fit_without(
         assert_same_bits(emu(op, x), expected)
 
 
-def test_clusters_and_streaming_begin_where_the_docs_say(emu: Backend) -> None:
+def test_clusters_and_streaming_begin_where_the_docs_say(emu: Any) -> None:
     def plan(n: int, dtype: torch.dtype = torch.bfloat16) -> str:
         return plan_of("rms_norm", torch.ones(1, dtype=dtype).expand(1, n).contiguous())
 

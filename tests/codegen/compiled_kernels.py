@@ -1,0 +1,185 @@
+"""What nvcc makes of the kernels: their PTX, their SASS, and what ptxas says of each."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+CUDA = ROOT / "cuda"
+DTYPES = ("float32", "float16", "bfloat16")
+SOURCES = (*(f"instances_{dtype}.cu" for dtype in DTYPES), "launch.cu", "device.cu")
+ARCHS = ("sm_80", "sm_90")  # without clusters and with them
+
+# What CMakeLists.txt asks for, and what a Release build adds.
+FLAGS = ("-O3", "-DNDEBUG", "-Xcompiler=-fPIC,-fvisibility=hidden", "-fmad=false", "-std=c++17")
+ANSWERS = ("-Werror=all-warnings", "--resource-usage", "--keep")
+
+
+@dataclass(frozen=True)
+class Instance:
+    """The template arguments of a kernel, as `cuda/instances.cuh` writes them but for T."""
+
+    statistic: str
+    adds: bool
+    access: str  # Uniform, Any, or "long" for the streaming kernel
+    packs: int = 0
+    rows: int = 0
+    cluster: bool = False
+
+
+@dataclass
+class Kernel:
+    arch: str
+    dtype: str
+    instance: Instance
+    registers: int
+    stack: int
+    spills: int
+    ptx: Counter[str] = field(default_factory=Counter)  # opcodes
+    ptx_order: list[str] = field(default_factory=list)
+    local_in_ptx: bool = False
+    sass: Counter[str] = field(default_factory=Counter)  # empty where there is no cuobjdump
+
+    def __str__(self) -> str:
+        i = self.instance
+        kind = i.access + (f" {i.packs}x{i.rows}" if i.packs else "") + " cluster" * i.cluster
+        return f"{self.arch} {self.dtype} {i.statistic}{' adding' * i.adds} {kind}"
+
+
+def find(program: str) -> str | None:
+    """Where a program of the CUDA toolkit is: in PATH, or beside the nvcc that is."""
+    nvcc = shutil.which("nvcc")
+    beside = Path(nvcc).resolve().parent / program if nvcc else None
+    return shutil.which(program) or (str(beside) if beside and beside.is_file() else None)
+
+
+def constant(name: str) -> int:
+    """A number that cpp/plan.h defines."""
+    text = (ROOT / "cpp" / "plan.h").read_text()
+    match = re.search(rf"\b{name} (?:= )?(\w+)", text)
+    assert match, f"cpp/plan.h has no {name}"
+    return int(match[1]) if match[1].isdigit() else constant(match[1])
+
+
+def named_instances() -> set[Instance]:
+    """What `cuda/instances.cuh` names, for both statistics, with a residual and without."""
+    text = (CUDA / "instances.cuh").read_text()
+    numbers = {"kAll": constant("kMaxPacks")}
+    found: set[Instance] = set()
+    for statistic in ("rms", "layer"):
+        for adds in (False, True):
+            assert "return long_row_norm_kernel<T, kStatistic, kAdds>;" in text
+            found.add(Instance(statistic, adds, "long"))
+            for access, packs, rows, cluster in re.findall(
+                r"\brow_norm_kernel<T, kStatistic, kAdds, (U|A), (\w+), (\d), (true|false)>", text
+            ):
+                found.add(
+                    Instance(
+                        statistic,
+                        adds,
+                        {"U": "Uniform", "A": "Any"}[access],
+                        numbers[packs] if packs in numbers else int(packs),
+                        int(rows),
+                        cluster == "true",
+                    )
+                )
+    return found
+
+
+_MANGLED = re.compile(
+    r"row_norm_kernelI(?:f|6__half|13__nv_bfloat16)LNS_9StatisticE(?P<statistic>[01])ELb(?P<adds>[01])E"
+    r"(?:NS0_\d(?P<access>Uniform|Any)I\w+?E+Li(?P<packs>\d+)ELi(?P<rows>\d+)ELb(?P<cluster>[01])E)?E"
+)
+
+
+def instance_of(mangled: str) -> Instance | None:
+    match = _MANGLED.search(mangled)
+    if not match:
+        return None
+    statistic = ("rms", "layer")[int(match["statistic"])]
+    adds = match["adds"] == "1"
+    if match["access"] is None:
+        return Instance(statistic, adds, "long")
+    packs, rows = int(match["packs"]), int(match["rows"])
+    return Instance(statistic, adds, match["access"], packs, rows, match["cluster"] == "1")
+
+
+def _numbers(pattern: str, text: str) -> int:
+    found = re.findall(pattern, text)
+    assert found, f"ptxas did not say {pattern}"
+    return max(map(int, found))
+
+
+def _compile(source: str, arch: str, folder: Path) -> tuple[str, str, str]:
+    """What ptxas says, PTX and SASS; fails with nvcc's first complaints."""
+    folder.mkdir()
+    out = folder / "kernels.o"
+    nvcc = find("nvcc")
+    assert nvcc
+    code = f"--generate-code=arch=compute_{arch[3:]},code=[{arch}]"
+    command = [nvcc, code, *FLAGS, *ANSWERS, f"--keep-dir={folder}", "-c", str(CUDA / source)]
+    done = subprocess.run(
+        [*command, "-o", str(out)], capture_output=True, text=True, check=False, cwd=folder
+    )
+    said = done.stdout + done.stderr
+    complaints = [line[:200] for line in said.splitlines() if re.search(r"error|warning", line)]
+    complaint = "\n".join(complaints[:10]) or f"nvcc ended with {done.returncode}"
+    fine = done.returncode == 0 and not complaints
+    assert fine, f"{source} for {arch}:\n{complaint}"
+    ptx = (folder / source).with_suffix(".ptx").read_text()
+    sass = ""
+    if cuobjdump := find("cuobjdump"):
+        sass = subprocess.check_output([cuobjdump, "-sass", str(out)], text=True)
+    return said, ptx, sass
+
+
+_PTX_OPCODE = re.compile(r"^[\s{]*(?:@!?%p\d+\s+)?([a-z][\w.:]*)[\s;]", re.MULTILINE)
+_SASS_OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
+
+
+def _kernels(dtype: str, arch: str, said: str, ptx: str, sass: str) -> list[Kernel]:
+    kernels: dict[str, Kernel] = {}
+    for text in said.split("Compiling entry function ")[1:]:
+        name = text.split("'")[1]
+        instance = instance_of(name)
+        assert instance, f"{name} is none of the family"
+        kernels[name] = Kernel(
+            arch,
+            dtype,
+            instance,
+            _numbers(r"Used (\d+) registers", text),
+            _numbers(r"(\d+) bytes stack frame", text),
+            _numbers(r"(\d+) bytes spill (?:stores|loads)", text),
+        )
+    for text in re.split(r"\.entry\s+", ptx)[1:]:
+        kernel = kernels[text[: text.index("(")]]
+        kernel.ptx_order = _PTX_OPCODE.findall(text)
+        kernel.ptx = Counter(kernel.ptx_order)
+        kernel.local_in_ptx = ".local" in text
+    for text in sass.split("Function : ")[1:]:
+        kernels[text.split()[0]].sass = Counter(_SASS_OPCODE.findall(text))
+    return list(kernels.values())
+
+
+def compile_all(folder: Path, jobs: int = 2) -> list[Kernel]:
+    """Every instance, each source compiled once for each of ARCHS."""
+    tasks = [(source, arch) for source in SOURCES for arch in ARCHS]  # the long ones first
+
+    def compiled(task: tuple[str, str]) -> tuple[str, str, str]:
+        source, arch = task
+        return _compile(source, arch, folder / f"{source}.{arch}")
+
+    with ThreadPoolExecutor(jobs) as pool:
+        done = pool.map(compiled, tasks)
+        results = list(zip(tasks, done, strict=True))
+    kernels: list[Kernel] = []
+    for (source, arch), (said, ptx, sass) in results:
+        if dtype := re.search(r"instances_(\w+)", source):
+            kernels += _kernels(dtype[1], arch, said, ptx, sass)
+    return kernels

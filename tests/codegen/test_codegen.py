@@ -1,0 +1,178 @@
+"""The machine code that nvcc makes of the kernels; needs nvcc, and no GPU."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+
+import pytest
+from compiled_kernels import ARCHS, CUDA, DTYPES, ROOT, Kernel, compile_all, constant, find
+from compiled_kernels import named_instances as named
+
+pytestmark = [
+    pytest.mark.skipif(
+        os.environ.get("NORMKIT_TEST_CODEGEN") == "0", reason="NORMKIT_TEST_CODEGEN=0 says so"
+    ),
+    pytest.mark.skipif(find("nvcc") is None, reason="there is no nvcc in PATH to compile with"),
+]
+
+REGISTERS = 65536  # of a processor, on every generation
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[Kernel]:
+    return compile_all(tmp_path_factory.mktemp("codegen"))
+
+
+def only_traps(kernel: Kernel) -> bool:
+    return kernel.instance.cluster and kernel.arch == "sm_80"
+
+
+def wrong(kernels: list[Kernel], is_right: Callable[[Kernel], bool]) -> list[str]:
+    return [str(k) for k in kernels if not is_right(k)]
+
+
+def uniform(kernels: list[Kernel]) -> list[Kernel]:
+    found = [k for k in kernels if k.instance.access == "Uniform" and not only_traps(k)]
+    assert found
+    return found
+
+
+def test_flags_are_those_of_the_build() -> None:
+    text = (ROOT / "CMakeLists.txt").read_text()
+    of_cuda = re.findall(r"\$<COMPILE_LANGUAGE:CUDA>:([^>]+)>", text)
+    # The second is about the size of the file: machine code is the same with it.
+    assert of_cuda == ["-fmad=false", "--compress-mode=size"]
+    assert "set(CMAKE_CUDA_STANDARD 17)" in (ROOT / "cmake" / "Cuda.cmake").read_text()
+
+
+# Compiles everything, unless another test has.
+def test_every_instance_is_there_once(kernels: list[Kernel]) -> None:
+    assert len(named()) == 4 * 10
+    for arch in ARCHS:
+        for dtype in DTYPES:
+            found = [k.instance for k in kernels if (k.arch, k.dtype) == (arch, dtype)]
+            assert len(found) == len(set(found)), (arch, dtype)
+            assert set(found) == named(), (arch, dtype)
+
+
+def test_every_source_of_the_build_is_compiled() -> None:
+    built = set(re.findall(r"cuda/(\w+\.cu)\b", (ROOT / "CMakeLists.txt").read_text()))
+    assert built == {path.name for path in CUDA.glob("*.cu")}
+    assert {f"instances_{dtype}.cu" for dtype in DTYPES} < built
+
+
+def test_nothing_is_spilled_or_kept_in_local_memory(kernels: list[Kernel]) -> None:
+    assert wrong(kernels, lambda k: k.stack == k.spills == 0 and not k.local_in_ptx) == []
+
+
+# Blocks are of 512 threads at most (256 where fewer packs are kept), and two blocks of 256 are to
+# fit: 128 registers a thread.  Tighter where the row is short, and the loads of one thread too few
+# to keep the memory busy: then it takes warps, of which 24 fit at 80 registers and 20 at 96.
+def budget(kernel: Kernel) -> int:
+    i = kernel.instance
+    if i.access == "long":
+        return LONG_BUDGET
+    return BUDGETS.get((i.access, i.packs, i.rows), MOST)
+
+
+MOST = REGISTERS // constant("kMostLanes")
+LONG_BUDGET = REGISTERS // (2 * constant("kMostLanes"))  # one block loads while another adds up
+BUDGETS = {
+    ("Uniform", 1, 1): 64,
+    ("Uniform", 2, 1): 80,
+    ("Uniform", 4, 1): 96,
+    ("Any", 1, 1): 80,
+}
+
+
+def test_registers_leave_room_for_warps(kernels: list[Kernel]) -> None:
+    over = [f"{k}: {k.registers} > {budget(k)}" for k in kernels if k.registers > budget(k)]
+    assert over == []
+
+
+def test_uniform_kernels_reach_memory_16_bytes_at_a_time(kernels: list[Kernel]) -> None:
+    for k in uniform(kernels):
+        i = k.instance
+        packs = i.packs * i.rows
+        # x, weight and bias, each pack once; with a residual also that, and the sum is written.
+        for name, tensors in (("ld", 4 if i.adds else 3), ("st", 2 if i.adds else 1)):
+            ops = {op: n for op, n in k.ptx.items() if op.startswith(f"{name}.global")}
+            assert set(ops) <= {f"{name}.global.v4.{bits}" for bits in ("u32", "f32")}, str(k)
+            assert sum(ops.values()) == packs * tensors, f"{k}: {ops}"
+
+
+def test_generic_addresses_are_for_peers_only(kernels: list[Kernel]) -> None:
+    def is_right(k: Kernel) -> bool:
+        generic = {op for op in k.ptx if re.match(r"(ld|st)\.(volatile\.)?(v\d\.)?[a-z]\d+$", op)}
+        peers = k.instance.cluster and not only_traps(k)
+        return generic == ({"ld.f32"} if peers else set())
+
+    assert wrong(kernels, is_right) == []
+
+
+def test_nothing_is_computed_in_double_precision(kernels: list[Kernel]) -> None:
+    assert wrong(kernels, lambda k: not any(".f64" in op for op in k.ptx)) == []
+
+
+def test_clusters_exchange_their_sums_where_there_are_clusters(kernels: list[Kernel]) -> None:
+    peers = constant("kMaxCluster")
+    for k in kernels:
+        i = k.instance
+        counts = [k.ptx[f"barrier.cluster.{op}"] for op in ("arrive.release", "wait.acquire")]
+        if not i.cluster:
+            assert counts == [0, 0], str(k)
+            assert not any(op.startswith("mapa") for op in k.ptx), str(k)
+        elif only_traps(k):
+            assert counts == [0, 0], str(k)
+            assert k.ptx["trap"] > 0, str(k)
+        else:
+            sums = 1 if i.statistic == "rms" else 2
+            quads = 1 if k.dtype == "float32" else 2
+            assert counts == [sums + 1] * 2, str(k)  # and one before the blocks end
+            assert k.ptx["mapa.u64"] == k.ptx["ld.f32"] == sums * quads * peers, str(k)
+
+
+def test_kernels_wait_for_the_one_before_ahead_of_memory(kernels: list[Kernel]) -> None:
+    def is_right(k: Kernel) -> bool:
+        waits = [n for n, op in enumerate(k.ptx_order) if op == "griddepcontrol.wait"]
+        memory = [n for n, op in enumerate(k.ptx_order) if re.match(r"(ld|st)\.global", op)]
+        if k.arch == "sm_80":
+            return not any(op.startswith("griddepcontrol") for op in k.ptx)
+        once = k.ptx["griddepcontrol.launch_dependents"] == 1
+        return once and len(waits) == 1 and waits[0] < min(memory)
+
+    assert wrong(kernels, is_right) == []
+
+
+@pytest.mark.skipif(
+    find("cuobjdump") is None, reason="there is no cuobjdump in PATH or beside nvcc"
+)
+class TestMachineCode:
+    """The same of the SASS, where it could differ from the PTX."""
+
+    def test_every_kernel_is_there(self, kernels: list[Kernel]) -> None:
+        assert wrong(kernels, lambda k: k.sass["BPT.TRAP" if only_traps(k) else "EXIT"] > 0) == []
+
+    def test_has_no_local_memory_and_no_double_precision(self, kernels: list[Kernel]) -> None:
+        unwanted = re.compile(r"(LDL|STL|DADD|DFMA|DMUL|DSETP)\b")
+        assert wrong(kernels, lambda k: not any(unwanted.match(op) for op in k.sass)) == []
+
+    def test_uniform_kernels_reach_memory_16_bytes_at_a_time(self, kernels: list[Kernel]) -> None:
+        for k in uniform(kernels):
+            i = k.instance
+            packs = i.packs * i.rows
+            for name, least in (("LDG", packs * (4 if i.adds else 3)), ("STG", packs)):
+                ops = {op: n for op, n in k.sass.items() if op.startswith(name)}
+                assert all(".128" in op for op in ops), f"{k}: {ops}"
+                assert sum(ops.values()) >= least, f"{k}: {ops}"
+
+    def test_clusters_meet_at_their_barriers(self, kernels: list[Kernel]) -> None:
+        def is_right(k: Kernel) -> bool:
+            arrives, waits = (
+                any(op.startswith(f"UCGABAR_{o}") for op in k.sass) for o in ("A", "W")
+            )
+            return arrives == waits == (k.instance.cluster and not only_traps(k))
+
+        assert wrong(kernels, is_right) == []
