@@ -224,7 +224,8 @@ def _serve_natively(call: Call, wanted: str) -> Result | Explanation | str:
     reason = "served natively"
     if copied:
         reason += f"; copied first, for a last stride of 1: {', '.join(copied)}"
-    return Explanation(*result, reason)
+    backend, plan = result
+    return Explanation(backend, plan, reason)
 
 
 def _as_kernels_read_it(t: Tensor) -> Tensor:
