@@ -1,18 +1,21 @@
 // Every plan that cpp/plan.h can return, run on the emulation against double: what the sanitizers
 // look at, and what the mutants have to get past.  Usage: sweep SEED [SHARE OF]
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <random>
 #include <set>
 #include <string>
 #include <vector>
 
+#include "../../cpp/plan.h"
 #include "../../cuda/launch.h"
 #include "../../cuda/pack.cuh"
-#include "../../cpp/plan.h"
 
 extern "C" void normkit_emulate_device(int processors, int clusters);
 
@@ -47,6 +50,7 @@ double rounded(DType dtype, double v) {
 double half_ulp(DType dtype, double v) {
   const int bits = dtype == DType::kFloat32 ? 24 : dtype == DType::kFloat16 ? 11 : 8;
   const int lowest = dtype == DType::kFloat16 ? -14 : -126;
+  if (!std::isfinite(v)) return 0;
   const int exponent = std::max(v == 0 ? lowest : std::ilogb(v), lowest);
   return std::ldexp(0.5, exponent - bits + 1);
 }
@@ -79,6 +83,7 @@ struct Case {
   bool weight, bias, in_place, round_before_weight, round_sum, clamp_inf;
   float offset, eps;
   uint64_t seed;
+  bool constant;  // every x of one value, so that errors of a sum all fall to one side
 };
 
 std::string name(const Case& c) {
@@ -95,9 +100,11 @@ int failures = 0;
 std::set<std::string> plans;
 
 void report(const Case& c, const char* what, int64_t row, int64_t column, double got, double want) {
-  if (++failures > 5) return;
   std::fprintf(stderr, "%s\n  %s at row %lld column %lld: %.9g, expected %.9g\n", name(c).c_str(),
                what, static_cast<long long>(row), static_cast<long long>(column), got, want);
+  if (++failures < 5) return;
+  std::fprintf(stderr, "more are not looked for\n");
+  std::exit(1);
 }
 
 void fill(Rows& t, int64_t rows, int64_t n, std::mt19937_64& random, float around, bool infinite) {
@@ -113,7 +120,13 @@ void run(const Case& c) {
   Rows x(c.x, c.rows, c.n, c.pad, c.shift), residual(c.other, c.rows, c.n, c.pad, c.shift);
   Rows weight(c.other, c.heads, c.n, 0, c.shift), bias(c.other, c.heads, c.n, 0, c.shift);
   // Next to 65504 the mean of a row is not known to within the bound.
-  fill(x, c.rows, c.n, random, 0.7f, c.clamp_inf && c.x == DType::kFloat16 && c.statistic == Statistic::kRms);
+  fill(x, c.rows, c.n, random, 0.7f,
+       c.clamp_inf && c.x == DType::kFloat16 && c.statistic == Statistic::kRms);
+  // A NaN in a row of its own, which only that row may show.
+  if (c.clamp_inf && c.rows > 1)
+    write(c.x, x.at(c.rows - 1, c.n / 3), std::numeric_limits<float>::quiet_NaN());
+  if (c.constant)
+    for (int64_t i = 0; i < c.rows * c.n; ++i) write(c.x, x.at(i / c.n, i % c.n), 0.7f);
   fill(residual, c.rows, c.n, random, -0.2f, false);
   fill(weight, c.heads, c.n, random, 1.5f, false);
   fill(bias, c.heads, c.n, random, 0.4f, false);
@@ -161,7 +174,8 @@ void run(const Case& c) {
         v[i] = static_cast<float>(v[i] + read(c.other, residual_before.at(r, i)));
         const double stored = rounded(c.other, v[i]);
         const double got = read(c.other, sums.at(r, i));
-        if (got != stored) report(c, "residual_out", r, i, got, stored);
+        if (got != stored && !(std::isnan(got) && std::isnan(stored)))
+          report(c, "residual_out", r, i, got, stored);
         if (c.round_sum) v[i] = clamped(stored, c.other);
       }
       sum += v[i];
@@ -177,27 +191,100 @@ void run(const Case& c) {
       const double w =
           c.weight ? read(c.other, weight.at(r % c.heads, i)) + double{norm.weight_offset} : 1;
       const double b = c.bias ? read(c.other, bias.at(r % c.heads, i)) : 0;
-      double xhat = (v[i] - mean) * rstd;
-      const double t = (std::abs(v[i]) + about) * rstd * std::abs(w) + std::abs(b);
-      double bound = std::ldexp(4 * t, -24);
+      const double xhat = (v[i] - mean) * rstd, size = (std::abs(v[i]) + about) * rstd;
+      const double bound = std::ldexp(4 * (size * std::abs(w) + std::abs(b)), -24);
+      double low = xhat, high = xhat;
       if (c.round_before_weight) {
-        // One more rounding, which may fall to either side.
-        xhat = rounded(normalised, xhat);
-        bound += 2 * half_ulp(normalised, xhat) * std::abs(w);
+        // Next to the middle of two values it may fall to either.
+        low = rounded(normalised, xhat - std::ldexp(4 * size, -24));
+        high = rounded(normalised, xhat + std::ldexp(4 * size, -24));
       }
-      const double want = xhat * w + b, got = read(y.dtype, y.at(r, i));
-      bound += half_ulp(y.dtype, want) * (1 + std::ldexp(1, -9));
-      if (!(std::abs(got - want) <= bound)) report(c, "y", r, i, got, want);
+      if (w < 0) std::swap(low, high);
+      low = low * w + b, high = high * w + b;
+      const double got = read(y.dtype, y.at(r, i)), slack = 1 + std::ldexp(1, -9);
+      const bool right = std::isnan(xhat)
+                             ? std::isnan(got)
+                             : low - bound - half_ulp(y.dtype, low) * slack <= got &&
+                                   got <= high + bound + half_ulp(y.dtype, high) * slack;
+      if (!right) report(c, "y", r, i, got, xhat * w + b);
     }
   }
 }
 
+// y as float32 of rows first, first + 1, ... of a matrix whose values every dtype holds, and which
+// spread so widely that another order of additions would show.
+std::vector<float> float32_of(Statistic statistic, DType dtype, int64_t first, int64_t rows,
+                              int64_t n, int64_t shift, int64_t stride = 0) {
+  Rows x(dtype, stride ? 0 : rows, n, 0, shift);
+  std::vector<float> y(rows * n);
+  RowNorm norm{};
+  norm.statistic = statistic;
+  norm.rows = rows;
+  norm.n = n;
+  norm.heads = norm.outer_dims = 1;
+  norm.outer_size[0] = rows;
+  norm.eps = 1e-6f;
+  norm.x = {x.data(), dtype, {x.row_stride}};
+  norm.out = {reinterpret_cast<char*>(y.data()), DType::kFloat32, {n * 4}};
+  size_t mapped = 0;
+  if (stride) {
+    mapped = static_cast<size_t>(stride * rows);
+    void* at = mmap(nullptr, mapped, PROT_READ | PROT_WRITE,
+                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (at == MAP_FAILED) std::perror("mmap"), std::exit(2);
+    norm.x = norm.out = {static_cast<char*>(at), dtype, {stride}};
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    std::mt19937_64 random(first + r);
+    for (int64_t i = 0; i < n; ++i) {
+      const float size = std::ldexp(128.f + random() % 128, static_cast<int>(random() % 12) - 10);
+      write(dtype, norm.x.data + r * norm.x.stride[0] + i * item_size(dtype),
+            random() % 2 ? size : -size);
+    }
+  }
+  plans.insert(cuda::describe(norm, 0));
+  cuda::row_norm(norm, 0, nullptr);
+  if (stride) {
+    for (int64_t r = 0; r < rows; ++r)
+      std::memcpy(y.data() + r * n, norm.out.data + r * stride, n * sizeof(float));
+    munmap(norm.out.data, mapped);
+  }
+  return y;
+}
+
+// A row's bits follow neither the rows beside it, nor its dtype, nor where it lies.
+void same_bits(bool clusters) {
+  for (const Statistic statistic : {Statistic::kRms, Statistic::kLayer})
+    for (const int64_t n : {20, 64, 256, 1000, 1024, 4096, 8192, 16384, 20000, 40960}) {
+      const int64_t rows = n <= 64 ? 140 : 5, last = rows - 1;
+      const auto check = [&](const char* what, int64_t from, const std::vector<float>& want,
+                             const std::vector<float>& got) {
+        if (!std::memcmp(want.data() + from * n, got.data(), got.size() * sizeof(float))) return;
+        std::fprintf(stderr, "statistic %d n %lld: the bits follow %s\n", int(statistic),
+                     static_cast<long long>(n), what);
+        ++failures;
+      };
+      normkit_emulate_device(1, clusters);
+      const std::vector<float> batch = float32_of(statistic, DType::kFloat32, 0, rows, n, 0);
+      const auto half = float32_of(statistic, DType::kFloat16, 0, rows, n, 0);
+      check("the dtype", 0, batch, half);
+      check("the alignment", 0, batch, float32_of(statistic, DType::kFloat32, 0, rows, n, 1));
+      normkit_emulate_device(64, clusters);
+      check("the batch", last, batch, float32_of(statistic, DType::kFloat32, last, 1, n, 0));
+      check("the batch or dtype", 0, batch, float32_of(statistic, DType::kBFloat16, 0, 1, n, 0));
+      if (n == 64)
+        check("the stride", 0, batch,
+              float32_of(statistic, DType::kFloat32, 0, 3, n, 0, int64_t{3} << 30));
+    }
+}
+
 // n on both sides of every threshold of plan.h.
-const std::vector<int64_t> kSizes = {1,    2,    7,    8,    9,    16,   31,   32,   64,    65,    128,  136,
-                                     256,  257,  264,  384,  512,  520,  1000,  1024,  1032, 2048,
-                                     3072, 4096, 4100, 5120, 8192, 8200, 16384, 16392};
-const std::vector<int64_t> kLongSizes = {12288, 16383, 16384, 16400,  24576,  32768,  32776,  40961,  65536, 65544,
-                                         131072, 131080, 200000, 262144, 262152, 300001};
+const std::vector<int64_t> kSizes = {1,    2,    7,    8,    9,    16,   31,   32,   64,    65,
+                                     128,  136,  256,  257,  264,  384,  512,  520,  1000,  1024,
+                                     1032, 2048, 3072, 4096, 4100, 5120, 8192, 8200, 16384, 16392};
+const std::vector<int64_t> kLongSizes = {12288,  16383,  16384,  16400, 24576,  32768,
+                                         32776,  40961,  65536,  65544, 131072, 131080,
+                                         200000, 262144, 262152, 300001};
 
 struct Sweep {
   std::mt19937_64 random;
@@ -269,6 +356,17 @@ int main(int argc, char** argv) {
   };
   Sweep sweep{std::mt19937_64(argument(1, 1)), argument(2, 0), argument(3, 1)};
   const bool whole = sweep.of == 1;
+  if (sweep.share == 0) {
+    same_bits(true);
+    same_bits(false);
+    if (failures) return 1;
+    Case c{};
+    c.rows = c.heads = 1;
+    c.n = 2000003;
+    c.eps = 1e-6f;
+    c.constant = true;
+    run(c);
+  }
   const DType dtypes[] = {DType::kFloat32, DType::kFloat16, DType::kBFloat16};
   for (const bool clusters : {true, false}) {
     sweep.clusters = clusters;
@@ -280,7 +378,12 @@ int main(int argc, char** argv) {
               for (const int64_t n : kSizes) {
                 // Few rows, and enough to fill the device of one processor where that is cheap.
                 sweep.add(statistic, adds, x, other, n == 7 ? 0 : n % 2 ? 3 : 1, n);
-                sweep.add(statistic, adds, x, other, n <= 32 ? 2100 : n <= 264 ? 300 : n <= 520 ? 67 : 9, n);
+                sweep.add(statistic, adds, x, other,
+                          n <= 32    ? 2100
+                          : n <= 264 ? 300
+                          : n <= 520 ? 67
+                                     : 9,
+                          n);
               }
             for (const int64_t n : kLongSizes)
               if (x == other || n % 7 == 0) sweep.add(statistic, adds, x, other, 1, n);
