@@ -18,12 +18,17 @@ struct Backend {
   const char* name;
   std::string (*describe)(const RowNorm& norm, int device);
   void (*run)(const RowNorm& norm, int device, void* stream);
+  // Bytes that run_backward() wants as workspace.
+  int64_t (*backward_workspace)(const RowNormBackward& norm, int device);
+  void (*run_backward)(const RowNormBackward& norm, int device, void* stream, void* workspace);
   bool has_streams;
 };
 
 #ifdef NORMKIT_EMULATED
 // The CUDA kernels on the CPU: a build for the tests.
-inline constexpr Backend kEmulated{"emu", cuda::describe, cuda::row_norm, false};
+inline constexpr Backend kEmulated{
+    "emu", cuda::describe, cuda::row_norm, cuda::backward_workspace, cuda::row_norm_backward,
+    false};
 
 inline Refusal find_backend(DLDevice device, const Backend*& backend) {
   if (device.device_type != kDLCPU) return {"x", "is not on the CPU"};
@@ -34,11 +39,19 @@ inline Refusal find_backend(DLDevice device, const Backend*& backend) {
 namespace cpu {
 inline std::string describe_on(const RowNorm& norm, int) { return describe(norm); }
 inline void run_on(const RowNorm& norm, int, void*) { row_norm(norm); }
+// Its workspace stays with the thread.
+inline int64_t no_workspace(const RowNormBackward&, int) { return 0; }
+inline void run_backward_on(const RowNormBackward& norm, int, void*, void*) {
+  row_norm_backward(norm);
+}
 }  // namespace cpu
 
-inline constexpr Backend kCpu{"cpu", cpu::describe_on, cpu::run_on, false};
+inline constexpr Backend kCpu{
+    "cpu", cpu::describe_on, cpu::run_on, cpu::no_workspace, cpu::run_backward_on, false};
 #ifdef NORMKIT_HAS_CUDA
-inline constexpr Backend kCuda{"cuda", cuda::describe, cuda::row_norm, true};
+inline constexpr Backend kCuda{
+    "cuda", cuda::describe, cuda::row_norm, cuda::backward_workspace, cuda::row_norm_backward,
+    true};
 #endif
 
 inline Refusal find_backend(DLDevice device, const Backend*& backend) {

@@ -108,44 +108,41 @@ inline Refusal check(const Arguments& a, bool memory_checked) {
 }
 
 // The outer dimensions of all tensors at once: those of size 1 dropped, neighbours merged where
-// every tensor allows it.
-inline void lay_out_rows(const Arguments& a, RowNorm& norm) {
-  const Tensor* tensors[] = {&a.x, &a.residual, &a.out, &a.residual_out};
-  RowsOf* rows[] = {&norm.x, &norm.residual, &norm.out, &norm.residual_out};
-  norm.rows = 1;
-  norm.outer_dims = 0;
-  for (int d = 0; d < a.x.ndim - 1; ++d) {
-    const int64_t size = a.x.shape[d];
-    norm.rows *= size;
+// every tensor allows it.  x is the one whose shape counts; Job is RowNorm or RowNormBackward.
+template <class Job, int kTensors>
+inline void lay_out_rows(const Tensor& x, const Tensor* const (&tensors)[kTensors],
+                         RowsOf* const (&rows)[kTensors], Job& job) {
+  for (int t = 0; t < kTensors; ++t) {
+    rows[t]->data = tensors[t]->data;
+    rows[t]->dtype = tensors[t]->dtype;
+  }
+  job.rows = 1;
+  job.outer_dims = 0;
+  for (int d = 0; d < x.ndim - 1; ++d) {
+    const int64_t size = x.shape[d];
+    job.rows *= size;
     if (size == 1) continue;
-    const int last = norm.outer_dims - 1;
+    const int last = job.outer_dims - 1;
     bool merges = last >= 0;
-    for (int t = 0; t < 4 && merges; ++t)
+    for (int t = 0; t < kTensors && merges; ++t)
       merges = !*tensors[t] ||
                rows[t]->stride[last] == size * tensors[t]->strides[d] * item_size(rows[t]->dtype);
-    const int at = merges ? last : norm.outer_dims++;
-    norm.outer_size[at] = merges ? norm.outer_size[at] * size : size;
-    for (int t = 0; t < 4; ++t)
+    const int at = merges ? last : job.outer_dims++;
+    job.outer_size[at] = merges ? job.outer_size[at] * size : size;
+    for (int t = 0; t < kTensors; ++t)
       rows[t]->stride[at] = *tensors[t] ? tensors[t]->strides[d] * item_size(rows[t]->dtype) : 0;
-    if (norm.rows == 0) return;
+    if (job.rows == 0) return;
   }
+}
+
+inline Affine affine_of(const Tensor& t) {
+  return {t.data, t.dtype, t.ndim == 2 ? t.stride(2) * item_size(t.dtype) : 0};
 }
 
 inline RowNorm row_norm_of(const Arguments& a) {
   RowNorm norm;
-  const auto rows = [](RowsOf& r, const Tensor& t) {
-    r.data = t.data;
-    r.dtype = t.dtype;
-  };
-  rows(norm.x, a.x);
-  rows(norm.residual, a.residual);
-  rows(norm.out, a.out);
-  rows(norm.residual_out, a.residual_out);
-  const auto affine = [](const Tensor& t) {
-    return Affine{t.data, t.dtype, t.ndim == 2 ? t.stride(2) * item_size(t.dtype) : 0};
-  };
-  norm.weight = affine(a.weight);
-  norm.bias = affine(a.bias);
+  norm.weight = affine_of(a.weight);
+  norm.bias = affine_of(a.bias);
   norm.statistic = a.statistic;
   norm.n = a.x.size(1);
   norm.heads = a.weight.ndim == 2 || a.bias.ndim == 2 ? a.x.size(2) : 1;
@@ -154,7 +151,10 @@ inline RowNorm row_norm_of(const Arguments& a) {
   norm.round_before_weight = a.round_before_weight;
   norm.round_sum = a.round_sum;
   norm.clamp_inf = a.clamp_inf;
-  lay_out_rows(a, norm);
+  norm.rstd = norm.mean = nullptr;
+  const Tensor* const tensors[] = {&a.x, &a.residual, &a.out, &a.residual_out};
+  RowsOf* const rows[] = {&norm.x, &norm.residual, &norm.out, &norm.residual_out};
+  lay_out_rows(a.x, tensors, rows, norm);
   return norm;
 }
 

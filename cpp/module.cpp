@@ -5,6 +5,7 @@
 
 #include "backends.h"
 #include "checks.h"
+#include "checks_backward.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -35,7 +36,7 @@ nb::object call(PyObject* function, PyObject* argument) {
 
 void bind_torch(nb::handle tensor, nb::handle parameter, nb::handle empty_like,
                 nb::handle is_grad_enabled, nb::handle increment_version, nb::handle forward_ad,
-                nb::handle float32, nb::handle float16, nb::handle bfloat16) {
+                nb::handle float32, nb::handle float16, nb::handle bfloat16, nb::handle uint8) {
   nb::object capsule = nb::getattr(tensor, "__dlpack_c_exchange_api__");
   auto* header = static_cast<const DLPackExchangeAPIHeader*>(
       PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
@@ -54,6 +55,8 @@ void bind_torch(nb::handle tensor, nb::handle parameter, nb::handle empty_like,
   torch.forward_ad = forward_ad.inc_ref().ptr();
   torch.current_level = nb::str("_current_level").release().ptr();
   torch.requires_grad = nb::str("requires_grad").release().ptr();
+  torch.new_empty = nb::str("new_empty").release().ptr();
+  torch.uint8 = uint8.inc_ref().ptr();
   torch.dtypes[int(DType::kFloat32)] = float32.inc_ref().ptr();
   torch.dtypes[int(DType::kFloat16)] = float16.inc_ref().ptr();
   torch.dtypes[int(DType::kBFloat16)] = bfloat16.inc_ref().ptr();
@@ -96,6 +99,53 @@ nb::object empty_like(const Tensor& like, nb::handle dtype) {
   return nb::steal(made);
 }
 
+// x.new_empty(shape, dtype=dtype)
+nb::object new_empty(const Tensor& x, nb::handle shape, PyObject* dtype) {
+  nb::object method = nb::steal(PyObject_GetAttr(x.object, torch_objects.new_empty));
+  if (!method.is_valid()) throw nb::python_error();
+  nb::dict options;
+  options["dtype"] = nb::handle(dtype);
+  PyObject* made = PyObject_Call(method.ptr(), nb::make_tuple(shape).ptr(), options.ptr());
+  if (!made) throw nb::python_error();
+  return nb::steal(made);
+}
+
+void raise(void*, const char*, const char* message) {
+  PyErr_SetString(PyExc_RuntimeError, message);
+}
+
+// A float32 for each row of x; through DLPack it takes a third of new_empty's time.
+nb::object new_row_values(const Tensor& x, float*& data) {
+  DLTensor like{};
+  like.device = x.device;
+  like.ndim = x.ndim - 1;
+  like.dtype = {kDLFloat, 32, 1};
+  like.shape = const_cast<int64_t*>(x.shape);
+  DLManagedTensorVersioned* managed = nullptr;
+  void* made = nullptr;
+  DLTensor view;
+  if (torch_objects.api->managed_tensor_allocator(&like, &managed, nullptr, raise) ||
+      torch_objects.api->managed_tensor_to_py_object_no_sync(managed, &made) ||
+      torch_objects.api->dltensor_from_py_object_no_sync(made, &view)) {
+    if (!PyErr_Occurred()) PyErr_SetString(PyExc_RuntimeError, "torch made no tensor");
+    throw nb::python_error();
+  }
+  data = reinterpret_cast<float*>(static_cast<char*>(view.data) + view.byte_offset);
+  return nb::steal(static_cast<PyObject*>(made));
+}
+
+// A launch may have to wait for room in the stream, which a callback that wants the interpreter may
+// be keeping.
+template <class F>
+void run_job(const Backend& backend, int64_t elements, const F& run) {
+  if (backend.has_streams || elements >= kReleaseGilElements) {
+    nb::gil_scoped_release release;
+    run();
+  } else {
+    run();
+  }
+}
+
 // Autograd learns of the write by the version counter, as it does from torch's own in-place
 // operators.
 void count_write(const Tensor& t) {
@@ -136,7 +186,7 @@ enum Position {
   kMode,
   kPositions
 };
-enum Mode { kQuick = 0, kChecked = 1, kExplain = 2 };
+enum Mode { kQuick = 0, kChecked = 1, kExplain = 2, kSaving = 3 };
 
 Refusal read(Arguments& a, PyObject* const* args) {
   const long kind = PyLong_AsLong(args[kKind]);
@@ -193,34 +243,123 @@ nb::object norm(PyObject* const* args) {
     made_residual = empty_like(a.residual, nb::none());
     if (const Refusal no = a.residual_out.read(made_residual.ptr())) return refuse(quick, no);
   }
-  const RowNorm job = row_norm_of(a);
+  RowNorm job = row_norm_of(a);
   const int device = a.x.device.device_id;
   if (mode == kExplain)
     return nb::make_tuple(backend->name, backend->describe(job, device).c_str());
   void* stream = stream_for(*backend, a.x.device);
-  // A launch may have to wait for room in the stream, which a callback that wants the interpreter
-  // may be keeping.
-  if (backend->has_streams || job.rows * job.n >= kReleaseGilElements) {
-    nb::gil_scoped_release release;
-    backend->run(job, device, stream);
-  } else {
-    backend->run(job, device, stream);
+  nb::object rstd = nb::none(), mean = nb::none();
+  if (mode == kSaving) {
+    rstd = new_row_values(a.x, job.rstd);
+    if (a.statistic == Statistic::kLayer) mean = new_row_values(a.x, job.mean);
   }
+  run_job(*backend, job.rows * job.n, [&] { backend->run(job, device, stream); });
   if (writes_out) count_write(a.out);
   if (writes_residual_out) count_write(a.residual_out);
   nb::object y = nb::borrow(a.out.object);
+  if (mode == kSaving) {
+    nb::object total = a.residual ? nb::borrow(a.residual_out.object) : nb::none();
+    return nb::make_tuple(y, total, rstd, mean);
+  }
   if (!a.residual) return y;
   return nb::make_tuple(y, nb::borrow(a.residual_out.object));
 }
 
+// The arguments of norm_backward(), by position.
+enum BackwardPosition {
+  kBackwardKind,
+  kGradY,
+  kGradResidualOut,
+  kBackwardX,
+  kBackwardResidual,
+  kBackwardWeight,
+  kBackwardBias,
+  kRstd,
+  kMean,
+  kBackwardWeightOffset,
+  kBackwardRoundBeforeWeight,
+  kXDtype,
+  kResidualDtype,
+  kWanted,
+  kBackwardPositions
+};
+
+Refusal read(BackwardArguments& a, PyObject* const* args) {
+  const long kind = PyLong_AsLong(args[kBackwardKind]);
+  if (kind == -1 && PyErr_Occurred()) throw nb::python_error();
+  a.statistic = static_cast<Statistic>(kind & 1);
+  a.per_head = kind & 2;
+  a.from_output = kind & 8;
+  Tensor* const tensors[] = {
+      &a.grad_y, &a.grad_residual_out, &a.x, &a.residual, &a.weight, &a.bias, &a.rstd, &a.mean};
+  for (int i = 0; i < 8; ++i)
+    if (const Refusal no = tensors[i]->read(args[kGradY + i])) return no;
+  if (!a.x) return {"x", "is None"};
+  if (!read_number(args[kBackwardWeightOffset], a.weight_offset))
+    return {"weight_offset", "is not a number"};
+  if (!read_flag(args[kBackwardRoundBeforeWeight], a.round_before_weight))
+    return {"round_before_weight", "is not a bool"};
+  return {};
+}
+
+// A gradient of t's shape; made stays None where it is not wanted.
+Refusal make_gradient(Tensor& gradient, nb::object& made, const Tensor& like, PyObject* dtype) {
+  if (dtype == torch_objects.dtypes[int(like.dtype)]) dtype = Py_None;  // which is quicker
+  made = empty_like(like, nb::handle(dtype));
+  return gradient.read(made.ptr());
+}
+
+nb::object norm_backward(PyObject* const* args) {
+  BackwardArguments a;
+  if (const Refusal no = read(a, args)) return refuse(false, no);
+  const Backend* backend = nullptr;
+  if (const Refusal no = find_backend(a.x.device, backend)) return refuse(false, no);
+  if (const Refusal no = check(a)) return refuse(false, no);
+  const long wanted = PyLong_AsLong(args[kWanted]);
+  if (wanted == -1 && PyErr_Occurred()) throw nb::python_error();
+
+  nb::object grad_x = nb::none(), grad_residual = nb::none(), grad_weight = nb::none(),
+             grad_bias = nb::none();
+  PyObject *const x_dtype = args[kXDtype], *const residual_dtype = args[kResidualDtype];
+  Refusal no;
+  if (x_dtype != Py_None) no = make_gradient(a.grad_x, grad_x, a.x, x_dtype);
+  if (!no && residual_dtype == x_dtype)
+    grad_residual = grad_x;  // the same values in the same dtype
+  else if (!no && residual_dtype != Py_None)
+    no = make_gradient(a.grad_residual, grad_residual, a.x, residual_dtype);
+  if (!no && (wanted & 1) && a.weight)
+    no = make_gradient(a.grad_weight, grad_weight, a.weight, Py_None);
+  if (!no && (wanted & 2) && a.bias) no = make_gradient(a.grad_bias, grad_bias, a.bias, Py_None);
+  for (const Tensor* t : {&a.grad_x, &a.grad_residual})
+    if (!no) no = check_rows(*t, a.x);
+  if (no) return refuse(false, no);
+
+  const RowNormBackward job = row_norm_backward_of(a);
+  const int device = a.x.device.device_id;
+  nb::object workspace;
+  Tensor memory{"workspace"};
+  if (const int64_t bytes = backend->backward_workspace(job, device)) {
+    workspace = new_empty(a.x, nb::make_tuple(bytes), torch_objects.uint8);
+    DLTensor view;
+    if (torch_objects.api->dltensor_from_py_object_no_sync(workspace.ptr(), &view))
+      throw nb::python_error();
+    memory.data = static_cast<char*>(view.data) + view.byte_offset;
+  }
+  void* stream = stream_for(*backend, a.x.device);
+  run_job(*backend, job.rows * job.n,
+          [&] { backend->run_backward(job, device, stream, memory.data); });
+  return nb::make_tuple(grad_x, grad_residual, grad_weight, grad_bias);
+}
+
 // Not through nanobind: fourteen arguments cost it 60 ns more than a plain vector of them.
-PyObject* norm_entry(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != kPositions) {
-    PyErr_SetString(PyExc_TypeError, "norm: expected 14 positional arguments");
+template <nb::object (*kFunction)(PyObject* const*), int kCount>
+PyObject* entry(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != kCount) {
+    PyErr_Format(PyExc_TypeError, "expected %d positional arguments", kCount);
     return nullptr;
   }
   try {
-    return norm(args).release().ptr();
+    return kFunction(args).release().ptr();
   } catch (nb::python_error& error) {
     error.restore();
   } catch (const std::bad_alloc&) {
@@ -231,8 +370,13 @@ PyObject* norm_entry(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return nullptr;
 }
 
-PyMethodDef norm_method[] = {
-    {"norm", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(norm_entry)), METH_FASTCALL,
+template <nb::object (*kFunction)(PyObject* const*), int kCount>
+PyCFunction as_method() {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(entry<kFunction, kCount>));
+}
+
+PyMethodDef methods[] = {
+    {"norm", as_method<norm, kPositions>(), METH_FASTCALL,
      "norm(kind, x, residual, weight, bias, eps, weight_offset, round_before_weight, round_sum,\n"
      "     clamp_inf, out_dtype, out, residual_out, mode)\n\n"
      "Run a row norm: y, or (y, residual_out) when there is a residual.\n\n"
@@ -241,9 +385,21 @@ PyMethodDef norm_method[] = {
      "4 when there is a residual.\n"
      "mode is 0 for the first try, which returns None where it cannot serve; 1 when the caller "
      "has\n"
-     "checked that outputs overlap nothing, and wants a str that says why not; and 2 like 1 but to "
+     "checked that outputs overlap nothing, and wants a str that says why not; 2 like 1 but to "
      "get\n"
-     "the backend's name and its plan, as a tuple of two str, instead of running."},
+     "the backend's name and its plan, as a tuple of two str, instead of running; and 3 like 1 "
+     "but\n"
+     "to get (y, residual_out or None, rstd, mean or None), with what norm_backward() needs."},
+    {"norm_backward", as_method<norm_backward, kBackwardPositions>(), METH_FASTCALL,
+     "norm_backward(kind, grad_y, grad_residual_out, x, residual, weight, bias, rstd, mean,\n"
+     "              weight_offset, round_before_weight, x_dtype, residual_dtype, wanted)\n\n"
+     "Gradients of a row norm: (grad_x, grad_residual, grad_weight, grad_bias), each None where "
+     "it\n"
+     "is not wanted; or a str that says why there are none.\n\n"
+     "kind is as in norm(), plus 8 when x is the output and is to be undone.  x is what was\n"
+     "normalised; or x + residual was, in float32.  x_dtype and residual_dtype are those of the\n"
+     "first two gradients, or None; both are one tensor where they are of one dtype.  wanted is 1\n"
+     "for weight's gradient plus 2 for bias's."},
     {nullptr, nullptr, 0, nullptr}};
 
 nb::object cuda_devices() {
@@ -278,10 +434,10 @@ NB_MODULE(_C, m) {
       "means.";
 
   m.def("bind_torch", &bind_torch, "tensor"_a, "parameter"_a, "empty_like"_a, "is_grad_enabled"_a,
-        "increment_version"_a, "forward_ad"_a, "float32"_a, "float16"_a, "bfloat16"_a,
+        "increment_version"_a, "forward_ad"_a, "float32"_a, "float16"_a, "bfloat16"_a, "uint8"_a,
         "Hand over what the extension needs of torch.  Raises ImportError when torch is too old.");
 
-  if (PyModule_AddFunctions(m.ptr(), norm_method)) throw nb::python_error();
+  if (PyModule_AddFunctions(m.ptr(), methods)) throw nb::python_error();
 
   m.def(
       "set_quick_path", [](bool on) { quick_path_is_off = !on; }, "on"_a,

@@ -43,6 +43,39 @@ struct RowNorm {
   bool round_before_weight;
   bool round_sum;
   bool clamp_inf;
+  float* rstd;  // one a row, for the backward pass; null when nobody asks
+  float* mean;  // likewise; null for kRms
+};
+
+// Gradients of a row norm.  With g = grad_y * (weight + weight_offset), and the means over the row:
+//   of what was normalised  rstd * (g - mean(g) - xhat * mean(g * xhat)), without mean(g) for kRms,
+//                           + grad_residual_out
+//   of the weight           sum over rows of grad_y * xhat, rounded as the forward pass rounded it
+//   of the bias             sum over rows of grad_y
+// All in float32; a sum over rows is taken in an order that follows rows, n and the device only.
+struct RowNormBackward {
+  Statistic statistic;
+  // x is the output of the forward pass: xhat = (x - bias) / (weight + weight_offset), and 0 where
+  // that divisor is 0.
+  bool from_output;
+  int64_t rows;
+  int64_t n;
+  int64_t heads;  // 1 unless the weight or the bias has a row per head
+  int outer_dims;
+  int64_t outer_size[kMaxOuterDims];  // the last one runs fastest
+  RowsOf grad_y;
+  RowsOf grad_residual_out;      // may be absent, as all that follow but x
+  RowsOf x, residual;            // x, or the sum x + residual in float32, was normalised
+  RowsOf grad_x, grad_residual;  // both get the same values, each in its dtype
+  Affine weight;
+  Affine bias;        // given where the output is to be undone, or its gradient is wanted
+  const float* rstd;  // one a row
+  const float* mean;  // likewise; null for kRms and where x is the output
+  char* grad_weight;  // of weight's shape and dtype, dense; null when nobody asks
+  char* grad_bias;
+  float weight_offset;
+  bool round_before_weight;
+  DType normalised;  // what round_before_weight rounded xhat to
 };
 
 }  // namespace normkit

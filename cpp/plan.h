@@ -126,4 +126,49 @@ constexpr Plan plan(int64_t n, DType x, bool uniform, int64_t rows, const Device
   return plan;
 }
 
+// The backward pass.  A block takes rows of one head, keeps what they add to the gradients of
+// weight and bias in registers, and leaves one row of partial sums behind.
+struct BackwardPlan {
+  bool uniform;  // as above
+  int packs;     // that a thread takes of a row; 0: each kind of gradient has a kernel of its own
+  int lanes;     // threads that share a row, a power of two; follows n and x's dtype alone
+  int groups;    // of lanes in a block
+  int slices;    // of a head's rows, each for one block
+};
+
+// A thread holds x and grad_y of two rows, weight, and two sums of 16 columns at most.
+constexpr int kBackwardColumns = 16;
+// Blocks of kThreads that fit on a processor at 80 registers, enough for rows of a warp or less.
+constexpr int kBackwardBlocks = 6;
+// Rows whose sums are added plainly before they go to the partial sums with care, which keeps what
+// the gradient of a weight loses near 2^-24 of its size.  The emulation has fewer rows a launch.
+#ifndef NORMKIT_CHAIN_ROWS
+#define NORMKIT_CHAIN_ROWS 32
+#endif
+constexpr int kChainRows = NORMKIT_CHAIN_ROWS;
+// Fewer rows for a partial sum would have the partial sums move more memory than the rows.
+constexpr int kFewestRows = 4;
+
+constexpr BackwardPlan backward_plan(int64_t n, DType x, bool uniform, int64_t rows, int64_t heads,
+                                     const Device& device) {
+  const int64_t pack = 16 / item_size(x), share = divide_up(n, pack);
+  BackwardPlan plan{uniform, 0, kMostLanes, 1, 1};
+  int64_t blocks = 0;  // that are to share all rows
+  if (n > kMostLanes * kBackwardColumns) {
+    plan.uniform = false;
+    blocks = 8 * device.processors / divide_up(n, int64_t{kThreads} * kLongPack);
+  } else {
+    plan.packs = share <= 32 ? 1 : share <= 2 * kMostLanes ? 2 : 4;
+    plan.lanes = static_cast<int>(power_of_two_from(divide_up(share, plan.packs)));
+    plan.groups = static_cast<int>(at_least(kThreads / plan.lanes, 1));
+    // All of them at once on the device: at 128 registers a thread where there are more packs.
+    blocks = device.processors *
+             (plan.packs == 1 ? kBackwardBlocks : int64_t{512} / (plan.lanes * plan.groups));
+  }
+  const int64_t of_head = divide_up(rows, heads);
+  plan.slices = static_cast<int>(
+      at_least(at_most(blocks / heads, of_head / (int64_t{plan.groups} * kFewestRows)), 1));
+  return plan;
+}
+
 }  // namespace normkit::cuda

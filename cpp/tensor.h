@@ -21,7 +21,9 @@ struct Torch {
   PyObject* forward_ad = nullptr;     // the dict of torch.autograd.forward_ad
   PyObject* current_level = nullptr;  // "_current_level"
   PyObject* requires_grad = nullptr;  // "requires_grad"
-  PyObject* dtypes[3] = {};           // in the order of DType
+  PyObject* new_empty = nullptr;      // "new_empty"
+  PyObject* uint8 = nullptr;
+  PyObject* dtypes[3] = {};  // in the order of DType
 };
 inline Torch torch_objects;
 

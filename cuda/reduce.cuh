@@ -29,6 +29,19 @@ struct Sums {
   float quad[kQuads];
 };
 
+template <int kQuads, int kPacks>
+__device__ __forceinline__ Sums<kQuads> fold_packs(const Sums<kQuads> (&of_pack)[kPacks]) {
+  Sums<kQuads> sums;
+#pragma unroll
+  for (int q = 0; q < kQuads; ++q) {
+    float v[kPacks];
+#pragma unroll
+    for (int p = 0; p < kPacks; ++p) v[p] = of_pack[p].quad[q];
+    sums.quad[q] = fold<kPacks>(v);
+  }
+  return sums;
+}
+
 // One per reduction of a kernel: memory that is used once needs no second barrier.
 template <int kQuads, bool kCluster = false>
 struct SumStorage {
@@ -87,6 +100,56 @@ __device__ __forceinline__ Sums<kQuads> sum_of_peers(Sums<kQuads> v,
     v.quad[q] = fold<kMaxCluster>(of_block);
   }
   return v;
+}
+
+// Adds with the rounding errors of the sum kept beside it (Kahan), so that the error does not grow
+// with the number of addends.
+__device__ __forceinline__ void add_to(float& sum, float& lost, float v) {
+  const float y = v - lost, t = sum + y;
+  // inf - inf would make a NaN of an overflow, which is to stay one.
+  lost = t - t == 0.f ? (t - sum) - y : 0.f;
+  sum = t;
+}
+
+// For a row of any length.
+template <int kQuads>
+struct LongSums {
+  Sums<kQuads> sum{}, lost{};
+  __device__ __forceinline__ void add(const Sums<kQuads>& v) {
+#pragma unroll
+    for (int q = 0; q < kQuads; ++q) add_to(sum.quad[q], lost.quad[q], v.quad[q]);
+  }
+};
+
+// What the warps of a block have added, of each of several sums.  Two of these in turns need one
+// barrier a sum: who comes to the second has left the first.
+template <int kSums>
+struct WarpSums {
+  float of_warp[kSums][kMostLanes / kWarp];
+};
+
+// The backward pass adds in an order of its own, lanes before warps, which leaves little to shared
+// memory.  It follows the number of lanes, which there follows n and x's dtype alone.
+template <int kSums>
+__device__ __forceinline__ void sum_over_lanes(float (&v)[kSums], int lanes,
+                                               WarpSums<kSums>& storage) {
+  for (int half = (lanes < kWarp ? lanes : kWarp) / 2; half > 0; half /= 2)
+#pragma unroll
+    for (int s = 0; s < kSums; ++s) v[s] += __shfl_xor_sync(0xffffffffu, v[s], half, kWarp);
+  if (lanes <= kWarp) return;
+  const int warp = threadIdx.x / kWarp, first = (threadIdx.x & ~(lanes - 1)) / kWarp;
+  if (threadIdx.x % kWarp == 0)
+#pragma unroll
+    for (int s = 0; s < kSums; ++s) storage.of_warp[s][warp] = v[s];
+  __syncthreads();
+#pragma unroll
+  for (int s = 0; s < kSums; ++s) {
+    float of_warp[kMostLanes / kWarp];
+#pragma unroll
+    for (int i = 0; i < kMostLanes / kWarp; ++i)
+      of_warp[i] = i * kWarp < lanes ? storage.of_warp[s][first + i] : 0.f;
+    v[s] = fold<kMostLanes / kWarp>(of_warp);
+  }
 }
 
 }  // namespace normkit::cuda

@@ -1,8 +1,8 @@
 // The forward row norm: one family for every op, statistic, dtype and length of row.
 #pragma once
 #include "../cpp/plan.h"
-#include "pack.cuh"
 #include "reduce.cuh"
+#include "rows.cuh"
 
 // Variants for benchmarks/tune.py.
 #ifndef NORMKIT_TUNE_HOIST_WEIGHT
@@ -14,38 +14,10 @@
 
 namespace normkit::cuda {
 
-// Division by a number that is known at launch; of numbers below 2^31.
-struct Divisor {
-  uint32_t value, factor, shift;
-  __device__ __forceinline__ uint32_t divide(uint32_t a) const {
-    return value == 1 ? a : static_cast<uint32_t>((uint64_t{a} * factor) >> 32) >> shift;
-  }
-};
-
-// Dimensions of rows that one launch walks; calls with more are several launches.
-constexpr int kLaunchDims = 3;
-
-struct LaunchRows {
-  char* data;
-  int64_t stride[kLaunchDims];  // bytes; the last runs fastest
-  DType dtype;
-  bool wide;
-};
-
-struct LaunchAffine {
-  const char* data;
-  int64_t row_stride;  // bytes
-  DType dtype;
-  bool wide;
-};
-
-struct RowNormArgs {
+struct RowNormArgs : Grid {
   LaunchRows x, residual, out, residual_out;
   LaunchAffine weight, bias;
-  Divisor size[2];  // of the second and the last dimension
-  Divisor heads;
-  uint32_t rows;
-  int dims;
+  float *rstd, *mean;  // a value for each row of the launch, or null
   int log2_lanes, groups;
   int64_t n;
   float eps, weight_offset;
@@ -54,29 +26,6 @@ struct RowNormArgs {
 };
 
 using Kernel = void (*)(RowNormArgs);
-
-// A row's place in every dimension; `row` is below the number of rows.
-struct Place {
-  uint32_t at[kLaunchDims];
-  uint32_t head;
-
-  __device__ __forceinline__ Place(const RowNormArgs& a, uint32_t row) : at{0, 0, row} {
-    head = a.heads.value == 1 ? 0 : row - a.heads.divide(row) * a.heads.value;
-    if (a.dims == 1) return;
-    const uint32_t outer = a.size[1].divide(row);
-    at[2] = row - outer * a.size[1].value;
-    at[0] = a.size[0].divide(outer);
-    at[1] = outer - at[0] * a.size[0].value;
-  }
-  __device__ __forceinline__ RowAt of(const LaunchRows& rows, int dims) const {
-    int64_t offset = at[2] * rows.stride[2];
-    if (dims > 1) offset += at[1] * rows.stride[1] + at[0] * rows.stride[0];
-    return {rows.data + offset, rows.dtype, rows.wide};
-  }
-  __device__ __forceinline__ RowAt of(const LaunchAffine& affine) const {
-    return {const_cast<char*>(affine.data) + head * affine.row_stride, affine.dtype, affine.wide};
-  }
-};
 
 // What is normalised: x, or the sum x + residual, which is also what residual_out gets.
 template <class T, class Access, bool kAdds>
@@ -118,21 +67,15 @@ __device__ __forceinline__ Sums<Access::kSize / 4> sums_of(const Floats<Access::
   return sums;
 }
 
-template <int kQuads, int kPacks>
-__device__ __forceinline__ Sums<kQuads> fold_packs(const Sums<kQuads> (&of_pack)[kPacks]) {
-  Sums<kQuads> sums;
-#pragma unroll
-  for (int q = 0; q < kQuads; ++q) {
-    float v[kPacks];
-#pragma unroll
-    for (int p = 0; p < kPacks; ++p) v[p] = of_pack[p].quad[q];
-    sums.quad[q] = fold<kPacks>(v);
-  }
-  return sums;
-}
-
 __device__ __forceinline__ float reciprocal_deviation(const RowNormArgs& a, float squares) {
   return inverse_square_root(squares / static_cast<float>(a.n) + a.eps);
+}
+
+// For the backward pass.
+template <Statistic kStatistic>
+__device__ __forceinline__ void save(const RowNormArgs& a, uint32_t row, float mean, float rstd) {
+  if (a.rstd) a.rstd[row] = rstd;
+  if (kStatistic == Statistic::kLayer && a.mean) a.mean[row] = mean;
 }
 
 // x becomes y.
@@ -174,11 +117,12 @@ __global__ void __launch_bounds__(kPacks >= kMaxPacks ? kMostLanes : kMaxLanes, 
     return sum_of_group(v, lanes, storage);
   };
 
+  const auto row = [&](int r) { return (block * kRows + r) * a.groups + group; };
   uint32_t rows[kRows];
   int live[kRows];  // where the row ends; rows behind the last have no columns
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
-    rows[r] = (block * kRows + r) * a.groups + group;
+    rows[r] = row(r);
     live[r] = rows[r] < a.rows ? end : 0;
     if (rows[r] >= a.rows) rows[r] = 0;
   }
@@ -287,6 +231,7 @@ __global__ void __launch_bounds__(kPacks >= kMaxPacks ? kMostLanes : kMaxLanes, 
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     const float rstd = reciprocal_deviation(a, sum[r]);
+    if (lane == 0 && rank == 0 && live[r]) save<kStatistic>(a, row(r), mean[r], rstd);
 #pragma unroll
     for (int p = 0; p < kPacks; ++p) {
       if constexpr (!kWeightEarly && !kWeightBeforeSum) load_weight(r, p);
@@ -299,22 +244,6 @@ __global__ void __launch_bounds__(kPacks >= kMaxPacks ? kMostLanes : kMaxLanes, 
   }
   if constexpr (kCluster) cluster_wait();  // nobody reads ours: it may go
 }
-
-// Adds with the rounding errors of the sum kept beside it (Kahan), so that the error does not grow
-// with the length of the row.
-template <int kQuads>
-struct LongSums {
-  Sums<kQuads> sum{}, lost{};
-  __device__ __forceinline__ void add(const Sums<kQuads>& v) {
-#pragma unroll
-    for (int q = 0; q < kQuads; ++q) {
-      const float y = v.quad[q] - lost.quad[q], t = sum.quad[q] + y;
-      // inf - inf would make a NaN of an overflow, which is to stay one.
-      lost.quad[q] = t - t == 0.f ? (t - sum.quad[q]) - y : 0.f;
-      sum.quad[q] = t;
-    }
-  }
-};
 
 // Rows beyond every register: a block a row, which is read once for each statistic and once more.
 // The sum with the residual is made anew each time and written last, so that outputs may be inputs.
@@ -358,6 +287,7 @@ __global__ void __launch_bounds__(kMostLanes) long_row_norm_kernel(RowNormArgs a
   });
   const float rstd = reciprocal_deviation(a, sum_of_group(squares.sum, lanes, squares_storage));
   let_next_kernel_start();
+  if (threadIdx.x == 0) save<kStatistic>(a, blockIdx.x, mean, rstd);
   for_packs([&](int64_t column, Values& v, const Values& added) {
     if constexpr (kAdds) Access::store(place.of(a.residual_out, a.dims), column, a.n, added);
     Values weight{}, bias{};

@@ -43,6 +43,37 @@ struct Block {
 
 using Stage = void (*)(Block&);
 
+// Rows whose part of grad_weight and grad_bias is added in one go.
+constexpr int kBackwardRows = 4;
+
+// Rows of a backward pass that go through its two stages together.  All tensors of a block are of
+// one type; what is not has been widened to float32.
+struct BackwardBlock {
+  int rows;
+  int64_t n;
+  const void* grad_y[kMaxBlockRows];
+  const void* grad_residual_out[kMaxBlockRows];  // null: none
+  const void* x[kMaxBlockRows];
+  void* grad_x[kMaxBlockRows];         // null: not wanted
+  const float* weight[kMaxBlockRows];  // float32 in the stages' layout
+  // Sums over rows in the stages' layout, whole chunks; null where they are not wanted.
+  float* grad_weight[kMaxBlockRows];
+  float* grad_bias[kMaxBlockRows];
+  bool shared;                 // all rows have the first one's weight and sums
+  float mean[kMaxBlockRows];   // xhat = (x - mean) * scale
+  float scale[kMaxBlockRows];  // rstd, unless x is xhat itself
+  float rstd[kMaxBlockRows];
+  float g_mean[kMaxBlockRows];   // of g = grad_y * weight; layer norm only
+  float gx_mean[kMaxBlockRows];  // of g * xhat
+  DType rounded;                 // what the forward pass rounded xhat to; kFloat32: nothing
+  bool stream;                   // write around the caches
+  bool fetch;                    // these rows are wanted soon; null: none
+  const char* next_x[kMaxBlockRows];
+  const char* next_grad_y[kMaxBlockRows];
+};
+
+using BackwardStage = void (*)(BackwardBlock&);
+
 struct Kernels {
   const char* name;
   Stage clamp;  // wide = x, a float16, with its infinities at +-65504
@@ -54,7 +85,20 @@ struct Kernels {
   // [source][rounded to][out][weight and bias as stored][statistic]; rounding to kFloat32 is none.
   // "As stored" is there for 16-bit source, output, weight and bias of one type.
   Stage apply[3][3][3][2][2];
+
+  BackwardStage backward_sums[3][2];   // [item][statistic]: g_mean and gx_mean
+  BackwardStage backward_apply[3][2];  // [item][statistic]: grad_x, and what rows add to the sums
+  void (*narrow[3])(const float* row, int64_t n, void* out);  // [item]
 };
+
+// Where backward stages have column i of each chunk.
+constexpr Layout backward_layout(DType item) { return layout_of(item, item); }
+constexpr int64_t column_in(Layout layout, int64_t i) {
+  return layout == Layout::kNatural ? i : i / 32 * 32 + i % 2 * 16 + i % 32 / 2;
+}
+
+// Those of the instruction set in use.
+const Kernels& kernels_in_use();
 
 // Null where this build or this processor cannot run them.
 const Kernels* avx512bf16_kernels();

@@ -1,7 +1,7 @@
 #define NORMKIT_AVX512_BF16
 #include "vec_avx512.h"
 // Separate from the line above: the stages use what it defines.
-#include "stages.h"
+#include "backward_stages.h"
 
 namespace normkit::cpu {
 

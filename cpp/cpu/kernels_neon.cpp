@@ -1,6 +1,6 @@
 #include "vec_neon.h"
 // Separate from the line above: the stages use what it defines.
-#include "stages.h"
+#include "backward_stages.h"
 
 namespace normkit::cpu {
 

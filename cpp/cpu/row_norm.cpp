@@ -3,13 +3,12 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <new>
 
-#include "kernels.h"
+#include "affine.h"
+#include "cursor.h"
+#include "memory.h"
 #include "threads.h"
 
 #if defined(__x86_64__) || defined(_M_X64)
@@ -58,40 +57,10 @@ std::atomic<const Kernels*>& chosen() {
 
 // ---------------------------------------------------------------- memory
 
-// Grows and stays: a call allocates nothing once its thread has seen the shape.  Large buffers are
-// let go again, so that one huge row does not hold its size for the life of the thread.
-class Scratch {
- public:
-  ~Scratch() { std::free(data_); }
-  float* reserve(int64_t floats) {
-    if (floats > size_) {
-      std::free(data_);
-      data_ = static_cast<float*>(std::aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64));
-      size_ = data_ ? floats : 0;
-      if (!data_) throw std::bad_alloc();
-    }
-    return data_;
-  }
-  void trim() {
-    if (size_ > kKept) {
-      std::free(data_);
-      data_ = nullptr;
-      size_ = 0;
-    }
-  }
-
- private:
-  static constexpr int64_t kKept = 1 << 20;  // floats
-  float* data_ = nullptr;
-  int64_t size_ = 0;
-};
-
 // Rows that fit here stay in the first-level cache from one stage to the next, with the output and
 // the weight.  Where memory is the limit the second-level cache is near enough, and fewer changes
 // between reading and writing save up to 10 %.
 constexpr int64_t kBlockBytes = 8 << 10, kStreamedBlockBytes = 32 << 10;
-// Fork and join cost about a microsecond, in which one core moves this much.
-constexpr int64_t kThreadBytes = 32 << 10;
 // Beyond the second-level cache it pays a little to fetch the next rows while these are stored (0
 // to 7 % on Zen 4).  Within it, it costs as much.
 constexpr int64_t kFetchBytes = 4 << 20;
@@ -100,19 +69,6 @@ thread_local Scratch affine_scratch;
 thread_local Scratch wide_scratch;
 
 // ---------------------------------------------------------------- weight and bias
-
-// The rows of a weight or bias as the apply stage reads them.
-struct AffineRows {
-  const char* data = nullptr;  // null when absent
-  int64_t row_stride = 0;      // bytes
-  const void* row(int64_t head) const { return data ? data + head * row_stride : nullptr; }
-};
-
-int64_t padded(int64_t n) { return (n + kChunk - 1) / kChunk * kChunk; }
-
-int64_t affine_rows(const RowNorm& norm, const Affine& affine) {
-  return affine.data && affine.row_stride != 0 ? norm.heads : 1;
-}
 
 // Whether weight and bias are read as stored: they are of the one 16-bit type of source and output,
 // need no offset, and a widened copy does not pay.  It does not for a few rows (Zen 4, n = 4096:
@@ -127,63 +83,7 @@ bool affine_as_stored(const RowNorm& norm, DType source) {
          (!norm.bias.data || norm.bias.dtype == source);
 }
 
-// A float32 weight in natural order, or a copy of any other, with the offset added; ones where
-// there is none, since the product with 1 is exact.
-AffineRows prepared(const RowNorm& norm, const Affine& affine, Layout layout, float offset,
-                    const Kernels& kernels, float*& buffer) {
-  if (affine.data && affine.dtype == DType::kFloat32 && layout == Layout::kNatural && offset == 0.f)
-    return {affine.data, affine.row_stride};
-  if (offset == 0.f) offset = -0.f;  // a weight of -0 plus 0 would be +0
-  const int64_t n = padded(norm.n);
-  const AffineRows rows{reinterpret_cast<const char*>(buffer),
-                        affine.row_stride ? n * int64_t{sizeof(float)} : 0};
-  for (int64_t head = 0; head < affine_rows(norm, affine); ++head, buffer += n) {
-    if (affine.data)
-      kernels.affine[int(affine.dtype)][int(layout)](affine.data + head * affine.row_stride, norm.n,
-                                                     offset, buffer);
-    else
-      std::fill_n(buffer, n, 1.f);
-  }
-  return rows;
-}
-
 // ---------------------------------------------------------------- one call
-
-// Steps through the rows of all tensors at once.
-class Cursor {
- public:
-  Cursor(const RowNorm& norm, int64_t row) : norm_(norm) {
-    for (int64_t d = norm.outer_dims - 1, rest = row; d >= 0; --d) {
-      index_[d] = 0;
-      if (rest == 0) continue;  // most calls begin here, and a division takes as long as ten sums
-      index_[d] = rest % norm.outer_size[d];
-      rest /= norm.outer_size[d];
-      for (int t = 0; t < kTensors; ++t) at_[t] += index_[d] * tensor(t).stride[d];
-    }
-  }
-  char* at(int t) const { return tensor(t).data ? tensor(t).data + at_[t] : nullptr; }
-  void next() {
-    for (int d = norm_.outer_dims - 1; d >= 0; --d) {
-      const bool wraps = ++index_[d] == norm_.outer_size[d];
-      const int64_t steps = wraps ? 1 - norm_.outer_size[d] : 1;
-      for (int t = 0; t < kTensors; ++t) at_[t] += steps * tensor(t).stride[d];
-      if (!wraps) return;
-      index_[d] = 0;
-    }
-  }
-  static constexpr int kX = 0, kResidual = 1, kOut = 2, kResidualOut = 3, kTensors = 4;
-
- private:
-  const RowsOf& tensor(int t) const {
-    return t == kX          ? norm_.x
-           : t == kResidual ? norm_.residual
-           : t == kOut      ? norm_.out
-                            : norm_.residual_out;
-  }
-  const RowNorm& norm_;
-  int64_t index_[kMaxOuterDims];
-  int64_t at_[kTensors] = {};
-};
 
 struct Stages {
   Stage clamp_x = nullptr;    // wide = clamped x, which stands for x from here on
@@ -273,8 +173,10 @@ AffinePair affine_of(const Job& job, int part) {
   const Layout layout = job.stages.layout;
   float* buffer = job.affine + part * job.affine_floats;
   AffinePair pair;
-  pair.weight = prepared(norm, norm.weight, layout, norm.weight_offset, job.kernels, buffer);
-  if (norm.bias.data) pair.bias = prepared(norm, norm.bias, layout, 0.f, job.kernels, buffer);
+  pair.weight =
+      prepared(norm.weight, norm.n, norm.heads, layout, norm.weight_offset, job.kernels, buffer);
+  if (norm.bias.data)
+    pair.bias = prepared(norm.bias, norm.n, norm.heads, layout, 0.f, job.kernels, buffer);
   return pair;
 }
 
@@ -289,7 +191,9 @@ void run_part(void* context, int part) {
   if (begin >= end) return;
   const AffinePair affine = affine_of(job, part);
   float* wide = job.wide ? job.wide + part * job.plan.block_rows * padded(norm.n) : nullptr;
-  Cursor cursor(norm, begin);
+  enum { kX, kResidual, kOut, kResidualOut };
+  const RowsOf* const tensors[] = {&norm.x, &norm.residual, &norm.out, &norm.residual_out};
+  Cursor cursor(tensors, norm.outer_dims, norm.outer_size, begin);
   int64_t head = begin == 0 ? 0 : begin % norm.heads;
   const auto fill = [&](Block& b, int64_t row) {
     b.n = norm.n;
@@ -297,10 +201,10 @@ void run_part(void* context, int part) {
     b.has_bias = affine.bias.data != nullptr;
     b.stream = job.plan.stream;
     for (int r = 0; r < b.rows; ++r, cursor.next()) {
-      b.x[r] = cursor.at(Cursor::kX);
-      b.residual[r] = cursor.at(Cursor::kResidual);
-      b.out[r] = cursor.at(Cursor::kOut);
-      b.residual_out[r] = cursor.at(Cursor::kResidualOut);
+      b.x[r] = cursor.at(kX);
+      b.residual[r] = cursor.at(kResidual);
+      b.out[r] = cursor.at(kOut);
+      b.residual_out[r] = cursor.at(kResidualOut);
       b.wide[r] = wide ? wide + r * padded(norm.n) : nullptr;
       b.weight[r] = affine.weight.row(head);
       b.bias[r] = affine.bias.row(head);
@@ -317,27 +221,10 @@ void run_part(void* context, int part) {
     for (int r = 0; r < block->rows; ++r)
       block->next[r] = job.plan.fetch && more && r < next->rows ? next->x[r] : nullptr;
     run(*block, job.stages, norm.eps);
+    for (int r = 0; norm.rstd && r < block->rows; ++r) norm.rstd[row + r] = block->rstd[r];
+    for (int r = 0; norm.mean && r < block->rows; ++r) norm.mean[row + r] = block->mean[r];
     std::swap(block, next);
   }
-}
-
-// Not sysconf(_SC_LEVEL3_CACHE_SIZE): glibc 2.36 says 320 MB for 32 MB on some AMD processors.
-int64_t last_cache_bytes() {
-  static const int64_t bytes = [] {
-    long kilobytes = 0;
-    if (std::FILE* file = std::fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "r")) {
-      if (std::fscanf(file, "%ldK", &kilobytes) != 1) kilobytes = 0;
-      std::fclose(file);
-    }
-    return kilobytes > 0 ? int64_t{kilobytes} << 10 : int64_t{32} << 20;
-  }();
-  return bytes;
-}
-
-bool aligned(const RowNorm& norm, const RowsOf& rows) {
-  bool all = reinterpret_cast<uintptr_t>(rows.data) % 64 == 0;
-  for (int d = 0; d < norm.outer_dims; ++d) all = all && rows.stride[d] % 64 == 0;
-  return all;
 }
 
 int64_t row_bytes(const RowNorm& norm) {
@@ -348,6 +235,8 @@ int64_t row_bytes(const RowNorm& norm) {
 }
 
 }  // namespace
+
+const Kernels& kernels_in_use() { return *chosen().load(std::memory_order_relaxed); }
 
 const char* const* instruction_sets() { return usable().names; }
 
@@ -372,16 +261,13 @@ Plan plan(const RowNorm& norm) {
   // Little of so much stays in the cache.  At just its size either way has won (Zen 4, 33.5 MB:
   // through it, rms of 32768x128 float32 a quarter faster, layer of 2048x4096 bfloat16 a fifth
   // slower), and whoever reads y next is glad to find it there.
-  p.stream = traffic > last_cache_bytes() && !in_place && aligned(norm, norm.out);
+  p.stream = traffic > last_cache_bytes() && !in_place && on_cache_lines(norm.out, norm.outer_dims);
   p.fetch = traffic > kFetchBytes;
   const int64_t block_bytes = p.stream ? kStreamedBlockBytes : kBlockBytes;
   p.block_rows =
       std::clamp<int64_t>(block_bytes / (norm.n * item_size(norm.x.dtype)), 1, kMaxBlockRows);
   const int64_t blocks = (norm.rows + p.block_rows - 1) / p.block_rows;
-  p.threads = 1;
-  if (traffic >= 2 * kThreadBytes && blocks > 1)
-    p.threads =
-        static_cast<int>(std::min({int64_t{max_threads()}, blocks, traffic / kThreadBytes}));
+  p.threads = threads_for(traffic, blocks);
   return p;
 }
 
@@ -396,11 +282,11 @@ std::string describe(const RowNorm& norm) {
 
 void row_norm(const RowNorm& norm) {
   if (norm.rows == 0) return;
-  const Kernels& kernels = *chosen().load(std::memory_order_relaxed);
+  const Kernels& kernels = kernels_in_use();
   Job job{norm, plan(norm), stages_of(norm, kernels), kernels, nullptr, 0, nullptr};
   if (!job.stages.affine_as_stored) {
-    job.affine_floats =
-        padded(norm.n) * (affine_rows(norm, norm.weight) + affine_rows(norm, norm.bias));
+    job.affine_floats = padded(norm.n) *
+                        (affine_rows(norm.weight, norm.heads) + affine_rows(norm.bias, norm.heads));
     job.affine = affine_scratch.reserve(job.plan.threads * job.affine_floats);
   }
   if (job.stages.wide || job.stages.clamp_x)

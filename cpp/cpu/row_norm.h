@@ -29,4 +29,6 @@ std::string describe(const RowNorm& norm);
 
 void row_norm(const RowNorm& norm);
 
+void row_norm_backward(const RowNormBackward& norm);
+
 }  // namespace normkit::cpu

@@ -52,8 +52,7 @@ struct BFloat16 {
   static V round(V v) { return round_bfloat(v); }
 };
 
-// Where split order has column i of a chunk.
-constexpr int64_t split_lane(int64_t i) { return i / 32 * 32 + i % 2 * 16 + i % 32 / 2; }
+constexpr int64_t split_lane(int64_t i) { return column_in(Layout::kSplit, i); }
 
 // In split order each 32 columns fill half a chunk: first the even ones, then the odd ones.
 constexpr int kHalf = kVecs / 2, kQuarter = kVecs / 4;
@@ -198,24 +197,32 @@ NORMKIT_INLINE Chunk sum_run<BFloat16, Squares>(const uint16_t* x, int64_t n, co
   return acc;
 }
 
-// Kept out of line: its levels would cost a short row their place on the stack.
-template <class T, class Term>
-[[gnu::noinline]] float sum_long_row(const typename T::Item* x, int64_t n, const Term& term) {
-  // Level k holds the sum of 2^k runs; equal levels merge, as in binary counting.
-  Chunk level[48];
+// Partial sums of n columns, of which run(i, count) makes those of columns [i, i + count): level k
+// holds the sum of 2^k runs; equal levels merge, as in binary counting.
+template <class Sums, class Run>
+NORMKIT_INLINE Sums sum_runs(int64_t n, const Run& run) {
+  Sums level[48];
   int64_t runs = 0;
   for (int64_t i = 0; i < n; i += kRun, ++runs) {
-    Chunk sum = sum_run<T>(x + i, n - i < kRun ? n - i : kRun, term);
+    Sums sum = run(i, n - i < kRun ? n - i : kRun);
     int k = 0;
     for (int64_t carry = runs; carry & 1; carry >>= 1) add_to(sum, level[k++]);
     level[k] = sum;
   }
   int k = 0;
   while (!(runs >> k & 1)) ++k;
-  Chunk total = level[k];
+  Sums total = level[k];
   for (++k; runs >> k; ++k)
     if (runs >> k & 1) add_to(total, level[k]);
-  return fold(total);
+  return total;
+}
+
+// Kept out of line: its levels would cost a short row their place on the stack.
+template <class T, class Term>
+[[gnu::noinline]] float sum_long_row(const typename T::Item* x, int64_t n, const Term& term) {
+  return fold(sum_runs<Chunk>(n, [=](int64_t i, int64_t count) __attribute__((always_inline)) {
+    return sum_run<T>(x + i, count, term);
+  }));
 }
 
 template <class T, class Term>
@@ -439,7 +446,7 @@ constexpr void fill_add(Kernels& k) {
 }
 
 template <class T>
-constexpr void fill_type(Kernels& k) {
+constexpr void fill_forward(Kernels& k) {
   const int t = int(T::kDType);
   k.affine[t][int(Layout::kNatural)] = affine_row<T, Layout::kNatural>;
   k.affine[t][int(Layout::kSplit)] = affine_row<T, Layout::kSplit>;
@@ -452,16 +459,6 @@ constexpr void fill_type(Kernels& k) {
   fill_source_and_out<T, Float32>(k);
   fill_source_and_out<T, Float16>(k);
   fill_source_and_out<T, BFloat16>(k);
-}
-
-constexpr Kernels make_kernels(const char* name) {
-  Kernels k{};
-  k.name = name;
-  k.clamp = clamp_stage;
-  fill_type<Float32>(k);
-  fill_type<Float16>(k);
-  fill_type<BFloat16>(k);
-  return k;
 }
 
 }  // namespace

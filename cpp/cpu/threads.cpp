@@ -1,5 +1,7 @@
 #include "threads.h"
 
+#include <algorithm>
+
 #if defined(__linux__)
 #include <dlfcn.h>
 #include <link.h>
@@ -96,5 +98,12 @@ void run_on_threads(int parts, void (*work)(void*, int), void* context) {
 }
 
 #endif
+
+int threads_for(int64_t bytes, int64_t pieces) {
+  // Fork and join cost about a microsecond, in which one core moves this much.
+  constexpr int64_t kThreadBytes = 32 << 10;
+  if (bytes < 2 * kThreadBytes || pieces <= 1) return 1;
+  return static_cast<int>(std::min({int64_t{max_threads()}, pieces, bytes / kThreadBytes}));
+}
 
 }  // namespace normkit::cpu

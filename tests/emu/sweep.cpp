@@ -1,5 +1,7 @@
 // Every plan that cpp/plan.h can return, run on the emulation against double: what the sanitizers
 // look at, and what the mutants have to get past.  Usage: sweep SEED [SHARE OF]
+#include "sweep.hpp"
+
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -15,72 +17,18 @@
 
 #include "../../cpp/plan.h"
 #include "../../cuda/launch.h"
-#include "../../cuda/pack.cuh"
-
-extern "C" void normkit_emulate_device(int processors, int clusters);
 
 namespace {
 
 using namespace normkit;
-using cuda::BFloat16;
-using cuda::Half;
-
-float read(DType dtype, const char* at) {
-  if (dtype == DType::kFloat32) return *reinterpret_cast<const float*>(at);
-  if (dtype == DType::kFloat16) return __half2float(*reinterpret_cast<const Half*>(at));
-  return __bfloat162float(*reinterpret_cast<const BFloat16*>(at));
-}
-
-void write(DType dtype, char* at, float v) {
-  if (dtype == DType::kFloat32)
-    *reinterpret_cast<float*>(at) = v;
-  else if (dtype == DType::kFloat16)
-    *reinterpret_cast<Half*>(at) = __float2half_rn(v);
-  else
-    *reinterpret_cast<BFloat16*>(at) = __float2bfloat16_rn(v);
-}
-
-double rounded(DType dtype, double v) {
-  char memory[4] = {};
-  write(dtype, memory, static_cast<float>(v));
-  return read(dtype, memory);
-}
-
-// Half of the distance between neighbours round v.
-double half_ulp(DType dtype, double v) {
-  const int bits = dtype == DType::kFloat32 ? 24 : dtype == DType::kFloat16 ? 11 : 8;
-  const int lowest = dtype == DType::kFloat16 ? -14 : -126;
-  if (!std::isfinite(v)) return 0;
-  const int exponent = std::max(v == 0 ? lowest : std::ilogb(v), lowest);
-  return std::ldexp(0.5, exponent - bits + 1);
-}
-
-// Rows in memory of exactly their size, so that a step outside meets the sanitizer.
-struct Rows {
-  std::vector<char> memory;
-  DType dtype = DType::kFloat32;
-  int64_t row_stride = 0;  // bytes
-
-  Rows(DType type, int64_t rows, int64_t n, int64_t pad, int64_t shift) : dtype(type) {
-    const int64_t size = item_size(type);
-    row_stride = (n + pad) * size;
-    bytes_before = shift * size;
-    // The last row ends where the memory ends.
-    memory.resize(bytes_before + std::max<int64_t>(rows - 1, 0) * row_stride + n * size);
-  }
-  int64_t bytes_before;
-  char* data() { return memory.data() + bytes_before; }
-  char* at(int64_t row, int64_t column) {
-    return data() + row * row_stride + column * item_size(dtype);
-  }
-};
+using namespace sweep;
 
 struct Case {
   Statistic statistic;
   bool adds;
   DType x, other;  // other: of weight, bias, residual and out
   int64_t rows, n, heads, pad, shift;
-  bool weight, bias, in_place, round_before_weight, round_sum, clamp_inf;
+  bool weight, bias, in_place, round_before_weight, round_sum, clamp_inf, saves;
   float offset, eps;
   uint64_t seed;
   bool constant;  // every x of one value, so that errors of a sum all fall to one side
@@ -92,26 +40,14 @@ std::string name(const Case& c) {
          n(int(c.other)) + " rows" + n(c.rows) + " n" + n(c.n) + " heads" + n(c.heads) + " pad" +
          n(c.pad) + " shift" + n(c.shift) + " weight" + n(c.weight) + " bias" + n(c.bias) +
          " in place" + n(c.in_place) + " round_before_weight" + n(c.round_before_weight) +
-         " round_sum" + n(c.round_sum) + " clamp_inf" + n(c.clamp_inf) + " seed" +
-         n(static_cast<int64_t>(c.seed));
+         " round_sum" + n(c.round_sum) + " clamp_inf" + n(c.clamp_inf) + " saves" + n(c.saves) +
+         " seed" + n(static_cast<int64_t>(c.seed));
 }
 
-int failures = 0;
 std::set<std::string> plans;
 
 void report(const Case& c, const char* what, int64_t row, int64_t column, double got, double want) {
-  std::fprintf(stderr, "%s\n  %s at row %lld column %lld: %.9g, expected %.9g\n", name(c).c_str(),
-               what, static_cast<long long>(row), static_cast<long long>(column), got, want);
-  if (++failures < 5) return;
-  std::fprintf(stderr, "more are not looked for\n");
-  std::exit(1);
-}
-
-void fill(Rows& t, int64_t rows, int64_t n, std::mt19937_64& random, float around, bool infinite) {
-  std::normal_distribution<float> normal(around, 1.f);
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t i = 0; i < n; ++i) write(t.dtype, t.at(r, i), normal(random));
-  if (infinite && rows > 0) write(t.dtype, t.at(0, n / 2), -std::numeric_limits<float>::infinity());
+  sweep::report(name(c), what, row, column, got, want);
 }
 
 void run(const Case& c) {
@@ -120,16 +56,17 @@ void run(const Case& c) {
   Rows x(c.x, c.rows, c.n, c.pad, c.shift), residual(c.other, c.rows, c.n, c.pad, c.shift);
   Rows weight(c.other, c.heads, c.n, 0, c.shift), bias(c.other, c.heads, c.n, 0, c.shift);
   // Next to 65504 the mean of a row is not known to within the bound.
-  fill(x, c.rows, c.n, random, 0.7f,
-       c.clamp_inf && c.x == DType::kFloat16 && c.statistic == Statistic::kRms);
+  fill(x, c.rows, c.n, random, 0.7f);
+  if (c.clamp_inf && c.x == DType::kFloat16 && c.statistic == Statistic::kRms && c.rows > 0)
+    write(c.x, x.at(0, c.n / 2), -std::numeric_limits<float>::infinity());
   // A NaN in a row of its own, which only that row may show.
   if (c.clamp_inf && c.rows > 1)
     write(c.x, x.at(c.rows - 1, c.n / 3), std::numeric_limits<float>::quiet_NaN());
   if (c.constant)
     for (int64_t i = 0; i < c.rows * c.n; ++i) write(c.x, x.at(i / c.n, i % c.n), 0.7f);
-  fill(residual, c.rows, c.n, random, -0.2f, false);
-  fill(weight, c.heads, c.n, random, 1.5f, false);
-  fill(bias, c.heads, c.n, random, 0.4f, false);
+  fill(residual, c.rows, c.n, random, -0.2f);
+  fill(weight, c.heads, c.n, random, 1.5f);
+  fill(bias, c.heads, c.n, random, 0.4f);
   Rows x_before = x, residual_before = residual;
   Rows out(c.other, c.rows, c.n, c.pad, c.shift), residual_out = residual;
 
@@ -156,9 +93,17 @@ void run(const Case& c) {
   norm.round_before_weight = c.round_before_weight;
   norm.round_sum = c.round_sum;
   norm.clamp_inf = c.clamp_inf;
+  const bool layer = c.statistic == Statistic::kLayer;
+  Guarded rstds(c.rows), means(c.rows);
+  if (c.saves) {
+    norm.rstd = rstds.data();
+    if (layer) norm.mean = means.data();
+  }
   plans.insert(cuda::describe(norm, 0));
   cuda::row_norm(norm, 0, nullptr);
 
+  for (Guarded* values : {&rstds, &means})
+    if (!values->is_intact()) report(c, "memory outside rstd or mean", 0, 0, 0, 0);
   Rows& y = in_place ? x : out;
   Rows& sums = c.in_place ? residual : residual_out;
   std::vector<double> v(c.n);
@@ -181,11 +126,18 @@ void run(const Case& c) {
       sum += v[i];
       magnitude += std::abs(v[i]);
     }
-    const bool layer = c.statistic == Statistic::kLayer;
     const double mean = layer ? sum / c.n : 0;
     const double about = layer ? magnitude / c.n : 0;
     for (int64_t i = 0; i < c.n; ++i) squares += (v[i] - mean) * (v[i] - mean);
     const double rstd = 1 / std::sqrt(squares / c.n + c.eps);
+    if (c.saves) {
+      const auto check = [&](const char* what, double got, double want, double bound) {
+        if (!(std::abs(got - want) <= bound) && !(std::isnan(got) && std::isnan(want)))
+          report(c, what, r, 0, got, want);
+      };
+      check("rstd", rstds.data()[r], rstd, std::ldexp(4 * rstd * (1 + about * rstd), -24));
+      if (layer) check("mean", means.data()[r], mean, std::ldexp(4 * about, -24));
+    }
     const DType normalised = c.adds && c.round_sum ? c.other : c.x;
     for (int64_t i = 0; i < c.n; ++i) {
       const double w =
@@ -320,6 +272,7 @@ struct Sweep {
     c.round_before_weight = chance(4);
     c.round_sum = plain || !chance(3);
     c.clamp_inf = chance(3);
+    c.saves = !chance(3);
     c.offset = chance(3) ? 1.f : 0.f;
     c.eps = chance(2) ? 0.3f : 1e-6f;
     c.seed = random();
@@ -354,9 +307,9 @@ int main(int argc, char** argv) {
   const auto argument = [&](int i, uint64_t otherwise) {
     return argc > i ? std::strtoull(argv[i], nullptr, 10) : otherwise;
   };
-  Sweep sweep{std::mt19937_64(argument(1, 1)), argument(2, 0), argument(3, 1)};
-  const bool whole = sweep.of == 1;
-  if (sweep.share == 0) {
+  Sweep forward{std::mt19937_64(argument(1, 1)), argument(2, 0), argument(3, 1)};
+  const bool whole = forward.of == 1;
+  if (forward.share == 0) {
     same_bits(true);
     same_bits(false);
     if (failures) return 1;
@@ -369,7 +322,7 @@ int main(int argc, char** argv) {
   }
   const DType dtypes[] = {DType::kFloat32, DType::kFloat16, DType::kBFloat16};
   for (const bool clusters : {true, false}) {
-    sweep.clusters = clusters;
+    forward.clusters = clusters;
     for (const Statistic statistic : {Statistic::kRms, Statistic::kLayer})
       for (const bool adds : {false, true})
         for (const DType x : dtypes)
@@ -377,24 +330,26 @@ int main(int argc, char** argv) {
             if (clusters)
               for (const int64_t n : kSizes) {
                 // Few rows, and enough to fill the device of one processor where that is cheap.
-                sweep.add(statistic, adds, x, other, n == 7 ? 0 : n % 2 ? 3 : 1, n);
-                sweep.add(statistic, adds, x, other,
-                          n <= 32    ? 2100
-                          : n <= 264 ? 300
-                          : n <= 520 ? 67
-                                     : 9,
-                          n);
+                forward.add(statistic, adds, x, other, n == 7 ? 0 : n % 2 ? 3 : 1, n);
+                forward.add(statistic, adds, x, other,
+                            n <= 32    ? 2100
+                            : n <= 264 ? 300
+                            : n <= 520 ? 67
+                                       : 9,
+                            n);
               }
             for (const int64_t n : kLongSizes)
-              if (x == other || n % 7 == 0) sweep.add(statistic, adds, x, other, 1, n);
+              if (x == other || n % 7 == 0) forward.add(statistic, adds, x, other, 1, n);
           }
   }
   if (whole)
     for (const std::string& plan : every_plan())
       if (!plans.count(plan) && ++failures)
         std::fprintf(stderr, "this plan was not run: %s\n", plan.c_str());
-  std::printf("%llu cases, %zu plans, %d failures\n", static_cast<unsigned long long>(sweep.count),
-              plans.size(), failures);
+  const uint64_t backward = sweep_backward(argument(1, 1), forward.share, forward.of);
+  std::printf("%llu + %llu cases, %zu plans, %d failures\n",
+              static_cast<unsigned long long>(forward.count),
+              static_cast<unsigned long long>(backward), plans.size(), failures);
   if (std::getenv("NORMKIT_SHOW_PLANS"))
     for (const std::string& plan : plans) std::printf("  %s\n", plan.c_str());
   return failures != 0;

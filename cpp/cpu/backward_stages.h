@@ -1,0 +1,241 @@
+// The stages of a row norm's backward pass; included behind vec_*.h as stages.h is.
+//
+// A row of a 16-bit or float32 type is read twice, the second time from the caches: once for its
+// two means, and once for grad_x and for what it adds to the gradients of weight and bias.  Rows
+// are taken in fours there, so that the weight is loaded and those sums are stored once for four.
+#pragma once
+#include "stages.h"
+
+namespace normkit::cpu {
+namespace {
+
+template <class T>
+NORMKIT_INLINE Chunk round_chunk(Chunk c) {
+  for (int k = 0; k < kVecs; ++k) c.v[k] = T::round(c.v[k]);
+  return c;
+}
+
+NORMKIT_INLINE Chunk round_chunk(const Chunk& c, DType dtype) {
+  if (dtype == DType::kFloat16) return round_chunk<Float16>(c);
+  if (dtype == DType::kBFloat16) return round_chunk<BFloat16>(c);
+  return c;
+}
+
+struct TwoSums {
+  Chunk g, gx;
+};
+NORMKIT_INLINE void add_to(TwoSums& a, const TwoSums& b) {
+  add_to(a.g, b.g);
+  add_to(a.gx, b.gx);
+}
+
+template <class T, bool kLayer>
+struct Backward {
+  using Item = typename T::Item;
+  static constexpr bool kSplitLanes = backward_layout(T::kDType) == Layout::kSplit;
+
+  // One row of a block, and the numbers that stay the same along it.
+  struct Row {
+    const Item* x;
+    const Item* grad_y;
+    const float* weight;
+    V mean, scale;
+    Row(const BackwardBlock& b, int r)
+        : x(static_cast<const Item*>(b.x[r])),
+          grad_y(static_cast<const Item*>(b.grad_y[r])),
+          weight(b.weight[r]),
+          mean(set1(b.mean[r])),
+          scale(set1(b.scale[r])) {}
+  };
+
+  // 64 columns of a row: count of them at its end, and zeros behind.
+  template <bool kTail>
+  static NORMKIT_INLINE Chunk load(const Item* p, int64_t count) {
+    return kTail ? load_tail<T, kSplitLanes>(p, count) : load_chunk<T, kSplitLanes>(p);
+  }
+  // Rows in split order are whole chunks, those in natural order may be the caller's own.
+  template <bool kTail>
+  static NORMKIT_INLINE Chunk load_weight(const float* p, int64_t count) {
+    return kTail && !kSplitLanes ? load_tail<Float32>(p, count) : load_chunk<Float32>(p);
+  }
+
+  static NORMKIT_INLINE void fetch_columns(const char* row, int64_t i) {
+    if (!row) return;
+    for (size_t line = 0; line < kChunk * sizeof(Item); line += 64)
+      fetch(row + i * sizeof(Item) + line);
+  }
+
+  static NORMKIT_INLINE Chunk normalised(const Row& row, Chunk x) {
+    for (int k = 0; k < kVecs; ++k) {
+      if constexpr (kLayer) x.v[k] = sub(x.v[k], row.mean);
+      x.v[k] = mul(x.v[k], row.scale);
+    }
+    return x;
+  }
+
+  template <bool kTail>
+  static NORMKIT_INLINE void add_terms(TwoSums& sums, const Row& row, int64_t i, int64_t count) {
+    const Chunk xhat = normalised(row, load<kTail>(row.x + i, count));
+    const Chunk grad_y = load<kTail>(row.grad_y + i, count);
+    const Chunk weight = load_weight<kTail>(row.weight + i, count);
+    for (int k = 0; k < kVecs; ++k) {
+      const V g = mul(grad_y.v[k], weight.v[k]);
+      if constexpr (kLayer) sums.g.v[k] = add(sums.g.v[k], g);
+      sums.gx.v[k] = fma(g, xhat.v[k], sums.gx.v[k]);
+    }
+  }
+
+  static NORMKIT_INLINE TwoSums sum_run(const Row& row, int64_t begin, int64_t count) {
+    TwoSums sums{zeros(), zeros()};
+    int64_t i = begin;
+    const int64_t end = begin + count;
+    for (; i + kChunk <= end; i += kChunk) add_terms<false>(sums, row, i, kChunk);
+    if (i < end) add_terms<true>(sums, row, i, end - i);
+    return sums;
+  }
+
+  [[gnu::noinline]] static TwoSums sum_long_row(const Row& row, int64_t n) {
+    return sum_runs<TwoSums>(n, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+      return sum_run(row, i, count);
+    });
+  }
+
+  static void sums_stage(BackwardBlock& b) {
+    const float n = static_cast<float>(b.n);
+    for (int r = 0; r < b.rows; ++r) {
+      const Row row(b, r);
+      const TwoSums sums = b.n <= kRun ? sum_run(row, 0, b.n) : sum_long_row(row, b.n);
+      b.g_mean[r] = kLayer ? fold(sums.g) / n : 0.f;
+      b.gx_mean[r] = fold(sums.gx) / n;
+    }
+  }
+
+  // What some rows add to the gradients of weight and bias in 64 columns.
+  struct AffineGradients {
+    Chunk weight = zeros(), bias = zeros();
+
+    NORMKIT_INLINE void add_to(const BackwardBlock& b, int r, int64_t i) const {
+      if (b.grad_weight[r]) add_to(b.grad_weight[r] + i, weight);
+      if (b.grad_bias[r]) add_to(b.grad_bias[r] + i, bias);
+    }
+    static NORMKIT_INLINE void add_to(float* sums, const Chunk& c) {
+      for (int k = 0; k < kVecs; ++k, sums += kWidth) store(sums, add(cpu::load(sums), c.v[k]));
+    }
+  };
+
+  // What is known of a block before its columns are walked.  The usual case has all rows share one
+  // weight and nothing rounded; any other asks as it goes.
+  template <bool kUsual, bool kBias, bool kAdds, bool kStream>
+  struct Walk {
+    template <bool kTail>
+    static NORMKIT_INLINE void chunk(const BackwardBlock& b, int r, int64_t i, int64_t count,
+                                     const Chunk& weight, AffineGradients& sums) {
+      const Row row(b, r);
+      if (b.fetch) {
+        fetch_columns(b.next_x[r], i);
+        fetch_columns(b.next_grad_y[r], i);
+      }
+      const Chunk xhat = normalised(row, load<kTail>(row.x + i, count));
+      const Chunk grad_y = load<kTail>(row.grad_y + i, count);
+      const Chunk forward = kUsual ? xhat : round_chunk(xhat, b.rounded);
+      for (int k = 0; k < kVecs; ++k) {
+        sums.weight.v[k] = fma(grad_y.v[k], forward.v[k], sums.weight.v[k]);
+        if constexpr (kBias) sums.bias.v[k] = add(sums.bias.v[k], grad_y.v[k]);
+      }
+      if (!b.grad_x[r]) return;
+      const V rstd = set1(b.rstd[r]);
+      const V g_shift = set1(-b.rstd[r] * b.g_mean[r]), gx_scale = set1(-b.rstd[r] * b.gx_mean[r]);
+      Chunk grad_x;
+      for (int k = 0; k < kVecs; ++k) {
+        const V along_xhat = kLayer ? fma(xhat.v[k], gx_scale, g_shift) : mul(xhat.v[k], gx_scale);
+        grad_x.v[k] = fma(mul(grad_y.v[k], weight.v[k]), rstd, along_xhat);
+      }
+      if constexpr (kAdds)
+        cpu::add_to(grad_x,
+                    load<kTail>(static_cast<const Item*>(b.grad_residual_out[r]) + i, count));
+      Item* out = static_cast<Item*>(b.grad_x[r]) + i;
+      if constexpr (kTail)
+        store_tail<T, kSplitLanes>(out, grad_x, count);
+      else
+        store_chunk<T, kSplitLanes, kStream>(out, grad_x);
+    }
+
+    template <bool kTail>
+    static NORMKIT_INLINE void columns(const BackwardBlock& b, int first, int last, int64_t i) {
+      const int64_t count = kTail ? b.n - i : kChunk;
+      if (kUsual || b.shared) {
+        const Chunk weight = load_weight<kTail>(b.weight[0] + i, count);
+        AffineGradients sums;
+        for (int r = first; r < last; ++r) chunk<kTail>(b, r, i, count, weight, sums);
+        sums.add_to(b, first, i);
+        return;
+      }
+      for (int r = first; r < last; ++r) {
+        AffineGradients sums;
+        chunk<kTail>(b, r, i, count, load_weight<kTail>(b.weight[r] + i, count), sums);
+        sums.add_to(b, r, i);
+      }
+    }
+
+    static void rows(const BackwardBlock& b) {
+      for (int first = 0; first < b.rows; first += kBackwardRows) {
+        const int last = b.rows - first < kBackwardRows ? b.rows : first + kBackwardRows;
+        int64_t i = 0;
+        for (; i + kChunk <= b.n; i += kChunk) columns<false>(b, first, last, i);
+        if (i < b.n) columns<true>(b, first, last, i);
+      }
+    }
+  };
+
+  template <bool kUsual, bool kBias, bool kAdds>
+  static void walk(const BackwardBlock& b) {
+    if (!b.stream) return Walk<kUsual, kBias, kAdds, false>::rows(b);
+    Walk<kUsual, kBias, kAdds, true>::rows(b);
+    end_of_stream();
+  }
+
+  static void apply_stage(BackwardBlock& b) {
+    const bool adds = b.grad_residual_out[0];
+    if (!b.shared || b.rounded != DType::kFloat32)
+      return adds ? walk<false, true, true>(b) : walk<false, true, false>(b);
+    if (b.grad_bias[0]) return adds ? walk<true, true, true>(b) : walk<true, true, false>(b);
+    return adds ? walk<true, false, true>(b) : walk<true, false, false>(b);
+  }
+};
+
+template <class T>
+void narrow_row(const float* row, int64_t n, void* out) {
+  auto* item = static_cast<typename T::Item*>(out);
+  for (int64_t i = 0; i < n; i += kChunk) {
+    if (n - i < kChunk)
+      store_tail<T>(item + i, load_tail<Float32>(row + i, n - i), n - i);
+    else
+      store_chunk<T>(item + i, load_chunk<Float32>(row + i));
+  }
+}
+
+template <class T>
+constexpr void fill_backward(Kernels& k) {
+  const int t = int(T::kDType);
+  k.backward_sums[t][int(Statistic::kRms)] = Backward<T, false>::sums_stage;
+  k.backward_sums[t][int(Statistic::kLayer)] = Backward<T, true>::sums_stage;
+  k.backward_apply[t][int(Statistic::kRms)] = Backward<T, false>::apply_stage;
+  k.backward_apply[t][int(Statistic::kLayer)] = Backward<T, true>::apply_stage;
+  k.narrow[t] = narrow_row<T>;
+}
+
+constexpr Kernels make_kernels(const char* name) {
+  Kernels k{};
+  k.name = name;
+  k.clamp = clamp_stage;
+  fill_forward<Float32>(k);
+  fill_forward<Float16>(k);
+  fill_forward<BFloat16>(k);
+  fill_backward<Float32>(k);
+  fill_backward<Float16>(k);
+  fill_backward<BFloat16>(k);
+  return k;
+}
+
+}  // namespace
+}  // namespace normkit::cpu

@@ -1,0 +1,60 @@
+// Caches, and memory that a thread keeps from call to call.
+#pragma once
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <new>
+
+#include "../norm_args.h"
+
+namespace normkit::cpu {
+
+// Grows and stays: a call allocates nothing once its thread has seen the shape.  Large buffers are
+// let go again, so that one huge row does not hold its size for the life of the thread.
+class Scratch {
+ public:
+  ~Scratch() { std::free(data_); }
+  float* reserve(int64_t floats) {
+    if (floats > size_) {
+      std::free(data_);
+      data_ = static_cast<float*>(std::aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64));
+      size_ = data_ ? floats : 0;
+      if (!data_) throw std::bad_alloc();
+    }
+    return data_;
+  }
+  void trim() {
+    if (size_ > kKept) {
+      std::free(data_);
+      data_ = nullptr;
+      size_ = 0;
+    }
+  }
+
+ private:
+  static constexpr int64_t kKept = 1 << 20;  // floats
+  float* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+// Not sysconf(_SC_LEVEL3_CACHE_SIZE): glibc 2.36 says 320 MB for 32 MB on some AMD processors.
+inline int64_t last_cache_bytes() {
+  static const int64_t bytes = [] {
+    long kilobytes = 0;
+    if (std::FILE* file = std::fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "r")) {
+      if (std::fscanf(file, "%ldK", &kilobytes) != 1) kilobytes = 0;
+      std::fclose(file);
+    }
+    return kilobytes > 0 ? int64_t{kilobytes} << 10 : int64_t{32} << 20;
+  }();
+  return bytes;
+}
+
+// Whether every row begins with a cache line, as stores around the caches need it.
+inline bool on_cache_lines(const RowsOf& rows, int outer_dims) {
+  bool all = reinterpret_cast<uintptr_t>(rows.data) % 64 == 0;
+  for (int d = 0; d < outer_dims; ++d) all = all && rows.stride[d] % 64 == 0;
+  return all;
+}
+
+}  // namespace normkit::cpu

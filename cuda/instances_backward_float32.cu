@@ -1,0 +1,5 @@
+#include "instances_backward.cuh"
+
+namespace normkit::cuda {
+template BackwardKernel backward_kernel_of<Uniform<float>>(Statistic, int);
+}
