@@ -62,6 +62,31 @@ def test_options_give_the_same_bits_on_every_instruction_set(n, dtype, best_inst
             assert torch.equal(a, b), name
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows, n", [(5, 31), (70, 96), (9, 1025), (2, 70001)])
+def test_gradients_have_the_same_bits_on_every_instruction_set(
+    dtype, rows, n, best_instruction_set
+):
+    x, residual, grad_y = (_randn(rows, n, dtype=dtype, seed=seed) for seed in (1, 2, 3))
+    affines = [_randn(n, dtype=kind, seed=4) for kind in (dtype, torch.float16)]
+
+    def results():
+        for affine in affines:
+            for norm in (normkit.add_rms_norm, normkit.add_layer_norm):
+                leaves = [t.clone().requires_grad_() for t in (x, residual, affine, affine)]
+                outputs = norm(*leaves)
+                yield from torch.autograd.grad(outputs, leaves, (grad_y, residual))
+
+    by_set = {}
+    for name in _C.cpu_instruction_sets():
+        _C.use_cpu_instruction_set(name)
+        by_set[name] = list(results())
+    expected = by_set[best_instruction_set]
+    for name, got in by_set.items():
+        for a, b in zip(got, expected, strict=True):
+            assert torch.equal(a, b), name
+
+
 def test_unknown_instruction_set_is_refused():
     with pytest.raises(ValueError, match="expected one of"):
         _C.use_cpu_instruction_set("mmx")

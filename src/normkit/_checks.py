@@ -35,11 +35,21 @@ class Call:
     residual: Tensor | None = None
     residual_out: Tensor | None = None
     round_sum: bool = True
+    memory_efficient: bool = False
+
+    @property
+    def kind(self) -> str:
+        """The norm in words."""
+        return "layer" if self.layer else "rms"
 
     def tensors(self) -> list[tuple[str, Tensor]]:
         """The tensors that were given, by name."""
         names = ("x", "residual", "weight", "bias", "out", "residual_out")
         return [(name, t) for name in names if (t := getattr(self, name)) is not None]
+
+    def inputs(self) -> list[tuple[str, Tensor]]:
+        """Those of them that the call reads only, or writes because they are outputs as well."""
+        return [(name, t) for name, t in self.tensors() if name not in ("out", "residual_out")]
 
     def written(self) -> list[tuple[str, Tensor]]:
         """Those of them that the call writes."""
@@ -50,6 +60,15 @@ class Call:
         if not torch.is_grad_enabled():
             return None
         return next((name for name, t in self.tensors() if t.requires_grad), None)
+
+    def wants_gradient(self) -> bool:
+        """Whether there is one; the quick way."""
+        return torch.is_grad_enabled() and (
+            self.x.requires_grad
+            or (self.weight is not None and self.weight.requires_grad)
+            or (self.bias is not None and self.bias.requires_grad)
+            or (self.residual is not None and self.residual.requires_grad)
+        )
 
 
 def check(call: Call) -> None:
@@ -102,7 +121,7 @@ def _type_name(value: object) -> str:
 def _check_options(call: Call) -> None:
     if not torch.compiler.is_compiling():  # there, a number may be a symbol, which has no value yet
         _check_numbers(call)
-    for name in ("round_before_weight", "round_sum", "clamp_inf"):
+    for name in ("round_before_weight", "round_sum", "clamp_inf", "memory_efficient"):
         value = getattr(call, name)
         if not isinstance(value, bool):
             raise TypeError(f"{name}: expected True or False, got {_type_name(value)}")
@@ -163,7 +182,7 @@ def _check_places(call: Call) -> None:
         if t.device != call.x.device:
             raise ValueError(f"{name}: expected x's device {call.x.device}, got {t.device}")
     for name, t in call.written():
-        if t.is_neg():
+        if not torch.compiler.is_compiling() and t.is_neg():
             raise ValueError(
                 f"{name}: expected a tensor without the negative bit in what is written"
             )

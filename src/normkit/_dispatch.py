@@ -7,11 +7,13 @@ the first that can.
 
 from __future__ import annotations
 
+import operator
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +34,7 @@ def bind(extension: Any) -> None:
         torch.float32,
         torch.float16,
         torch.bfloat16,
+        torch.uint8,
     )
 
 
@@ -55,30 +58,43 @@ class _State(threading.local):
 _state = _State()
 
 
-QUICK, CHECKED, EXPLAIN = 0, 1, 2
+QUICK, CHECKED, EXPLAIN, SAVING = range(4)
 
 
-def _refuse(*args: Any) -> str | None:
-    return None if args[-1] == QUICK else _missing
-
-
-# kind, x, residual, weight, bias, eps, weight_offset, round_before_weight, round_sum, clamp_inf,
-# out_dtype, out, residual_out, mode -> the result, or None (QUICK) or a str that says why there is
-# none
-native: Callable[..., Any] = _refuse if _missing else _C.norm
+def _refuse_quickly(*_: Any) -> None:
+    return None
 
 
 def _use_reference(*_: Any) -> str:
     return 'use_backend("reference")'
 
 
+class Native(NamedTuple):
+    """A forward and a backward pass with the arguments of `_C`'s; a str says why there is none."""
+
+    norm: Callable[..., Any]
+    norm_backward: Callable[..., Any]
+
+
+_extension = (
+    Native(lambda *_: _missing, lambda *_: _missing)
+    if _missing
+    else Native(_C.norm, _C.norm_backward)
+)
+
 # The names of use_backend(), and who is asked to serve; "auto" takes the kernels for x's device.
-natives: dict[str, Callable[..., Any]] = {
-    "auto": native,
-    "cpu": native,
-    "cuda": native,
-    "reference": _use_reference,
+natives: dict[str, Native] = {
+    "auto": _extension,
+    "cpu": _extension,
+    "cuda": _extension,
+    "reference": Native(_use_reference, _use_reference),
 }
+
+# Profilers and modes of torch do not see the eager calls that go straight into the extension.
+ALWAYS_DISPATCH = os.environ.get("NORMKIT_ALWAYS_DISPATCH", "0") not in ("", "0")
+
+# The first try of an eager call, in mode QUICK; None where it has to be looked at.
+quick: Callable[..., Any] = _refuse_quickly if _missing or ALWAYS_DISPATCH else _extension.norm
 
 
 @dataclass(frozen=True)
@@ -182,33 +198,193 @@ def explain(function: Callable[..., Any], *tensors: Any, **options: Any) -> Expl
     return explanation
 
 
+# What a forward pass made, and took of each row: y, residual_out, rstd, and mean, None for rms.
+Saved = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
+
+
+def is_explaining() -> bool:
+    """Whether this thread's calls are to be explained instead of served."""
+    return _state.explaining
+
+
+def wanted_backend() -> str:
+    """The name that this thread's `use_backend` gave."""
+    return _state.backend
+
+
 def serve(call: Call) -> Any:
-    """Check a call that the quick path did not take, and have it served."""
-    if not torch.compiler.is_compiling():
-        check(call)
-        wanted = _state.backend
-        served = _serve_natively(call, wanted)
-        if not isinstance(served, str):
-            return served
-        if wanted not in ("auto", "reference"):
-            raise ValueError(f'use_backend("{wanted}") cannot serve this {call.op}: {served}')
-        if _state.explaining:
-            return Explanation("reference", "plain torch", served)
-    else:
-        check(call)
-    return _serve_by_reference(call)
+    """Serve a call that has been checked and wants no gradient."""
+    served = _serve_natively(call, CHECKED)
+    return serve_by_reference(call) if isinstance(served, str) else served
 
 
-def _serve_natively(call: Call, wanted: str) -> Result | Explanation | str:
+def save(call: Call) -> Saved:
+    """Check and serve a call without outputs of its own, and keep what its gradients need."""
+    served = _serve_natively(call, SAVING)
+    if not isinstance(served, str):
+        return served  # type: ignore[no-any-return]
+    check(call)
+    made = serve_by_reference(call)
+    y, residual_out = made if isinstance(made, tuple) else (made, None)
+    rstd, mean = reference.statistics(
+        call.x,
+        call.residual,
+        call.eps,
+        kind=call.kind,
+        round_sum=call.round_sum,
+        clamp_inf=call.clamp_inf,
+    )
+    return y, residual_out, rstd, mean
+
+
+class Formula(NamedTuple):
+    """What is differentiated: a norm of x or, with a residual, of x + residual in float32."""
+
+    layer: bool
+    per_head: bool
+    from_output: bool  # x is the output, of which xhat is made again
+    eps: float | None
+    weight_offset: float
+    round_before_weight: bool
+    clamp_inf: bool
+    round_sum: bool
+
+    @property
+    def kind(self) -> str:
+        """The norm in words."""
+        return "layer" if self.layer else "rms"
+
+
+# Of x, residual, weight and bias; None where it is not wanted.  The first two may be one tensor.
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+class Wanted(NamedTuple):
+    """The dtypes of the gradients of x and residual, None for none, and which others there are."""
+
+    x: torch.dtype | None
+    residual: torch.dtype | None
+    weight: bool
+    bias: bool
+
+
+def backward_refusal(clamp_inf: bool) -> str:
+    """Why no kernel makes these gradients; an empty str when one does."""
+    return "clamp_inf=True" if clamp_inf else ""
+
+
+def backward(
+    formula: Formula,
+    wanted: Wanted,
+    backend: str,
+    grad_y: Tensor,
+    grad_residual_out: Tensor | None,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    rstd: Tensor,
+    mean: Tensor | None,
+) -> Gradients:
+    """Make the gradients of a norm; backend is what `use_backend` named for the forward pass."""
+    if not backward_refusal(formula.clamp_inf):
+        native = natives[backend].norm_backward
+        kind = formula.layer + 2 * formula.per_head + 8 * formula.from_output
+        options = (
+            rstd,
+            mean,
+            formula.weight_offset,
+            formula.round_before_weight,
+            wanted.x,
+            wanted.residual,
+            wanted.weight + 2 * wanted.bias,
+        )
+        made = _with_copies(
+            lambda tensors: native(kind, *tensors, *options),
+            (grad_y, grad_residual_out, x, residual, weight, bias),
+        )
+        if not isinstance(made, str):
+            return made  # type: ignore[no-any-return]
+        if backend not in ("auto", "reference"):
+            raise ValueError(f'use_backend("{backend}") cannot make these gradients: {made}')
+    return backward_by_reference(
+        formula, wanted, grad_y, grad_residual_out, x, residual, weight, bias, rstd
+    )
+
+
+def backward_by_reference(
+    formula: Formula,
+    wanted: Wanted,
+    grad_y: Tensor,
+    grad_residual_out: Tensor | None,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    rstd: Tensor | None,
+) -> Gradients:
+    """Make the gradients of a norm in plain torch; without rstd they are differentiable."""
+    of_sum, of_weight, of_bias = reference.norm_backward(
+        grad_y,
+        x,
+        residual,
+        weight,
+        bias,
+        formula.eps,
+        kind=formula.kind,
+        rstd=rstd,
+        from_output=formula.from_output,
+        round_sum=formula.round_sum,
+        weight_offset=formula.weight_offset,
+        round_before_weight=formula.round_before_weight,
+        clamp_inf=formula.clamp_inf,
+    )
+    if grad_residual_out is not None:
+        of_sum = of_sum + grad_residual_out
+    of_x = of_sum
+    if formula.clamp_inf and x.dtype == torch.float16:  # what was clamped is a constant
+        of_x = torch.where(x.isinf(), 0.0, of_sum)
+    return (
+        None if wanted.x is None else of_x.to(wanted.x),
+        None if wanted.residual is None else of_sum.to(wanted.residual),
+        None if weight is None or of_weight is None else of_weight.to(weight.dtype),
+        None if bias is None or of_bias is None else of_bias.to(bias.dtype),
+    )
+
+
+def explain_call(call: Call) -> Explanation:
+    """Tell who would serve a call that has been checked."""
+    gradient = call.needs_gradient()
+    with torch.no_grad():
+        served = _serve_natively(call, EXPLAIN)
+    if isinstance(served, str):
+        return Explanation("reference", "plain torch", served)
+    reason = "served natively"
+    if gradient:
+        why_not = backward_refusal(call.clamp_inf)
+        reason += f"; the gradients by plain torch: {why_not}" if why_not else ", gradients too"
+    copied = [name for name, t in call.inputs() if as_kernels_read_it(t) is not t]
+    if copied:
+        reason += f"; copied first, for a last stride of 1: {', '.join(copied)}"
+    backend, plan = served
+    return Explanation(backend, plan, reason)
+
+
+def _serve_natively(call: Call, mode: int) -> Any:
+    wanted = _state.backend
+    served = _ask_native(call, wanted, mode)
+    if isinstance(served, str) and wanted not in ("auto", "reference"):
+        raise ValueError(f'use_backend("{wanted}") cannot serve this {call.op}: {served}')
+    return served
+
+
+def _ask_native(call: Call, wanted: str, mode: int) -> Any:
     if wanted in ("cpu", "cuda") and call.x.device.type != wanted:
         unusable = "" if (backend := backends()[wanted]).usable else f"; {backend.reason}"
         return f"x is on {call.x.device}{unusable}"
-    given = {name: getattr(call, name) for name in ("x", "residual", "weight", "bias")}
-    inputs = {name: t if t is None else _as_kernels_read_it(t) for name, t in given.items()}
-    copied = [name for name, t in inputs.items() if t is not given[name]]
-    result = natives[wanted](
-        call.layer + 2 * call.per_head + 4 * (call.residual is not None),
-        *inputs.values(),
+    native = natives[wanted].norm
+    kind = call.layer + 2 * call.per_head + 4 * (call.residual is not None)
+    options = (
         call.eps,
         call.weight_offset,
         call.round_before_weight,
@@ -217,27 +393,38 @@ def _serve_natively(call: Call, wanted: str) -> Result | Explanation | str:
         call.out_dtype,
         call.out,
         call.residual_out,
-        EXPLAIN if _state.explaining else CHECKED,
+        mode,
     )
-    if isinstance(result, str) or not _state.explaining:
-        return result  # type: ignore[no-any-return]
-    reason = "served natively"
-    if copied:
-        reason += f"; copied first, for a last stride of 1: {', '.join(copied)}"
-    backend, plan = result
-    return Explanation(backend, plan, reason)
+    return _with_copies(
+        lambda tensors: native(kind, *tensors, *options),
+        (call.x, call.residual, call.weight, call.bias),
+    )
 
 
-def _as_kernels_read_it(t: Tensor) -> Tensor:
+def _with_copies(
+    ask: Callable[[tuple[Tensor | None, ...]], Any], tensors: tuple[Tensor | None, ...]
+) -> Any:
+    """Ask for these tensors, and where they are refused for copies that kernels can read."""
+    first = tensors[0]
+    # Of rows of one element the extension cannot tell whether they are lazily negated.
+    made = ask(tensors) if first is not None and first.shape[-1] > 1 else ""
+    if not isinstance(made, str):
+        return made
+    copies = tuple(t if t is None else as_kernels_read_it(t) for t in tensors)
+    return made if made and all(map(operator.is_, copies, tensors)) else ask(copies)
+
+
+def as_kernels_read_it(t: Tensor) -> Tensor:
     """The tensor itself, or a copy with a last stride of 1 and its signs in its memory."""
     if t.shape[-1] > 1 and t.stride(-1) != 1:
         t = t.contiguous()
     return t.resolve_neg()
 
 
-def _serve_by_reference(call: Call) -> Result:
+def serve_by_reference(call: Call) -> Result:
+    """Serve a call that has been checked in plain torch."""
     options: dict[str, Any] = {
-        "kind": "layer" if call.layer else "rms",
+        "kind": call.kind,
         "weight_offset": call.weight_offset,
         "round_before_weight": call.round_before_weight,
         "clamp_inf": call.clamp_inf,

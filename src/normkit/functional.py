@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from normkit import _dispatch
+from normkit import _dispatch, _ops
 from normkit._checks import Call
 from normkit._dispatch import Explanation
 from normkit.inplace import (
@@ -49,7 +49,7 @@ __all__ = [
     "rms_norm_",
 ]
 
-_native = _dispatch.native
+_native = _dispatch.quick
 
 
 def rms_norm(
@@ -63,6 +63,7 @@ def rms_norm(
     clamp_inf: bool = False,
     out_dtype: torch.dtype | None = None,
     out: Tensor | None = None,
+    memory_efficient: bool = False,
 ) -> Tensor:
     """Normalise the last dimension of x by its root mean square.
 
@@ -82,6 +83,10 @@ def rms_norm(
         out_dtype: dtype of the result; None for out's, or x's without an out.
         out: written and returned, if given: x's shape, last stride 1; may be x itself but not
             overlap it in part.
+        memory_efficient: where a gradient is wanted, keep y for it instead of x, and
+            undo the affine map: for a y that is kept anyway.  The gradients carry y's rounding, and
+            a weight of 0 (with its offset) gets none.  Not with round_before_weight or clamp_inf,
+            which lose what would be undone: x is kept.
 
     Returns:
         y, of x's shape, in out_dtype.
@@ -109,9 +114,9 @@ def rms_norm(
             return result  # type: ignore[no-any-return]
     call = Call(
         "rms_norm", False, False, x, weight, bias, eps, weight_offset, round_before_weight,
-        clamp_inf, out_dtype, out,
+        clamp_inf, out_dtype, out, memory_efficient=memory_efficient,
     )  # fmt: skip
-    return cast(Tensor, _dispatch.serve(call))
+    return cast(Tensor, _ops.serve(call))
 
 
 def layer_norm(
@@ -125,6 +130,7 @@ def layer_norm(
     clamp_inf: bool = False,
     out_dtype: torch.dtype | None = None,
     out: Tensor | None = None,
+    memory_efficient: bool = False,
 ) -> Tensor:
     """Normalise the last dimension of x to mean 0 and variance 1 (LayerNorm).
 
@@ -144,6 +150,10 @@ def layer_norm(
         out_dtype: dtype of the result; None for out's, or x's without an out.
         out: written and returned, if given: x's shape, last stride 1; may be x itself but not
             overlap it in part.
+        memory_efficient: where a gradient is wanted, keep y for it instead of x, and
+            undo the affine map: for a y that is kept anyway.  The gradients carry y's rounding, and
+            a weight of 0 (with its offset) gets none.  Not with round_before_weight or clamp_inf,
+            which lose what would be undone: x is kept.
 
     Returns:
         y, of x's shape, in out_dtype.
@@ -171,9 +181,9 @@ def layer_norm(
             return result  # type: ignore[no-any-return]
     call = Call(
         "layer_norm", True, False, x, weight, bias, eps, weight_offset, round_before_weight,
-        clamp_inf, out_dtype, out,
+        clamp_inf, out_dtype, out, memory_efficient=memory_efficient,
     )  # fmt: skip
-    return cast(Tensor, _dispatch.serve(call))
+    return cast(Tensor, _ops.serve(call))
 
 
 def head_norm(
@@ -188,6 +198,7 @@ def head_norm(
     clamp_inf: bool = False,
     out_dtype: torch.dtype | None = None,
     out: Tensor | None = None,
+    memory_efficient: bool = False,
 ) -> Tensor:
     """Normalise each head of x, with a weight per head or one for all.
 
@@ -210,6 +221,10 @@ def head_norm(
         out_dtype: dtype of the result; None for out's, or x's without an out.
         out: written and returned, if given: x's shape, last stride 1; may be x itself but not
             overlap it in part.
+        memory_efficient: where a gradient is wanted, keep y for it instead of x, and
+            undo the affine map: for a y that is kept anyway.  The gradients carry y's rounding, and
+            a weight of 0 (with its offset) gets none.  Not with round_before_weight or clamp_inf,
+            which lose what would be undone: x is kept.
 
     Returns:
         y, of x's shape, in out_dtype.
@@ -238,9 +253,9 @@ def head_norm(
             return result  # type: ignore[no-any-return]
     call = Call(
         "head_norm", layer, True, x, weight, bias, eps, weight_offset, round_before_weight,
-        clamp_inf, out_dtype, out,
+        clamp_inf, out_dtype, out, memory_efficient=memory_efficient,
     )  # fmt: skip
-    return cast(Tensor, _dispatch.serve(call))
+    return cast(Tensor, _ops.serve(call))
 
 
 def add_rms_norm(
@@ -257,6 +272,7 @@ def add_rms_norm(
     out_dtype: torch.dtype | None = None,
     out: Tensor | None = None,
     residual_out: Tensor | None = None,
+    memory_efficient: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Add x to the residual and normalise the sum by its RMS, in one pass over memory.
 
@@ -284,6 +300,10 @@ def add_rms_norm(
             overlap it in part.
         residual_out: written and returned, if given: x's shape, residual's dtype, last stride 1;
             may be residual.
+        memory_efficient: where a gradient is wanted, keep y for it instead of residual_out, and
+            undo the affine map: for a y that is kept anyway.  The gradients carry y's rounding, and
+            a weight of 0 (with its offset) gets none.  Not with round_before_weight or clamp_inf,
+            which lose what would be undone: residual_out is kept.
 
     Returns:
         y of x's shape in out_dtype, and residual_out of x's shape in residual's dtype.
@@ -313,9 +333,9 @@ def add_rms_norm(
             return result  # type: ignore[no-any-return]
     call = Call(
         "add_rms_norm", False, False, x, weight, bias, eps, weight_offset, round_before_weight,
-        clamp_inf, out_dtype, out, residual, residual_out, round_sum,
+        clamp_inf, out_dtype, out, residual, residual_out, round_sum, memory_efficient,
     )  # fmt: skip
-    return cast("tuple[Tensor, Tensor]", _dispatch.serve(call))
+    return cast("tuple[Tensor, Tensor]", _ops.serve(call))
 
 
 def add_layer_norm(
@@ -332,6 +352,7 @@ def add_layer_norm(
     out_dtype: torch.dtype | None = None,
     out: Tensor | None = None,
     residual_out: Tensor | None = None,
+    memory_efficient: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Add x to the residual and normalise the sum by LayerNorm, in one pass over memory.
 
@@ -359,6 +380,10 @@ def add_layer_norm(
             overlap it in part.
         residual_out: written and returned, if given: x's shape, residual's dtype, last stride 1;
             may be residual.
+        memory_efficient: where a gradient is wanted, keep y for it instead of residual_out, and
+            undo the affine map: for a y that is kept anyway.  The gradients carry y's rounding, and
+            a weight of 0 (with its offset) gets none.  Not with round_before_weight or clamp_inf,
+            which lose what would be undone: residual_out is kept.
 
     Returns:
         y of x's shape in out_dtype, and residual_out of x's shape in residual's dtype.
@@ -387,9 +412,9 @@ def add_layer_norm(
             return result  # type: ignore[no-any-return]
     call = Call(
         "add_layer_norm", True, False, x, weight, bias, eps, weight_offset, round_before_weight,
-        clamp_inf, out_dtype, out, residual, residual_out, round_sum,
+        clamp_inf, out_dtype, out, residual, residual_out, round_sum, memory_efficient,
     )  # fmt: skip
-    return cast("tuple[Tensor, Tensor]", _dispatch.serve(call))
+    return cast("tuple[Tensor, Tensor]", _ops.serve(call))
 
 
 _OPS = {

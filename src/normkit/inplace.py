@@ -7,10 +7,10 @@ from typing import Literal, cast
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from normkit import _dispatch
+from normkit import _dispatch, _ops
 from normkit._checks import Call
 
-_native = _dispatch.native
+_native = _dispatch.quick
 
 Kind = Literal["rms", "layer"]
 
@@ -82,7 +82,7 @@ def rms_norm_(
         "rms_norm_", False, False, x, weight, bias, eps, weight_offset, round_before_weight,
         clamp_inf, None, x,
     )  # fmt: skip
-    return cast(Tensor, _dispatch.serve(call))
+    return cast(Tensor, _ops.serve(call))
 
 
 def layer_norm_(
@@ -141,7 +141,7 @@ def layer_norm_(
         "layer_norm_", True, False, x, weight, bias, eps, weight_offset, round_before_weight,
         clamp_inf, None, x,
     )  # fmt: skip
-    return cast(Tensor, _dispatch.serve(call))
+    return cast(Tensor, _ops.serve(call))
 
 
 def head_norm_(
@@ -204,7 +204,7 @@ def head_norm_(
         "head_norm_", layer, True, x, weight, bias, eps, weight_offset, round_before_weight,
         clamp_inf, None, x,
     )  # fmt: skip
-    return cast(Tensor, _dispatch.serve(call))
+    return cast(Tensor, _ops.serve(call))
 
 
 def add_rms_norm_(
@@ -274,7 +274,7 @@ def add_rms_norm_(
         "add_rms_norm_", False, False, x, weight, bias, eps, weight_offset, round_before_weight,
         clamp_inf, None, x, residual, residual, round_sum,
     )  # fmt: skip
-    return cast("tuple[Tensor, Tensor]", _dispatch.serve(call))
+    return cast("tuple[Tensor, Tensor]", _ops.serve(call))
 
 
 def add_layer_norm_(
@@ -343,4 +343,4 @@ def add_layer_norm_(
         "add_layer_norm_", True, False, x, weight, bias, eps, weight_offset, round_before_weight,
         clamp_inf, None, x, residual, residual, round_sum,
     )  # fmt: skip
-    return cast("tuple[Tensor, Tensor]", _dispatch.serve(call))
+    return cast("tuple[Tensor, Tensor]", _ops.serve(call))

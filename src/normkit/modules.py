@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter, init
 
-from normkit import _dispatch
+from normkit import _ops
 from normkit._checks import Call
 from normkit.checkpoint import Source, StoredNorm, read_norm
 from normkit.functional import add_layer_norm, add_rms_norm, head_norm, layer_norm, rms_norm
@@ -25,6 +25,7 @@ class _Affine(torch.nn.Module):
     # reset_parameters runs in the constructors of torch's classes, before ours have set these
     weight_offset: float = 0.0
     round_before_weight: bool = False
+    memory_efficient: bool = False
 
     def reset_parameters(self) -> None:
         """Make the affine map the identity: weight 1 - weight_offset, bias 0.
@@ -44,6 +45,8 @@ class _Affine(torch.nn.Module):
             shown.append(f"weight_offset={self.weight_offset}")
         if self.round_before_weight:
             shown.append("round_before_weight=True")
+        if self.memory_efficient:
+            shown.append("memory_efficient=True")
         return ", ".join(filter(None, shown))
 
     def _adopt(self, stored: StoredNorm) -> Self:
@@ -107,6 +110,7 @@ class _RowNorm(_Affine):
                 weight_offset=self.weight_offset,
                 round_before_weight=self.round_before_weight,
                 out_dtype=out_dtype,
+                memory_efficient=self.memory_efficient,
             )
         return self._add_norm(  # type: ignore[no-any-return]
             x,
@@ -117,6 +121,7 @@ class _RowNorm(_Affine):
             weight_offset=self.weight_offset,
             round_before_weight=self.round_before_weight,
             out_dtype=out_dtype,
+            memory_efficient=self.memory_efficient,
         )
 
     def _as_one_row(
@@ -134,6 +139,7 @@ class _RowNorm(_Affine):
             "weight_offset": self.weight_offset,
             "round_before_weight": self.round_before_weight,
             "out_dtype": out_dtype,
+            "memory_efficient": self.memory_efficient,
         }
         row = x.flatten(first)
         if residual is None:
@@ -223,6 +229,7 @@ class RMSNorm(_RowNorm, torch.nn.RMSNorm):
             1 - weight_offset.
         round_before_weight: round the normalised value to x's dtype before the weight multiplies
             it (Llama, Qwen).
+        memory_efficient: keep y instead of x for the gradients, as in `normkit.rms_norm`.
 
     What it takes and where it rounds: `normkit.rms_norm`, with a residual `normkit.add_rms_norm`.
 
@@ -249,10 +256,12 @@ class RMSNorm(_RowNorm, torch.nn.RMSNorm):
         bias: bool = False,
         weight_offset: float = 0.0,
         round_before_weight: bool = False,
+        memory_efficient: bool = False,
     ) -> None:
         super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
         self.weight_offset = weight_offset
         self.round_before_weight = round_before_weight
+        self.memory_efficient = memory_efficient
         self.register_parameter("bias", None)
         if bias and elementwise_affine:
             self.bias = Parameter(torch.empty_like(self.weight))
@@ -277,6 +286,7 @@ class LayerNorm(_RowNorm, torch.nn.LayerNorm):
         dtype: of the parameters; None for torch's default.
         weight_offset: as in `RMSNorm`.
         round_before_weight: as in `RMSNorm`.
+        memory_efficient: as in `RMSNorm`.
 
     What it takes and where it rounds: `normkit.layer_norm`, with a residual
     `normkit.add_layer_norm`.
@@ -302,10 +312,12 @@ class LayerNorm(_RowNorm, torch.nn.LayerNorm):
         *,
         weight_offset: float = 0.0,
         round_before_weight: bool = False,
+        memory_efficient: bool = False,
     ) -> None:
         super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)  # type: ignore[arg-type]
         self.weight_offset = weight_offset
         self.round_before_weight = round_before_weight
+        self.memory_efficient = memory_efficient
         self.reset_parameters()
 
 
@@ -327,6 +339,7 @@ class HeadNorm(_Affine):
         dtype: of the parameters; None for torch's default.
         weight_offset: as in `RMSNorm`.
         round_before_weight: as in `RMSNorm`.
+        memory_efficient: as in `RMSNorm`.
 
     Raises:
         ValueError: kind is neither "rms" nor "layer".
@@ -353,6 +366,7 @@ class HeadNorm(_Affine):
         dtype: torch.dtype | None = None,
         weight_offset: float = 0.0,
         round_before_weight: bool = False,
+        memory_efficient: bool = False,
     ) -> None:
         super().__init__()
         if kind not in ("rms", "layer"):
@@ -364,6 +378,7 @@ class HeadNorm(_Affine):
         self.elementwise_affine = elementwise_affine
         self.weight_offset = weight_offset
         self.round_before_weight = round_before_weight
+        self.memory_efficient = memory_efficient
         shape = (head_dim,) if num_heads is None else (num_heads, head_dim)
         for name, wanted in (("weight", True), ("bias", bias)):
             self.register_parameter(name, None)
@@ -413,6 +428,7 @@ class HeadNorm(_Affine):
                 weight_offset=self.weight_offset,
                 round_before_weight=self.round_before_weight,
                 out_dtype=out_dtype,
+                memory_efficient=self.memory_efficient,
             )
         call = Call(  # no function has this name, but every backend can do it
             "add_head_norm",
@@ -427,8 +443,9 @@ class HeadNorm(_Affine):
             clamp_inf=False,
             out_dtype=out_dtype,
             residual=residual,
+            memory_efficient=self.memory_efficient,
         )
-        return _dispatch.serve(call)  # type: ignore[no-any-return]
+        return _ops.serve(call)  # type: ignore[no-any-return]
 
     @classmethod
     def from_checkpoint(

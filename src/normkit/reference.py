@@ -1,8 +1,8 @@
 """What every norm of this package is, in plain torch.
 
-The kernels are held to these two functions; with ``compute_dtype=torch.float64`` they are the
-oracle of the tests.  They also serve the calls no kernel serves: they are differentiable, can be
-traced, and run on any device.
+The kernels are held to these functions; with ``compute_dtype=torch.float64`` they are the oracle of
+the tests.  They also serve the calls no kernel serves: they are differentiable, can be traced, and
+run on any device.
 """
 
 from __future__ import annotations
@@ -126,6 +126,103 @@ def add_norm(
     return _scaled(xhat, weight, bias, weight_offset).to(out_dtype or x.dtype), residual_out
 
 
+def statistics(
+    x: Tensor,
+    residual: Tensor | None = None,
+    eps: float | None = 1e-6,
+    *,
+    kind: str,
+    round_sum: bool = True,
+    clamp_inf: bool = False,
+    compute_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Return what `norm`, or with a residual `add_norm`, takes of each row: (rstd, mean).
+
+    Both are of x's shape without its last dimension, in the computing dtype; mean is None for kind
+    "rms".  The arguments are those of `add_norm`.
+    """
+    compute = _compute_dtype(x, compute_dtype)
+    total = _normalised_row(x, residual, compute, round_sum, clamp_inf)
+    rstd, mean = _statistics(total, eps, kind)
+    return rstd.squeeze(-1), None if mean is None else mean.squeeze(-1)
+
+
+def norm_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    residual: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float | None = 1e-6,
+    *,
+    kind: str,
+    rstd: Tensor | None = None,
+    from_output: bool = False,
+    round_sum: bool = True,
+    weight_offset: float = 0.0,
+    round_before_weight: bool = False,
+    clamp_inf: bool = False,
+    compute_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return the gradients of `norm`, or with a residual of y of `add_norm`.
+
+    With ``g = grad_y * (weight + weight_offset)`` and means over a row, that of what was normalised
+    is ``rstd * (g - mean(g) - xhat * mean(g * xhat))``, without ``mean(g)`` for kind "rms"; that of
+    weight is the sum of ``grad_y * xhat``, and that of bias the sum of grad_y.  Roundings count as
+    the identity, and a sum that clamp_inf clamped as a constant.
+
+    Args:
+        grad_y: x's shape.
+        x: as in `norm` or `add_norm`.
+        residual: as in `add_norm`; None: x was normalised.
+        weight: as in `norm`.
+        bias: as in `norm`.
+        eps: as in `norm`.
+        kind: "rms" or "layer".
+        rstd: what `statistics` returned; None: it is taken again, so that the result is
+            differentiable itself.
+        from_output: x is y; ``xhat = (y - bias) / (weight + weight_offset)``, and 0 where that
+            divisor is 0.  rstd must be given.
+        round_sum: as in `add_norm`.
+        weight_offset: as in `norm`.
+        round_before_weight: as in `norm`: the weight's gradient takes xhat as it was rounded.
+        clamp_inf: as in `norm`.
+        compute_dtype: as in `norm`.
+
+    Returns:
+        Gradients of x or of the sum x + residual, of weight and of bias, in the computing dtype;
+        the last two are None where there is no weight or bias.
+    """
+    compute = _compute_dtype(x, compute_dtype)
+    grad_y = grad_y.to(compute)
+    scale = None if weight is None else _offset(weight, weight_offset, compute)
+    g = grad_y if scale is None else grad_y * scale
+    mean = None
+    if from_output:
+        xhat = x.to(compute) if bias is None else x.to(compute) - bias.to(compute)
+        if scale is not None:
+            xhat = torch.where(scale == 0, 0.0, xhat / scale)
+    else:
+        total = _normalised_row(x, residual, compute, round_sum, clamp_inf)
+        again, mean = _statistics(total, eps, kind)
+        rstd = again.squeeze(-1) if rstd is None else rstd
+        xhat = (total if mean is None else total - mean) * rstd.unsqueeze(-1)
+    grad = g - xhat * (g * xhat).mean(-1, keepdim=True)
+    if kind == "layer":
+        grad = grad - g.mean(-1, keepdim=True)
+    assert rstd is not None
+    grad = grad * rstd.unsqueeze(-1)
+    if clamp_inf and residual is not None and round_sum and residual.dtype == torch.float16:
+        total = _widened(x, compute, clamp_inf) + residual.to(compute)
+        grad = torch.where(total.to(residual.dtype).isinf(), 0.0, grad)
+    if round_before_weight:
+        dtype = x.dtype if residual is None or not round_sum else residual.dtype
+        xhat = xhat.to(dtype).to(compute)
+    of_weight = None if weight is None else (grad_y * xhat).sum_to_size(weight.shape)
+    of_bias = None if bias is None else grad_y.sum_to_size(bias.shape)
+    return grad, of_weight, of_bias
+
+
 def _compute_dtype(x: Tensor, asked: torch.dtype | None) -> torch.dtype:
     if asked is not None:
         return asked
@@ -140,24 +237,44 @@ def _widened(x: Tensor, compute: torch.dtype, clamp_inf: bool) -> Tensor:
     return wide
 
 
-def _normalised(x: Tensor, eps: float | None, kind: str) -> Tensor:
+def _normalised_row(
+    x: Tensor, residual: Tensor | None, compute: torch.dtype, round_sum: bool, clamp_inf: bool
+) -> Tensor:
+    total = _widened(x, compute, clamp_inf)
+    if residual is None:
+        return total
+    total = total + residual.to(compute)
+    return _widened(total.to(residual.dtype), compute, clamp_inf) if round_sum else total
+
+
+def _statistics(x: Tensor, eps: float | None, kind: str) -> tuple[Tensor, Tensor | None]:
     if eps is None:
         eps = torch.finfo(x.dtype).eps
+    mean = None
     if kind == "layer":
-        x = x - x.mean(-1, keepdim=True)
+        mean = x.mean(-1, keepdim=True)
+        x = x - mean
     elif kind != "rms":
         raise ValueError(f'kind: expected "rms" or "layer", got {kind!r}')
-    return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + eps)
+    return torch.rsqrt((x * x).mean(-1, keepdim=True) + eps), mean
+
+
+def _normalised(x: Tensor, eps: float | None, kind: str) -> Tensor:
+    rstd, mean = _statistics(x, eps, kind)
+    return (x if mean is None else x - mean) * rstd
+
+
+def _offset(weight: Tensor, weight_offset: float, compute: torch.dtype) -> Tensor:
+    scale = weight.to(compute)
+    # adding 0.0 would turn a weight of -0.0 into +0.0
+    return scale if weight_offset == 0.0 else scale + weight_offset
 
 
 def _scaled(
     xhat: Tensor, weight: Tensor | None, bias: Tensor | None, weight_offset: float
 ) -> Tensor:
     if weight is not None:
-        scale = weight.to(xhat.dtype)
-        if weight_offset != 0.0:  # adding 0.0 would turn a weight of -0.0 into +0.0
-            scale = scale + weight_offset
-        xhat = xhat * scale
+        xhat = xhat * _offset(weight, weight_offset, xhat.dtype)
     if bias is not None:
         xhat = xhat + bias.to(xhat.dtype)
     return xhat

@@ -1,0 +1,174 @@
+"""Gradients of the ops, and how far they may be from those of float64.
+
+With s what is normalised, xhat = (s - mean) * rstd, g = grad_y * (weight + weight_offset), and the
+bound of docs/numerics.md, ulp / 2 * (1 + 2^-9) + 4 * 2^-24 * t:
+
+    u = |s| * rstd, or (|s| + mean(|s|)) * rstd for a layer norm
+    of x:       t = 2 * rstd * (|g| + mean(|g|) + u * mean(|g| * u)) + |grad_residual_out|, twice
+                what it handles because rstd enters it three times
+    of weight:  t = sum(|grad_y| * u)
+    of bias:    t = sum(|grad_y|)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import normkit
+from conformance.support import Op, run
+from normkit.testing import Inputs, make_inputs
+
+_STORE = 1 + 2.0**-9
+_ARITHMETIC = 4 * 2.0**-24
+
+
+class Gradients(NamedTuple):
+    x: Tensor
+    residual: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+class Case(NamedTuple):
+    """A call, and what comes back to it."""
+
+    op: Op
+    inputs: Inputs
+    grad_y: Tensor
+    grad_residual_out: Tensor | None
+    options: dict[str, Any]
+
+
+def case_of(
+    op: Op, inputs: Inputs, *, grad_dtype: torch.dtype | None = None, **options: Any
+) -> Case:
+    shape = tuple(inputs.x.shape)
+    out_dtype = options.get("out_dtype") or inputs.x.dtype
+    grad_y, grad_total, *_ = make_inputs(shape, grad_dtype or out_dtype, seed=7)
+    grad_total = grad_total.to(inputs.residual.dtype) if op.adds else None
+    return Case(op, inputs, grad_y - 0.25, grad_total, options)
+
+
+def wanting(op: Op, inputs: Inputs) -> Inputs:
+    """The same inputs as leaves that want gradients; those the op does not take are left alone."""
+    used = {id(t) for t in op.tensors(inputs) if t is not None}
+    return Inputs(*(t.detach().requires_grad_() if id(t) in used else t for t in inputs))
+
+
+def gradients(call: Callable[..., Any], case: Case) -> Gradients:
+    """Those of one forward and backward pass."""
+    leaves = wanting(case.op, case.inputs)
+    result = run(call, case.op, leaves, **case.options)
+    wanted = {
+        name: t
+        for name, t in zip(leaves._fields, leaves, strict=True)
+        if t is not None and t.requires_grad
+    }
+    outputs, grads = [result.y], [case.grad_y.to(result.y.dtype)]
+    if case.grad_residual_out is not None:
+        outputs.append(result.residual_out)
+        grads.append(case.grad_residual_out)
+    made = dict(
+        zip(wanted, torch.autograd.grad(outputs, list(wanted.values()), grads), strict=True)
+    )
+    for name, gradient in made.items():
+        assert gradient.dtype == wanted[name].dtype
+        assert gradient.shape == wanted[name].shape
+    return Gradients(*(made.get(name) for name in Gradients._fields))
+
+
+def check(case: Case, made: Gradients) -> None:
+    """Check what `gradients` returned against float64."""
+    for name, expected, t in _expected(case):
+        got = getattr(made, name)
+        assert got is not None, name
+        bound = _half_ulp(expected, got.dtype) * _STORE + _ARITHMETIC * t
+        error = (got.double() - expected).abs()
+        over = (error / bound).nan_to_num(torch.inf)
+        assert (over <= 1).all(), (
+            f"gradient of {name}: {int((over > 1).sum())} of {got.numel()} are out of bounds, the"
+            f" worst by {over.max().item():.3g} times: {case.options}"
+        )
+
+
+def make_and_check(call: Callable[..., Any], case: Case) -> Gradients:
+    made = gradients(call, case)
+    check(case, made)
+    return made
+
+
+def _expected(case: Case) -> list[tuple[str, Tensor, Tensor]]:
+    """Name, gradient in float64, and the t of its bound."""
+    op, options = case.op, case.options
+    s, rounded_to = _normalised(case)
+    eps = options.get("eps", 1e-6 if op.kind == "rms" or op.per_head else 1e-5)
+    layer = op.kind == "layer"
+    mean = s.mean(-1, keepdim=True) if layer else torch.zeros_like(s[..., :1])
+    rstd = ((s - mean).square().mean(-1, keepdim=True) + _float32(eps)).rsqrt()
+    xhat = (s - mean) * rstd
+    u = (s.abs() + (s.abs().mean(-1, keepdim=True) if layer else 0.0)) * rstd
+    grad_y = case.grad_y.to(options.get("out_dtype") or case.inputs.x.dtype).double()
+    weight = case.inputs.weight
+    g = grad_y
+    if weight is not None:
+        g = g * (weight.double() + _float32(options.get("weight_offset", 0.0)))
+    inside = g - xhat * (g * xhat).mean(-1, keepdim=True)
+    size = g.abs() + u * (g.abs() * u).mean(-1, keepdim=True)
+    if layer:
+        inside = inside - g.mean(-1, keepdim=True)
+        size = size + g.abs().mean(-1, keepdim=True)
+    of_x, t_x = inside * rstd, 2 * size * rstd
+    if case.grad_residual_out is not None:
+        of_x = of_x + case.grad_residual_out.double()
+        t_x = t_x + case.grad_residual_out.double().abs()
+    expected = [("x", of_x, t_x)]
+    if op.adds:
+        expected.append(("residual", of_x, t_x))
+    if weight is not None:
+        forward, t = xhat, u * grad_y.abs()
+        if rounded_to is not None:
+            forward = xhat.to(rounded_to).double()
+            # Near the middle between two neighbours either is right: it is one step away.
+            step = 2 * _half_ulp(xhat, rounded_to)
+            close_call = (xhat - forward).abs() >= step / 2 - _ARITHMETIC * u
+            t = t + (step * grad_y.abs()).where(close_call, 0.0) / _ARITHMETIC
+        expected.append(
+            ("weight", (grad_y * forward).sum_to_size(weight.shape), t.sum_to_size(weight.shape))
+        )
+    if case.inputs.bias is not None:
+        shape = case.inputs.bias.shape
+        expected.append(("bias", grad_y.sum_to_size(shape), grad_y.abs().sum_to_size(shape)))
+    return expected
+
+
+def _normalised(case: Case) -> tuple[Tensor, torch.dtype | None]:
+    """What is normalised, and what round_before_weight rounds xhat to."""
+    x, residual = case.inputs.x, case.inputs.residual
+    rounded_to = x.dtype
+    s = x.double()
+    if case.op.adds:
+        total = x.float() + residual.float()
+        s = total.double()
+        if case.options.get("round_sum", True):
+            s, rounded_to = total.to(residual.dtype).double(), residual.dtype
+    rounds = case.options.get("round_before_weight") and rounded_to != torch.float32
+    return s, rounded_to if rounds else None
+
+
+def _float32(value: float) -> float:
+    return torch.tensor(value, dtype=torch.float32).item()
+
+
+def _half_ulp(value: Tensor, dtype: torch.dtype) -> Tensor:
+    info = torch.finfo(dtype)
+    magnitude = value.abs().clamp(min=info.smallest_normal)
+    return magnitude / torch.frexp(magnitude).mantissa / 2 * info.eps / 2
+
+
+def call(name: str, *tensors: Any, **options: Any) -> Any:
+    """What a user calls."""
+    return getattr(normkit, name)(*tensors, **options)
