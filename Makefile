@@ -94,12 +94,15 @@ gpu-tests: gpu-build
 
 gpu-bench: gpu-build
 	$(GPU_PYTHON) benchmarks/gpu.py $(GPU_BENCH)
+	$(GPU_PYTHON) benchmarks/backward.py --device cuda
 
 gpu-tune: gpu-build
 	$(GPU_PYTHON) benchmarks/tune.py
 
 bench: $(VENV)/.test
 	$(python) benchmarks/cpu.py
+	$(python) benchmarks/backward.py
+	$(python) benchmarks/host.py
 
 fuzz: $(VENV)/.test build/emu/.built
 	NORMKIT_TEST_PROFILE=fuzz $(python) -m pytest tests

@@ -36,7 +36,8 @@ nb::object call(PyObject* function, PyObject* argument) {
 
 void bind_torch(nb::handle tensor, nb::handle parameter, nb::handle empty_like,
                 nb::handle is_grad_enabled, nb::handle increment_version, nb::handle forward_ad,
-                nb::handle float32, nb::handle float16, nb::handle bfloat16, nb::handle uint8) {
+                nb::handle float32, nb::handle float16, nb::handle bfloat16, nb::handle uint8,
+                nb::handle is_autocast_enabled) {
   nb::object capsule = nb::getattr(tensor, "__dlpack_c_exchange_api__");
   auto* header = static_cast<const DLPackExchangeAPIHeader*>(
       PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
@@ -57,6 +58,8 @@ void bind_torch(nb::handle tensor, nb::handle parameter, nb::handle empty_like,
   torch.requires_grad = nb::str("requires_grad").release().ptr();
   torch.new_empty = nb::str("new_empty").release().ptr();
   torch.uint8 = uint8.inc_ref().ptr();
+  torch.is_autocast_enabled = is_autocast_enabled.inc_ref().ptr();
+  torch.cuda = nb::str("cuda").release().ptr();
   torch.dtypes[int(DType::kFloat32)] = float32.inc_ref().ptr();
   torch.dtypes[int(DType::kFloat16)] = float16.inc_ref().ptr();
   torch.dtypes[int(DType::kBFloat16)] = bfloat16.inc_ref().ptr();
@@ -66,6 +69,12 @@ void bind_torch(nb::handle tensor, nb::handle parameter, nb::handle empty_like,
 // Set while use_backend() names another backend than "auto", so that the quick path asks
 // normkit._dispatch first.
 thread_local bool quick_path_is_off = false;
+
+// Where autocast decides on the dtype of the output, normkit._ops knows what it says.
+bool autocasts(const Arguments& a, const Backend& backend, nb::handle out_dtype) {
+  return backend.has_streams && !a.out && out_dtype.is_none() &&
+         call(torch_objects.is_autocast_enabled, torch_objects.cuda).is(nb::handle(Py_True));
+}
 
 // A dual tensor does not say that it is one; that duals are about, torch.autograd.forward_ad does.
 bool forward_ad_is_on() {
@@ -230,6 +239,7 @@ nb::object norm(PyObject* const* args) {
   // The exchange API does not tell of a lazily negated tensor.  Such a one has a last stride of 2
   // or more, unless its rows are single elements; normkit._dispatch resolves it.
   if (quick && a.x.ndim > 0 && a.x.size(1) == 1) return nb::none();
+  if (quick && autocasts(a, *backend, args[kOutDtype])) return nb::none();
   if (const Refusal no = check(a, !quick)) return refuse(quick, no);
   if (const Refusal no = check_gradients(a)) return refuse(quick, no);
 
@@ -435,6 +445,7 @@ NB_MODULE(_C, m) {
 
   m.def("bind_torch", &bind_torch, "tensor"_a, "parameter"_a, "empty_like"_a, "is_grad_enabled"_a,
         "increment_version"_a, "forward_ad"_a, "float32"_a, "float16"_a, "bfloat16"_a, "uint8"_a,
+        "is_autocast_enabled"_a,
         "Hand over what the extension needs of torch.  Raises ImportError when torch is too old.");
 
   if (PyModule_AddFunctions(m.ptr(), methods)) throw nb::python_error();

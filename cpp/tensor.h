@@ -23,6 +23,8 @@ struct Torch {
   PyObject* requires_grad = nullptr;  // "requires_grad"
   PyObject* new_empty = nullptr;      // "new_empty"
   PyObject* uint8 = nullptr;
+  PyObject* is_autocast_enabled = nullptr;
+  PyObject* cuda = nullptr;  // "cuda"
   PyObject* dtypes[3] = {};  // in the order of DType
 };
 inline Torch torch_objects;

@@ -35,6 +35,7 @@ def bind(extension: Any) -> None:
         torch.float16,
         torch.bfloat16,
         torch.uint8,
+        torch.is_autocast_enabled,
     )
 
 

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.nn import Parameter, init
 
-from normkit import _ops
+from normkit import _dispatch, _ops
 from normkit._checks import Call
 from normkit.checkpoint import Source, StoredNorm, read_norm
 from normkit.functional import add_layer_norm, add_rms_norm, head_norm, layer_norm, rms_norm
@@ -17,6 +18,8 @@ from normkit.inplace import Kind
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+_native = _dispatch.quick
 
 
 class _Affine(torch.nn.Module):
@@ -99,6 +102,14 @@ class _RowNorm(_Affine):
             weight, bias = parameters["weight"], parameters["bias"]
         except KeyError:  # parametrised, pruned or sharded: still attributes, but not parameters
             weight, bias = self.weight, self.bias
+        if residual is None and weight is not None and not is_dynamo_compiling():
+            # The quick path of normkit.functional without its frame: a quarter microsecond.
+            y = _native(
+                self._kind == "layer", x, None, weight, bias, self.eps, self.weight_offset,
+                self.round_before_weight, True, False, out_dtype, None, None, 0,
+            )  # fmt: skip
+            if y is not None:
+                return y  # type: ignore[no-any-return]
         if weight is None or len(self.normalized_shape) > 1:
             return self._as_one_row(x, residual, weight, bias, out_dtype)
         if residual is None:
