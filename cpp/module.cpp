@@ -37,7 +37,7 @@ nb::object call(PyObject* function, PyObject* argument) {
 void bind_torch(nb::handle tensor, nb::handle parameter, nb::handle empty_like,
                 nb::handle is_grad_enabled, nb::handle increment_version, nb::handle forward_ad,
                 nb::handle float32, nb::handle float16, nb::handle bfloat16, nb::handle uint8,
-                nb::handle is_autocast_enabled) {
+                nb::handle is_autocast_enabled, nb::handle is_tracing, nb::handle count_modes) {
   nb::object capsule = nb::getattr(tensor, "__dlpack_c_exchange_api__");
   auto* header = static_cast<const DLPackExchangeAPIHeader*>(
       PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
@@ -59,6 +59,8 @@ void bind_torch(nb::handle tensor, nb::handle parameter, nb::handle empty_like,
   torch.new_empty = nb::str("new_empty").release().ptr();
   torch.uint8 = uint8.inc_ref().ptr();
   torch.is_autocast_enabled = is_autocast_enabled.inc_ref().ptr();
+  torch.is_tracing = is_tracing.inc_ref().ptr();
+  torch.count_modes = count_modes.inc_ref().ptr();
   torch.cuda = nb::str("cuda").release().ptr();
   torch.dtypes[int(DType::kFloat32)] = float32.inc_ref().ptr();
   torch.dtypes[int(DType::kFloat16)] = float16.inc_ref().ptr();
@@ -76,6 +78,9 @@ bool autocasts(const Arguments& a, const Backend& backend, nb::handle out_dtype)
          call(torch_objects.is_autocast_enabled, torch_objects.cuda).is(nb::handle(Py_True));
 }
 
+// A TorchDispatchMode is about, which is to see the operators that run.
+bool modes_are_on() { return PyLong_AsLong(call(torch_objects.count_modes, nullptr).ptr()) > 0; }
+
 // A dual tensor does not say that it is one; that duals are about, torch.autograd.forward_ad does.
 bool forward_ad_is_on() {
   PyObject* level = PyDict_GetItemWithError(torch_objects.forward_ad, torch_objects.current_level);
@@ -83,6 +88,9 @@ bool forward_ad_is_on() {
 }
 
 Refusal check_gradients(const Arguments& a) {
+  // A trace records the operators of torch, and takes what a kernel writes for a constant.
+  if (call(torch_objects.is_tracing, nullptr).is(nb::handle(Py_True)))
+    return {"torch.jit.trace", "is recording"};
   if (forward_ad_is_on()) return {"forward-mode AD", "is on"};
   if (!call(torch_objects.is_grad_enabled, nullptr).is(nb::handle(Py_True))) return {};
   for (const Tensor* t : {&a.x, &a.residual, &a.weight, &a.bias, &a.out, &a.residual_out}) {
@@ -239,6 +247,7 @@ nb::object norm(PyObject* const* args) {
   // The exchange API does not tell of a lazily negated tensor.  Such a one has a last stride of 2
   // or more, unless its rows are single elements; normkit._dispatch resolves it.
   if (quick && a.x.ndim > 0 && a.x.size(1) == 1) return nb::none();
+  if (quick && modes_are_on()) return nb::none();
   if (quick && autocasts(a, *backend, args[kOutDtype])) return nb::none();
   if (const Refusal no = check(a, !quick)) return refuse(quick, no);
   if (const Refusal no = check_gradients(a)) return refuse(quick, no);
@@ -445,7 +454,7 @@ NB_MODULE(_C, m) {
 
   m.def("bind_torch", &bind_torch, "tensor"_a, "parameter"_a, "empty_like"_a, "is_grad_enabled"_a,
         "increment_version"_a, "forward_ad"_a, "float32"_a, "float16"_a, "bfloat16"_a, "uint8"_a,
-        "is_autocast_enabled"_a,
+        "is_autocast_enabled"_a, "is_tracing"_a, "count_modes"_a,
         "Hand over what the extension needs of torch.  Raises ImportError when torch is too old.");
 
   if (PyModule_AddFunctions(m.ptr(), methods)) throw nb::python_error();

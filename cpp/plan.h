@@ -140,6 +140,8 @@ struct BackwardPlan {
 constexpr int kBackwardColumns = 16;
 // Blocks of kThreads that fit on a processor at 80 registers, enough for rows of a warp or less.
 constexpr int kBackwardBlocks = 6;
+// And at 96, for the sums over columns of longer rows.
+constexpr int kColumnBlocks = 5;
 // Rows whose sums are added plainly before they go to the partial sums with care, which keeps what
 // the gradient of a weight loses near 2^-24 of its size.  The emulation has fewer rows a launch.
 #ifndef NORMKIT_CHAIN_ROWS
@@ -156,7 +158,7 @@ constexpr BackwardPlan backward_plan(int64_t n, DType x, bool uniform, int64_t r
   int64_t blocks = 0;  // that are to share all rows
   if (n > kMostLanes * kBackwardColumns) {
     plan.uniform = false;
-    blocks = 8 * device.processors / divide_up(n, int64_t{kThreads} * kLongPack);
+    blocks = kColumnBlocks * device.processors / divide_up(n, int64_t{kThreads} * kLongPack);
   } else {
     plan.packs = share <= 32 ? 1 : share <= 2 * kMostLanes ? 2 : 4;
     plan.lanes = static_cast<int>(power_of_two_from(divide_up(share, plan.packs)));

@@ -24,6 +24,8 @@ struct Torch {
   PyObject* new_empty = nullptr;      // "new_empty"
   PyObject* uint8 = nullptr;
   PyObject* is_autocast_enabled = nullptr;
+  PyObject* is_tracing = nullptr;
+  PyObject* count_modes = nullptr;
   PyObject* cuda = nullptr;  // "cuda"
   PyObject* dtypes[3] = {};  // in the order of DType
 };

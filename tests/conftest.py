@@ -9,12 +9,14 @@ import hypothesis
 import pytest
 
 import normkit
+import triton_backend
 from devices import call_on
 from emulation import BUILD, extension
 
 # "auto" is what callers get: the quick path, which a backend asked for by name does not take.
 # "emu" is the CUDA kernels on the CPU; "cuda" runs where NORMKIT_TEST_BACKENDS names it.
 BACKENDS = {"reference": "reference", "cpu": "cpu", "auto": "cpu", "emu": "emu", "cuda": "cuda"}
+BACKENDS["triton"] = "triton"  # under its interpreter, which takes minutes: not by default
 DEFAULT = "reference,cpu,auto,emu"
 
 hypothesis.settings.register_profile("ci", derandomize=True, max_examples=200, deadline=None)
@@ -61,6 +63,10 @@ def _get(name: str) -> Backend:
     if name == "emu":
         if extension() is None:
             pytest.fail(f"{BUILD} has no emulated kernels; `make emu` builds them")
+        return Backend(name)
+    if name == "triton":
+        if not triton_backend.register():
+            pytest.fail("Triton is not installed")
         return Backend(name)
     entry = normkit.backends()[BACKENDS[name]]
     if not entry.usable:

@@ -63,7 +63,7 @@ def test_options_give_the_same_bits_on_every_instruction_set(n, dtype, best_inst
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows, n", [(5, 31), (70, 96), (9, 1025), (2, 70001)])
+@pytest.mark.parametrize(("rows", "n"), [(5, 31), (70, 96), (9, 1025), (2, 70001)])
 def test_gradients_have_the_same_bits_on_every_instruction_set(
     dtype, rows, n, best_instruction_set
 ):

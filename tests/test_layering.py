@@ -15,9 +15,11 @@ PACKAGE = ROOT / "src" / "normkit"
 
 # A module imports from its own layer and from those before it; a new file needs a place here.
 LAYERS = [
-    {"_C", "reference"},
+    {"_C", "_triton_kernels", "reference"},
+    {"_triton"},
     {"_checks", "testing"},
-    {"_dispatch"},
+    {"_dispatch", "_sharding"},
+    {"_ops"},
     {"functional", "inplace"},
     {"_families", "checkpoint", "modules"},
     {"__init__"},
@@ -31,6 +33,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 THIRD_PARTY = {
     "safetensors": {"checkpoint", "cli"},
     "typing_extensions": {"modules"},  # for the type checker only
+    "triton": {"_triton_kernels"},  # comes with torch where it is used
     "rich": {"_bench", "cli"},
     "typer": {"cli"},
     "matplotlib": {"_bench"},

@@ -259,13 +259,9 @@ def _collide(written: Tensor, other: Tensor) -> bool:
 
 
 def _check_memory(call: Call) -> None:
-    if any(t.is_meta or _is_fake(t) for _, t in call.tensors()):
+    shown = [_shows_memory(name, t) for name, t in call.tensors()]
+    if not all(shown):
         return
-    for name, t in call.tensors():
-        if type(t) in (Tensor, torch.nn.Parameter) and t.numel() > 0 and _is_freed(t):
-            raise ValueError(
-                f"{name}: expected a tensor with memory, got one whose storage is freed"
-            )
     written = call.written()
     for name, t in written:
         if _covers_itself(t):
@@ -287,12 +283,15 @@ def _check_memory(call: Call) -> None:
         raise ValueError("out: expected memory apart from residual_out's, got an overlap")
 
 
-def _is_freed(t: Tensor) -> bool:
+def _shows_memory(name: str, t: Tensor) -> bool:
+    """Whether a tensor's address says where its elements are."""
+    plain = type(t) in (Tensor, torch.nn.Parameter)
+    if t.is_meta or (not plain and hasattr(t, "fake_mode")):
+        return False
     try:
-        return t.data_ptr() == 0
+        address = t.data_ptr()
     except RuntimeError:  # a wrapper of torch.func has no memory of its own
         return False
-
-
-def _is_fake(t: Tensor) -> bool:
-    return type(t) not in (Tensor, torch.nn.Parameter) and hasattr(t, "fake_mode")
+    if address == 0 and t.numel() > 0 and plain:
+        raise ValueError(f"{name}: expected a tensor with memory, got one whose storage is freed")
+    return address != 0 or t.numel() == 0

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from normkit import reference
+from normkit import _triton, reference
 from normkit._checks import Call, check
 
 
@@ -36,6 +36,8 @@ def bind(extension: Any) -> None:
         torch.bfloat16,
         torch.uint8,
         torch.is_autocast_enabled,
+        torch._C._is_tracing,
+        torch._C._len_torch_dispatch_stack,
     )
 
 
@@ -88,10 +90,11 @@ natives: dict[str, Native] = {
     "auto": _extension,
     "cpu": _extension,
     "cuda": _extension,
+    "triton": Native(_triton.norm, _triton.norm_backward),
     "reference": Native(_use_reference, _use_reference),
 }
 
-# Profilers and modes of torch do not see the eager calls that go straight into the extension.
+# The profiler of torch does not see the eager calls that go straight into the extension.
 ALWAYS_DISPATCH = os.environ.get("NORMKIT_ALWAYS_DISPATCH", "0") not in ("", "0")
 
 # The first try of an eager call, in mode QUICK; None where it has to be looked at.
@@ -120,14 +123,15 @@ def backends() -> dict[str, Backend]:
     """Tell which backends work on this machine, and why the others do not.
 
     Returns:
-        A `Backend` (name, usable, reason) for each of "cpu", "cuda" and "reference".
+        A `Backend` (name, usable, reason) for each of "cpu", "cuda", "triton" and "reference".
 
     Example:
         >>> import normkit
         >>> normkit.backends()["reference"].usable
         True
     """
-    return {b.name: b for b in (_cpu(), _cuda(), Backend("reference", True, "plain torch"))}
+    listed = (_cpu(), _cuda(), _triton_backend(), Backend("reference", True, "plain torch"))
+    return {backend.name: backend for backend in listed}
 
 
 def _cpu() -> Backend:
@@ -151,6 +155,15 @@ def _cuda() -> Backend:
     return Backend("cuda", bool(usable), "; ".join([*usable, *others]))
 
 
+def _triton_backend() -> Backend:
+    kinds = ("xpu", "cuda") if torch.version.hip else ("xpu",)
+    devices = [f"{kind}:{i}" for kind in kinds for i in range(getattr(torch, kind).device_count())]
+    reasons = [_triton.serves(torch.device(device)) for device in devices]
+    if "" in reasons:
+        return Backend("triton", True, ", ".join(devices))
+    return Backend("triton", False, reasons[0] if reasons else "no ROCm or XPU device")
+
+
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Have every call of this thread served by one backend.
@@ -158,7 +171,8 @@ def use_backend(name: str) -> Iterator[None]:
     A call that the named backend cannot serve raises; only "auto" falls back.
 
     Args:
-        name: "auto" (the default state: the first that can), "cpu", "cuda" or "reference".
+        name: "auto" (the default state: the first that can), "cpu", "cuda", "triton" or
+            "reference".
 
     Raises:
         ValueError: name is none of these; or, from a call inside, the backend cannot serve it.
@@ -269,8 +283,10 @@ class Wanted(NamedTuple):
     bias: bool
 
 
-def backward_refusal(clamp_inf: bool) -> str:
+def backward_refusal(served_by: str, clamp_inf: bool) -> str:
     """Why no kernel makes these gradients; an empty str when one does."""
+    if served_by == "triton":
+        return str(_triton.norm_backward())
     return "clamp_inf=True" if clamp_inf else ""
 
 
@@ -288,7 +304,7 @@ def backward(
     mean: Tensor | None,
 ) -> Gradients:
     """Make the gradients of a norm; backend is what `use_backend` named for the forward pass."""
-    if not backward_refusal(formula.clamp_inf):
+    if not backward_refusal(backend, formula.clamp_inf):
         native = natives[backend].norm_backward
         kind = formula.layer + 2 * formula.per_head + 8 * formula.from_output
         options = (
@@ -362,7 +378,7 @@ def explain_call(call: Call) -> Explanation:
         return Explanation("reference", "plain torch", served)
     reason = "served natively"
     if gradient:
-        why_not = backward_refusal(call.clamp_inf)
+        why_not = backward_refusal(served[0], call.clamp_inf)
         reason += f"; the gradients by plain torch: {why_not}" if why_not else ", gradients too"
     copied = [name for name, t in call.inputs() if as_kernels_read_it(t) is not t]
     if copied:
@@ -383,6 +399,8 @@ def _ask_native(call: Call, wanted: str, mode: int) -> Any:
     if wanted in ("cpu", "cuda") and call.x.device.type != wanted:
         unusable = "" if (backend := backends()[wanted]).usable else f"; {backend.reason}"
         return f"x is on {call.x.device}{unusable}"
+    if wanted == "auto" and not call.x.is_cpu and not _triton.serves(call.x.device):
+        wanted = "triton"
     native = natives[wanted].norm
     kind = call.layer + 2 * call.per_head + 4 * (call.residual is not None)
     options = (

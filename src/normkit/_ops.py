@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from normkit import _dispatch
+from normkit import _dispatch, _sharding
 from normkit._checks import Call, check
 from normkit._dispatch import ALWAYS_DISPATCH, Formula, Gradients, Result, Saved, Wanted
 
@@ -112,17 +112,19 @@ def serve(call: Call) -> Any:
     """Check and serve a call that the quick path did not take."""
     if _autocasts(call):
         call.out_dtype = torch.float32
-    # Under these only torch's own operators know what to do.
+    # Under these only torch's own operators know what to do, and in a trace of torch.jit too.
     transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     if torch.compiler.is_compiling():
         check(call)
         return _dispatch.serve_by_reference(call) if transformed else _call_operator(call)
+    transformed = transformed or torch._C._is_tracing()
     if _dispatch.is_explaining():
         check(call)
         return _dispatch.explain_call(call)
-    if ALWAYS_DISPATCH or not _is_plain(call):
+    if ALWAYS_DISPATCH or torch._C._len_torch_dispatch_stack() > 0 or not _is_plain(call):
         check(call)
         # A backend asked for by name has to say that it cannot serve these.
+        _sharding.register_once(_SHARDED)
         by_name = transformed or _dispatch.wanted_backend() not in ("auto", "reference")
         return _dispatch.serve(call) if by_name else _call_operator(call)
     writes = call.out is not None or call.residual_out is not None
@@ -153,7 +155,7 @@ def _is_plain(call: Call) -> bool:
     for t in (call.residual, call.weight, call.bias, call.out, call.residual_out):
         if t is not None and type(t) not in PLAIN:
             return False
-    return call.x.is_cpu or call.x.is_cuda
+    return call.x.is_cpu or call.x.is_cuda or call.x.is_xpu
 
 
 # ---------------------------------------------------------------- gradients
@@ -240,6 +242,8 @@ class _Norm(torch.autograd.Function):
         saved = _dispatch.save(call)
         _remember(ctx, call, saved)
         y, residual_out = saved[:2]
+        if residual_out is not None and not any(ctx.needs_input_grad[1:3]):
+            ctx.mark_non_differentiable(residual_out)
         return y if residual_out is None else (y, residual_out)
 
     @staticmethod
@@ -287,6 +291,13 @@ def _register(op: Op) -> None:
     _register_writing(op, "_out", {**outputs, **op.arguments})
 
 
+def _outputs(op: Op) -> tuple[str, ...]:
+    """The outputs of the functional form; mean is empty where a kind of "rms" has none."""
+    residual_out = ("residual_out",) if op.adds else ()
+    mean = () if op.layer is False else ("mean",)
+    return ("y", *residual_out, "rstd", *mean)
+
+
 def _register_functional(op: Op) -> None:
     """Register what returns y, residual_out if there is one, rstd, and mean unless it is rms."""
     arguments = {
@@ -294,8 +305,8 @@ def _register_functional(op: Op) -> None:
         "out_dtype": Argument("ScalarType?", None),
         "memory_efficient": Argument("bool", False),
     }
-    has_mean = op.layer is not False  # empty where a kind of "rms" has none
-    outputs = ["y", *(["residual_out"] if op.adds else []), "rstd", *(["mean"] if has_mean else [])]
+    outputs = _outputs(op)
+    has_mean = "mean" in outputs
     _define(op.name, arguments, f"({', '.join(f'Tensor {name}' for name in outputs)})")
     name = f"normkit::{op.name}"
 
@@ -331,7 +342,9 @@ def _register_functional(op: Op) -> None:
         call = call_of(inputs)
         made = dict(zip(outputs, output, strict=True))
         mean = made.get("mean") if call.layer else None
-        ctx.mark_non_differentiable(*output[1 + op.adds :])
+        # A sum of what wants no gradient wants none either.
+        summands = ctx.needs_input_grad[:2] if op.adds else (True,)
+        ctx.mark_non_differentiable(*output[1 + (op.adds and any(summands)) :])
         _remember(ctx, call, (made["y"], made.get("residual_out"), made["rstd"], mean))
 
     places = [
@@ -463,6 +476,13 @@ for _op in OPS.values():
     _register(_op)
 _register_backward()
 
+_GRADIENTS = ("grad_x", "grad_residual", "grad_weight", "grad_bias")
+_SHARDED = (
+    *((op.name, (*op.names, "out_dtype", "memory_efficient"), _outputs(op)) for op in OPS.values()),
+    ("norm_backward", (*_FORMULA, *_WANTED, *_TENSORS), _GRADIENTS),
+)
+_sharding.register_once(_SHARDED)
+
 _FORMS = {
     op.name + form: getattr(torch.ops.normkit, op.name + form).default
     for op in OPS.values()
@@ -471,6 +491,8 @@ _FORMS = {
 
 
 def _call_operator(call: Call) -> Result:
+    if call.written() and _sharding.is_sharded(call.x):
+        return _dispatch.serve_by_reference(call)
     op = OPS[call.op.rstrip("_")]
     values = op.values(call)
     if call.op.endswith("_"):

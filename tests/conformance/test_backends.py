@@ -19,7 +19,7 @@ def call(name: str, *tensors: Any, **options: Any) -> Any:
 
 def test_every_backend_is_listed_with_a_reason() -> None:
     found = normkit.backends()
-    assert list(found) == ["cpu", "cuda", "reference"]
+    assert list(found) == ["cpu", "cuda", "triton", "reference"]
     for name, backend in found.items():
         assert backend.name == name
         assert isinstance(backend.usable, bool)
@@ -30,7 +30,7 @@ def test_every_backend_is_listed_with_a_reason() -> None:
 def test_an_unknown_backend_is_an_error() -> None:
     for name in ("CPU", "", "gpu", None, 0):
         with (
-            pytest.raises(ValueError, match=r"^name: expected one of auto, cpu, cuda, reference"),
+            pytest.raises(ValueError, match="^name: expected one of auto, cpu, cuda, triton, ref"),
             normkit.use_backend(name),
         ):
             pass
