@@ -36,6 +36,7 @@ from gpu_cases import Case
 from gpu_method import Baselines, capture, device, device_state, noise, rotation, time_graphs
 
 import normkit
+import normkit.modules
 from normkit import _bench, _dispatch, functional, inplace
 from normkit._bench import NORMKIT
 
@@ -191,11 +192,13 @@ def load(path: Path) -> ModuleType:
 @contextmanager
 def serving(module: ModuleType) -> Iterator[None]:
     """Have the norms served by this copy."""
+    native = _dispatch.Native(module.norm, module.norm_backward)
     places: dict[tuple[ModuleType, str], Any] = {
         (_dispatch, "_C"): module,  # which is told whether its quick path is on
-        (_dispatch, "native"): module.norm,
+        (_dispatch, "natives"): _dispatch.natives | dict.fromkeys(("auto", "cpu", "cuda"), native),
         (functional, "_native"): module.norm,
         (inplace, "_native"): module.norm,
+        (normkit.modules, "_native"): module.norm,
     }
     before = {place: getattr(*place) for place in places}
     try:

@@ -443,7 +443,8 @@ def explain(op: str | Callable[..., Any], *tensors: Tensor | None, **options: An
         options: its keyword arguments.
 
     Returns:
-        An `Explanation` with `backend` ("cpu", "cuda", "triton" or "reference"), `plan` and `reason`.
+        An `Explanation` with `backend` ("cpu", "cuda", "triton" or "reference"), `plan` and
+        `reason`.
 
     Raises:
         ValueError: op is not one of normkit's functions.

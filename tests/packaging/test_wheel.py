@@ -129,10 +129,11 @@ def test_runs_on_the_torch_path_without_the_extension() -> None:
         except ValueError as error:
             print(error)
     """
-    served_by, cpu, cuda, reference, error = run(code).splitlines()
+    served_by, cpu, cuda, triton, reference, error = run(code).splitlines()
     assert served_by == "reference"
     assert cpu.startswith("cpu False the extension could not be loaded")
     assert cuda.startswith("cuda False the extension could not be loaded")
+    assert triton.startswith("triton False")
     assert reference.startswith("reference True")
     assert "the extension could not be loaded" in error
 
