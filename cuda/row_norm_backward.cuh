@@ -231,8 +231,10 @@ __global__ void __launch_bounds__(kPacks == 1 ? kThreads : kMostLanes,
   // In an RMSNorm a bias is rare, and its sums are left to the kernels for any access.
   constexpr bool kBias = !Access::kWhole || kStatistic == Statistic::kLayer;
   // As float32 values there is no room for rows beside the sums: they are read again, from a cache.
-  constexpr bool kKeeps = Access::kWhole;
-  constexpr bool kAhead = kKeeps && kPacks <= 2;  // the next row is loaded ahead of its turn
+  // So are four packs.  Of kept rows the next one is loaded ahead of its turn.
+  constexpr bool kKeeps = Access::kWhole && kPacks <= 2;
+  // With x, where there is room.
+  constexpr bool kAddendEarly = kKeeps && (kPacks == 1 || (kPacks == 2 && !kBias));
   using Storage = WarpSums<kSums>[2];
   NORMKIT_SHARED(Storage, sums_storage);
   NORMKIT_SHARED(GroupStorage<kSize>, group_storage);
@@ -299,7 +301,8 @@ __global__ void __launch_bounds__(kPacks == 1 ? kThreads : kMostLanes,
   const uint32_t step = a.slices * a.groups;
   uint32_t first = slice * a.groups, walked = 0;
   Row ahead;
-  if constexpr (kAhead) ahead = load(first);
+  if constexpr (kKeeps) ahead = load(first);
+#pragma unroll 1
   for (; first < of_head; first += step) {
     if (walked && walked % kChainRows == 0) flush_all(walked == kChainRows, false);
     const bool exists = first + group < of_head;
@@ -307,11 +310,9 @@ __global__ void __launch_bounds__(kPacks == 1 ? kThreads : kMostLanes,
     const int live = exists ? end : 0;
     const Place place(a, number);
     Row row;
-    if constexpr (kAhead) {
+    if constexpr (kKeeps) {
       row = ahead;
       ahead = load(first + step);
-    } else if constexpr (kKeeps) {
-      row = load(first);
     }
     const RowOperands operands(a, number, exists);
     const auto terms = [&](int p) {
@@ -322,19 +323,21 @@ __global__ void __launch_bounds__(kPacks == 1 ? kThreads : kMostLanes,
       else
         return operands.template terms<kStatistic, Access>(a, column(p), live);
     };
-    Pack addend[kKeeps ? kPacks : 1];
-    if constexpr (kKeeps) {
-      const RowAt from = place.of(a.grad_residual_out, a.dims);
+    const auto load_addend = [&](int p) {
+      if (!a.grad_residual_out.data) return Pack{};
+      return Access::load(place.of(a.grad_residual_out, a.dims), column(p), live);
+    };
+    Pack addend[kAddendEarly ? kPacks : 1];
+    if constexpr (kAddendEarly)
 #pragma unroll
-      for (int p = 0; p < kPacks; ++p)
-        addend[p] = a.grad_residual_out.data ? Access::load(from, column(p), live) : Pack{};
-    }
+      for (int p = 0; p < kPacks; ++p) addend[p] = load_addend(p);
 
     Sums<kQuads> of_pack[kSums][kPacks];
 #pragma unroll
     for (int p = 0; p < kPacks; ++p) {
       Sums<kQuads> of_terms[kSums] = {};
       if (has(p)) {
+        if constexpr (kKeeps) Access::stay_packed(weight[p]);
         const Terms<kSize> t = terms(p);
         sums.template add<Access>(a, p, t);
         row_sums_of(t, of_terms);
@@ -358,12 +361,8 @@ __global__ void __launch_bounds__(kPacks == 1 ? kThreads : kMostLanes,
 #pragma unroll
     for (int p = 0; p < kPacks; ++p) {
       if (!has(p)) break;
-      Floats<kSize> added{};
-      if constexpr (kKeeps)
-        added = Access::floats(addend[p]);
-      else if (a.grad_residual_out.data)
-        added =
-            Access::floats(Access::load(place.of(a.grad_residual_out, a.dims), column(p), live));
+      if constexpr (!kAddendEarly) addend[0] = load_addend(p);
+      const Floats<kSize> added = Access::floats(addend[kAddendEarly ? p : 0]);
       store_gradient<kStatistic, Access>(a, place, terms(p), kKeeps ? row.rstd : operands.rstd,
                                          means, added, column(p), live);
     }
@@ -414,7 +413,8 @@ __global__ void __launch_bounds__(kMostLanes) long_row_backward_kernel(RowNormBa
 // And for the gradients of weight and bias: a block some columns of one slice of one head.  Without
 // a mean it does for an RMSNorm.
 template <class Access>
-__global__ void __launch_bounds__(kThreads) long_columns_kernel(RowNormBackwardArgs a) {
+__global__ void __launch_bounds__(kThreads, kColumnBlocks)
+    long_columns_kernel(RowNormBackwardArgs a) {
   constexpr int kSize = Access::kSize;
   const uint32_t unit = blockIdx.x / a.column_blocks, slice = a.heads.divide(unit);
   const uint32_t head = unit - slice * a.heads.value, of_head = a.heads.divide(a.rows);

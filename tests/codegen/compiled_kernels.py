@@ -13,7 +13,14 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 CUDA = ROOT / "cuda"
 DTYPES = ("float32", "float16", "bfloat16")
-SOURCES = (*(f"instances_{dtype}.cu" for dtype in DTYPES), "launch.cu", "device.cu")
+SOURCES = (
+    *(f"instances_{dtype}.cu" for dtype in DTYPES),
+    "instances_backward_any.cu",
+    *(f"instances_backward_{dtype}.cu" for dtype in DTYPES),
+    "launch_backward.cu",
+    "launch.cu",
+    "device.cu",
+)
 ARCHS = ("sm_80", "sm_90")  # without clusters and with them
 
 # What CMakeLists.txt asks for, and what a Release build adds.
@@ -31,12 +38,13 @@ class Instance:
     packs: int = 0
     rows: int = 0
     cluster: bool = False
+    backward: bool = False
 
 
 @dataclass
 class Kernel:
     arch: str
-    dtype: str
+    dtype: str  # or another name of its source
     instance: Instance
     registers: int
     stack: int
@@ -49,6 +57,7 @@ class Kernel:
     def __str__(self) -> str:
         i = self.instance
         kind = i.access + (f" {i.packs}x{i.rows}" if i.packs else "") + " cluster" * i.cluster
+        kind += " backward" * i.backward
         return f"{self.arch} {self.dtype} {i.statistic}{' adding' * i.adds} {kind}"
 
 
@@ -92,13 +101,46 @@ def named_instances() -> set[Instance]:
     return found
 
 
+def named_backward_instances(source: str) -> set[Instance]:
+    """What a source of the backward pass names: `launch_backward` or `backward_` and a dtype."""
+    if source == "launch_backward":
+        return {Instance("", False, "fold", backward=True)}
+    most = constant("kBackwardColumns")  # of a thread
+    kinds = {
+        "backward_float32": {("Uniform", packs) for packs in (1, 2, most // 4)},
+        "backward_float16": {("Uniform", packs) for packs in (1, most // 8)},
+        "backward_bfloat16": {("Uniform", packs) for packs in (1, most // 8)},
+        "backward_any": {("Any4", 1), ("Any4", most // 4), ("Any8", 1), ("Any8", most // 8)}
+        | {("long", 0)},
+    }[source]
+    found = {
+        Instance(statistic, False, access, packs, 1 if packs else 0, backward=True)
+        for statistic in ("rms", "layer")
+        for access, packs in kinds
+    }
+    if source == "backward_any":
+        found.add(Instance("", False, "columns", backward=True))
+    return found
+
+
 _MANGLED = re.compile(
     r"row_norm_kernelI(?:f|6__half|13__nv_bfloat16)LNS_9StatisticE(?P<statistic>[01])ELb(?P<adds>[01])E"
     r"(?:NS0_\d(?P<access>Uniform|Any)I\w+?E+Li(?P<packs>\d+)ELi(?P<rows>\d+)ELb(?P<cluster>[01])E)?E"
 )
+_MANGLED_BACKWARD = re.compile(
+    r"\d\d(?P<kind>row_norm_backward|long_row_backward|long_columns|fold)_kernel"
+    r"(?:ILNS_9StatisticE(?P<statistic>[01])E)?"
+    r"(?:NS0_\d(?P<access>Uniform|Any)I(?:f|6__half|13__nv_bfloat16)(?:Li(?P<size>\d)E)?E+Li(?P<packs>\d)E)?"
+)
 
 
 def instance_of(mangled: str) -> Instance | None:
+    if match := _MANGLED_BACKWARD.search(mangled):
+        statistic = ("rms", "layer")[int(match["statistic"])] if match["statistic"] else ""
+        kind = {"fold": "fold", "long_columns": "columns", "long_row_backward": "long"}
+        access = kind.get(match["kind"]) or match["access"] + (match["size"] or "")
+        packs = int(match["packs"] or 0)
+        return Instance(statistic, False, access, packs, 1 if packs else 0, backward=True)
     match = _MANGLED.search(mangled)
     if not match:
         return None
@@ -180,6 +222,7 @@ def compile_all(folder: Path, jobs: int = 2) -> list[Kernel]:
         results = list(zip(tasks, done, strict=True))
     kernels: list[Kernel] = []
     for (source, arch), (said, ptx, sass) in results:
-        if dtype := re.search(r"instances_(\w+)", source):
-            kernels += _kernels(dtype[1], arch, said, ptx, sass)
+        if source not in ("launch.cu", "device.cu"):
+            name = source.removesuffix(".cu").removeprefix("instances_")
+            kernels += _kernels(name, arch, said, ptx, sass)
     return kernels

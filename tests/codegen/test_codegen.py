@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 from compiled_kernels import ARCHS, CUDA, DTYPES, ROOT, Kernel, compile_all, constant, find
+from compiled_kernels import named_backward_instances as named_backward
 from compiled_kernels import named_instances as named
 
 pytestmark = [
@@ -36,7 +37,18 @@ def wrong(kernels: list[Kernel], is_right: Callable[[Kernel], bool]) -> list[str
 def uniform(kernels: list[Kernel]) -> list[Kernel]:
     found = [k for k in kernels if k.instance.access == "Uniform" and not only_traps(k)]
     assert found
+    return [k for k in found if not k.instance.backward]
+
+
+def uniform_backward(kernels: list[Kernel]) -> list[Kernel]:
+    found = [k for k in kernels if k.instance.access == "Uniform" and k.instance.backward]
+    assert found
     return found
+
+
+# A float32 a row: rstd, and mean where there is one.
+def row_values(kernel: Kernel) -> int:
+    return kernel.instance.rows * (1 if kernel.instance.statistic == "rms" else 2)
 
 
 def test_flags_are_those_of_the_build() -> None:
@@ -55,6 +67,10 @@ def test_every_instance_is_there_once(kernels: list[Kernel]) -> None:
             found = [k.instance for k in kernels if (k.arch, k.dtype) == (arch, dtype)]
             assert len(found) == len(set(found)), (arch, dtype)
             assert set(found) == named(), (arch, dtype)
+        for source in (*(f"backward_{of}" for of in (*DTYPES, "any")), "launch_backward"):
+            found = [k.instance for k in kernels if (k.arch, k.dtype) == (arch, source)]
+            assert len(found) == len(set(found)), (arch, source)
+            assert set(found) == named_backward(source), (arch, source)
 
 
 def test_every_source_of_the_build_is_compiled() -> None:
@@ -72,6 +88,8 @@ def test_nothing_is_spilled_or_kept_in_local_memory(kernels: list[Kernel]) -> No
 # to keep the memory busy: then it takes warps, of which 24 fit at 80 registers and 20 at 96.
 def budget(kernel: Kernel) -> int:
     i = kernel.instance
+    if i.backward:
+        return BACKWARD_BUDGETS.get((i.access, i.packs), MOST)
     if i.access == "long":
         return LONG_BUDGET
     return BUDGETS.get((i.access, i.packs, i.rows), MOST)
@@ -84,6 +102,14 @@ BUDGETS = {
     ("Uniform", 2, 1): 80,
     ("Uniform", 4, 1): 96,
     ("Any", 1, 1): 80,
+}
+# Of the backward pass, blocks of kThreads for short rows, of which so many are to fit.
+SHORT_BACKWARD = REGISTERS // (constant("kBackwardBlocks") * constant("kThreads"))
+BACKWARD_BUDGETS = {
+    ("Uniform", 1): SHORT_BACKWARD,
+    ("long", 0): LONG_BUDGET,
+    ("columns", 0): REGISTERS // (constant("kColumnBlocks") * constant("kThreads")),
+    ("fold", 0): 32,
 }
 
 
@@ -99,8 +125,19 @@ def test_uniform_kernels_reach_memory_16_bytes_at_a_time(kernels: list[Kernel]) 
         # x, weight and bias, each pack once; with a residual also that, and the sum is written.
         for name, tensors in (("ld", 4 if i.adds else 3), ("st", 2 if i.adds else 1)):
             ops = {op: n for op, n in k.ptx.items() if op.startswith(f"{name}.global")}
+            narrow = ops.pop(f"{name}.global.f32", 0)
+            assert narrow == (row_values(k) if name == "st" else 0), f"{k}: {narrow}"
             assert set(ops) <= {f"{name}.global.v4.{bits}" for bits in ("u32", "f32")}, str(k)
             assert sum(ops.values()) == packs * tensors, f"{k}: {ops}"
+
+
+def test_uniform_backward_kernels_reach_memory_16_bytes_at_a_time(kernels: list[Kernel]) -> None:
+    for k in uniform_backward(kernels):
+        ops = {op: n for op, n in k.ptx.items() if re.match(r"(ld|st)\.global", op)}
+        # rstd and mean of a row, and of the next one where that is loaded ahead.
+        values = row_values(k) * (2 if k.instance.packs <= 2 else 1)
+        assert ops.pop("ld.global.f32", 0) == values, str(k)
+        assert all(".v4." in op for op in ops), f"{k}: {ops}"
 
 
 def test_generic_addresses_are_for_peers_only(kernels: list[Kernel]) -> None:
@@ -165,8 +202,9 @@ class TestMachineCode:
             packs = i.packs * i.rows
             for name, least in (("LDG", packs * (4 if i.adds else 3)), ("STG", packs)):
                 ops = {op: n for op, n in k.sass.items() if op.startswith(name)}
-                assert all(".128" in op for op in ops), f"{k}: {ops}"
-                assert sum(ops.values()) >= least, f"{k}: {ops}"
+                narrow = sum(n for op, n in ops.items() if ".128" not in op)
+                assert narrow == (row_values(k) if name == "STG" else 0), f"{k}: {ops}"
+                assert sum(ops.values()) - narrow >= least, f"{k}: {ops}"
 
     def test_clusters_meet_at_their_barriers(self, kernels: list[Kernel]) -> None:
         def is_right(k: Kernel) -> bool:

@@ -21,268 +21,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from mutations import ADDRESS, MUTANTS, PLAIN, THREAD, Mutant
+
 ROOT = Path(__file__).resolve().parents[2]
-PLAIN, ADDRESS, THREAD = "plain", "address,undefined", "thread"
 # What the sweep runs: all of it, or a part where a sanitizer makes it slow.
 SHARE = {PLAIN: ("0", "1"), ADDRESS: ("0", "8"), THREAD: ("0", "8")}
-TIME_LIMIT = 150  # seconds for a sweep; an endless loop is no catch
-
-
-@dataclass(frozen=True)
-class Mutant:
-    name: str
-    stands_for: str
-    build: str
-    file: str
-    patches: tuple[tuple[str, str], ...]
-
-
-def mutant(name: str, stands_for: str, build: str, file: str, old: str, new: str) -> Mutant:
-    return Mutant(name, stands_for, build, file, ((old, new),))
-
-
-PACK, REDUCE, ROW, LAUNCH = (
-    "cuda/pack.cuh",
-    "cuda/reduce.cuh",
-    "cuda/row_norm.cuh",
-    "cuda/launch.cu",
-)
-
-WARP_TREE = """\
-  __syncthreads();
-#pragma unroll
-  for (int q = 0; q < kQuads; ++q) {
-    storage.thread[q][threadIdx.x] = v.quad[q];
-    __syncwarp(0xffffffffu);
-    for (int half = kWarp / 2; half > 0; half /= 2)
-      if (lane < half) storage.thread[q][threadIdx.x] += storage.thread[q][threadIdx.x + half];
-    __syncwarp(0xffffffffu);
-    v.quad[q] = storage.thread[q][threadIdx.x - lane];
-  }
-  return fold<kQuads>(v.quad);
-"""
-
-MUTANTS = (
-    mutant(
-        "tail-load",
-        "a whole pack is loaded where the row ends inside it",
-        ADDRESS,
-        PACK,
-        "if (row.wide && column + kSize <= end) {",
-        "if (row.wide && column < end) {",
-    ),
-    mutant(
-        "alignment-not-checked",
-        "16 bytes at once from rows of any alignment",
-        ADDRESS,
-        LAUNCH,
-        "return offset % std::min<int64_t>(16, pack * item_size(dtype)) == 0;",
-        "return (void)offset, (void)dtype, (void)pack, true;",
-    ),
-    mutant(
-        "storage-used-twice",
-        "both reductions through one storage, without a barrier between them",
-        THREAD,
-        ROW,
-        "sum[r] = sum_of_row(fold_packs(of_pack), squares_storage);",
-        "sum[r] = sum_of_row(fold_packs(of_pack), sum_storage);",
-    ),
-    mutant(
-        "warp-tree-unsynced",
-        "a tree over shared memory that trusts a warp to run in step",
-        THREAD,
-        REDUCE,
-        "  return fold_lanes(v, kWarp);\n",
-        WARP_TREE,
-    ),
-    mutant(
-        "barrier-missing",
-        "other warps' sums are read before they are written",
-        THREAD,
-        REDUCE,
-        "  __syncthreads();\n",
-        "",
-    ),
-    mutant(
-        "barrier-divergent",
-        "a barrier that only threads with columns of the row reach",
-        PLAIN,
-        REDUCE,
-        "  __syncthreads();\n",
-        "  if (v.quad[0] != 0.f) __syncthreads();\n",
-    ),
-    mutant(
-        "shared-uninitialised",
-        "sums of warps that the group does not have",
-        PLAIN,
-        REDUCE,
-        "warp * kWarp < lanes ? storage.thread[q][first + warp * kWarp + lane] : 0.f;",
-        "storage.thread[q][(first + warp * kWarp + lane) % kMostLanes];",
-    ),
-    mutant(
-        "offset-32-bits",
-        "row * stride in 32 bits, for tensors of more than 2 GiB",
-        PLAIN,
-        ROW,
-        "int64_t offset = at[2] * rows.stride[2];",
-        "int64_t offset = static_cast<int>(at[2] * static_cast<uint32_t>(rows.stride[2]));",
-    ),
-    mutant(
-        "order-follows-lanes",
-        "a batch of another size gives other bits",
-        PLAIN,
-        REDUCE,
-        "for (int half = lanes / 2; half > 0; half /= 2)",
-        "for (int half = 1; half < lanes; half *= 2)",
-    ),
-    mutant(
-        "mean-lost",
-        "LayerNorm without its mean",
-        PLAIN,
-        ROW,
-        "float v = (x.v[i] - mean) * rstd;",
-        "float v = x.v[i] * rstd;",
-    ),
-    mutant(
-        "offset-in-weight-dtype",
-        "1 + weight rounded to bfloat16 (Gemma's norm)",
-        PLAIN,
-        ROW,
-        "a.weight.data ? weight.v[i] + a.weight_offset : 1.f;",
-        "a.weight.data ? Access::rounded(a.weight.dtype, weight.v[i] + a.weight_offset) : 1.f;",
-    ),
-    mutant(
-        "wrong-head",
-        "tokens and heads exchanged in the choice of the weight",
-        PLAIN,
-        ROW,
-        "row - a.heads.divide(row) * a.heads.value;",
-        "a.heads.divide(row) % a.heads.value;",
-    ),
-    mutant(
-        "sum-written-early",
-        "residual_out takes the residual's memory before its last read",
-        PLAIN,
-        ROW,
-        "      f(column, v, added);\n",
-        "      if constexpr (kAdds)\n"
-        "        Access::store(place.of(a.residual_out, a.dims), column, a.n, added);\n"
-        "      f(column, v, added);\n",
-    ),
-    mutant(
-        "tail-dropped",
-        "columns behind the last whole pack are left out",
-        PLAIN,
-        ROW,
-        "column < a.n;",
-        "column + kSize <= a.n;",
-    ),
-    Mutant(
-        "rounded-after-weight",
-        "Llama's rounding before the weight comes after it",
-        PLAIN,
-        ROW,
-        (
-            ("if (a.round_before_weight) v = Access::rounded(a.normalised, v);", ""),
-            (
-                "x.v[i] = a.bias.data ? fmaf(v, w, bias.v[i]) : v * w;",
-                "v *= w;\n"
-                "    if (a.round_before_weight) v = Access::rounded(a.normalised, v);\n"
-                "    x.v[i] = a.bias.data ? v + bias.v[i] : v;",
-            ),
-        ),
-    ),
-    mutant(
-        "sum-not-rounded",
-        "the norm of another sum than the one in residual_out",
-        PLAIN,
-        ROW,
-        "v = rounds ? residual.v[i] : sum;",
-        "v = sum;",
-    ),
-    mutant(
-        "peer-before-barrier",
-        "a peer's shared memory is read with only the own block waited for",
-        PLAIN,
-        REDUCE,
-        "  cluster_arrive();\n  cluster_wait();\n",
-        "  __syncthreads();\n",
-    ),
-    Mutant(
-        "peer-gone",
-        "a block ends while its peers read its shared memory",
-        PLAIN,
-        ROW,
-        (
-            ("if constexpr (kCluster) cluster_arrive();", ""),
-            ("if constexpr (kCluster) cluster_wait();", ""),
-        ),
-    ),
-    mutant(
-        "masked-in-variance",
-        "columns behind the end count as the mean squared (Triton's where left out)",
-        PLAIN,
-        ROW,
-        "else if (count > (Access::kWhole ? 0 : i))",
-        "else if (count > -1)",
-    ),
-    mutant(
-        "divisor-off-by-one",
-        "a division by multiplication with the factor rounded down",
-        PLAIN,
-        LAUNCH,
-        "(power + d.value - 1) / d.value",
-        "power / d.value",
-    ),
-    mutant(
-        "variance-of-a-sample",
-        "n - 1 in the place of n",
-        PLAIN,
-        ROW,
-        "inverse_square_root(squares / static_cast<float>(a.n) + a.eps)",
-        "inverse_square_root(squares / static_cast<float>(a.n > 1 ? a.n - 1 : 1) + a.eps)",
-    ),
-    mutant(
-        "eps-outside",
-        "eps added to the root, not under it",
-        PLAIN,
-        ROW,
-        "return inverse_square_root(squares / static_cast<float>(a.n) + a.eps);",
-        "return 1.f / (sqrtf(squares / static_cast<float>(a.n)) + a.eps);",
-    ),
-    mutant(
-        "weight-of-first-row",
-        "the rows of one thread all take the first one's weight",
-        PLAIN,
-        ROW,
-        "Access::load(weight_row[r], column(p), live[r])",
-        "Access::load(weight_row[0], column(p), live[r])",
-    ),
-    mutant(
-        "rows-behind-the-last",
-        "groups without a row work on the first one, in place, again",
-        PLAIN,
-        ROW,
-        "live[r] = rows[r] < a.rows ? end : 0;",
-        "live[r] = end;",
-    ),
-    mutant(
-        "clamp-swallows-nan",
-        "fminf and fmaxf make a number of NaN",
-        PLAIN,
-        PACK,
-        "return v > 65504.f ? 65504.f : v < -65504.f ? -65504.f : v;",
-        "return fminf(fmaxf(v, -65504.f), 65504.f);",
-    ),
-    mutant(
-        "errors-not-kept",
-        "a plain sum over a long row, whose error grows with it",
-        PLAIN,
-        ROW,
-        "lost.quad[q] = t - t == 0.f ? (t - sum.quad[q]) - y : 0.f;",
-        "lost.quad[q] = 0.f;",
-    ),
-)
+TIME_LIMIT = 300  # seconds for a sweep; an endless loop is no catch
 
 
 @dataclass(frozen=True)
@@ -355,7 +99,7 @@ def reason(code: int, text: str) -> str:
         r"runtime error: .{,50}",
         r"emu: .*",
         r".*the bits follow.*",
-        r"(?:y|residual_out) at row .*",
+        r"\w+ at row .*",
         r"this plan was not run.*",
     )
     for pattern in patterns:
@@ -372,7 +116,8 @@ def work(tree: Path, name: str, kind: str, change: Mutant | None) -> Result:
         if path and change:
             path.write_text(patched(original, change.patches))
         sweep = build(tree, kind)
-        code, text = output_of([str(sweep), "1", *SHARE[kind]], TIME_LIMIT)
+        only = [change.only] if change else []
+        code, text = output_of([str(sweep), "1", *SHARE[kind], *only], TIME_LIMIT)
         if change is None:
             good, what = code == 0, "passes" if code == 0 else reason(code, text)
         else:

@@ -1,5 +1,6 @@
 // Every plan that cpp/plan.h can return, run on the emulation against double: what the sanitizers
-// look at, and what the mutants have to get past.  Usage: sweep SEED [SHARE OF]
+// look at, and what the mutants have to get past.  Usage: sweep SEED [SHARE OF
+// [forward|backward]]
 #include "sweep.hpp"
 
 #include <sys/mman.h>
@@ -301,18 +302,11 @@ std::set<std::string> every_plan() {
   return found;
 }
 
-}  // namespace
-
-int main(int argc, char** argv) {
-  const auto argument = [&](int i, uint64_t otherwise) {
-    return argc > i ? std::strtoull(argv[i], nullptr, 10) : otherwise;
-  };
-  Sweep forward{std::mt19937_64(argument(1, 1)), argument(2, 0), argument(3, 1)};
-  const bool whole = forward.of == 1;
+void sweep_forward(Sweep& forward) {
   if (forward.share == 0) {
     same_bits(true);
     same_bits(false);
-    if (failures) return 1;
+    if (failures) return;
     Case c{};
     c.rows = c.heads = 1;
     c.n = 2000003;
@@ -342,11 +336,23 @@ int main(int argc, char** argv) {
               if (x == other || n % 7 == 0) forward.add(statistic, adds, x, other, 1, n);
           }
   }
-  if (whole)
+  if (forward.of == 1)
     for (const std::string& plan : every_plan())
       if (!plans.count(plan) && ++failures)
         std::fprintf(stderr, "this plan was not run: %s\n", plan.c_str());
-  const uint64_t backward = sweep_backward(argument(1, 1), forward.share, forward.of);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const auto argument = [&](int i, uint64_t otherwise) {
+    return argc > i ? std::strtoull(argv[i], nullptr, 10) : otherwise;
+  };
+  const std::string pass = argc > 4 ? argv[4] : "";
+  Sweep forward{std::mt19937_64(argument(1, 1)), argument(2, 0), argument(3, 1)};
+  if (pass != "backward") sweep_forward(forward);
+  uint64_t backward = 0;
+  if (pass != "forward") backward = sweep_backward(argument(1, 1), forward.share, forward.of);
   std::printf("%llu + %llu cases, %zu plans, %d failures\n",
               static_cast<unsigned long long>(forward.count),
               static_cast<unsigned long long>(backward), plans.size(), failures);

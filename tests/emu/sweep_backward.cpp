@@ -406,7 +406,7 @@ const std::vector<int64_t> kSizes = {1,    2,    7,    8,    9,    16,   31,   3
 
 uint64_t sweep_backward(uint64_t seed, uint64_t share, uint64_t of) {
   Sweep sweep{std::mt19937_64(seed), share, of};
-  if (share == 0 && of < 16) same_bits();
+  if (share == 0 && of < 8) same_bits();
   if (failures) return 0;
   const DType dtypes[] = {DType::kFloat32, DType::kFloat16, DType::kBFloat16};
   for (const Statistic statistic : {Statistic::kRms, Statistic::kLayer})

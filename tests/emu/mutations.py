@@ -1,0 +1,415 @@
+"""What `mutants.py` breaks: patches, each of which stands for a bug that somebody has had."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+PLAIN, ADDRESS, THREAD = "plain", "address,undefined", "thread"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    name: str
+    stands_for: str
+    build: str
+    file: str
+    patches: tuple[tuple[str, str], ...]
+    only: str = "forward"  # the part of the sweep that is to see it
+
+
+def mutant(name: str, stands_for: str, build: str, file: str, old: str, new: str) -> Mutant:
+    return Mutant(name, stands_for, build, file, ((old, new),))
+
+
+PACK = "cuda/pack.cuh"
+REDUCE = "cuda/reduce.cuh"
+ROWS = "cuda/rows.cuh"
+ROW = "cuda/row_norm.cuh"
+LAUNCHES = "cuda/launches.h"
+BACKWARD = "cuda/row_norm_backward.cuh"
+LAUNCH_BACKWARD = "cuda/launch_backward.cu"
+
+WARP_TREE = """\
+  __syncthreads();
+#pragma unroll
+  for (int q = 0; q < kQuads; ++q) {
+    storage.thread[q][threadIdx.x] = v.quad[q];
+    __syncwarp(0xffffffffu);
+    for (int half = kWarp / 2; half > 0; half /= 2)
+      if (lane < half) storage.thread[q][threadIdx.x] += storage.thread[q][threadIdx.x + half];
+    __syncwarp(0xffffffffu);
+    v.quad[q] = storage.thread[q][threadIdx.x - lane];
+  }
+  return fold<kQuads>(v.quad);
+"""
+
+FORWARD = (
+    mutant(
+        "tail-load",
+        "a whole pack is loaded where the row ends inside it",
+        ADDRESS,
+        PACK,
+        "if (row.wide && column + kSize <= end) {",
+        "if (row.wide && column < end) {",
+    ),
+    mutant(
+        "alignment-not-checked",
+        "16 bytes at once from rows of any alignment",
+        ADDRESS,
+        LAUNCHES,
+        "return offset % std::min<int64_t>(16, pack * item_size(dtype)) == 0;",
+        "return (void)offset, (void)dtype, (void)pack, true;",
+    ),
+    mutant(
+        "storage-used-twice",
+        "both reductions through one storage, without a barrier between them",
+        THREAD,
+        ROW,
+        "sum[r] = sum_of_row(fold_packs(of_pack), squares_storage);",
+        "sum[r] = sum_of_row(fold_packs(of_pack), sum_storage);",
+    ),
+    mutant(
+        "warp-tree-unsynced",
+        "a tree over shared memory that trusts a warp to run in step",
+        THREAD,
+        REDUCE,
+        "  return fold_lanes(v, kWarp);\n",
+        WARP_TREE,
+    ),
+    mutant(
+        "barrier-missing",
+        "other warps' sums are read before they are written",
+        THREAD,
+        REDUCE,
+        "  __syncthreads();\n  const int lane",
+        "  const int lane",
+    ),
+    mutant(
+        "barrier-divergent",
+        "a barrier that only threads with columns of the row reach",
+        PLAIN,
+        REDUCE,
+        "  __syncthreads();\n  const int lane",
+        "  if (v.quad[0] != 0.f) __syncthreads();\n  const int lane",
+    ),
+    mutant(
+        "shared-uninitialised",
+        "sums of warps that the group does not have",
+        PLAIN,
+        REDUCE,
+        "warp * kWarp < lanes ? storage.thread[q][first + warp * kWarp + lane] : 0.f;",
+        "storage.thread[q][(first + warp * kWarp + lane) % kMostLanes];",
+    ),
+    mutant(
+        "offset-32-bits",
+        "row * stride in 32 bits, for tensors of more than 2 GiB",
+        PLAIN,
+        ROWS,
+        "int64_t offset = at[2] * rows.stride[2];",
+        "int64_t offset = static_cast<int>(at[2] * static_cast<uint32_t>(rows.stride[2]));",
+    ),
+    mutant(
+        "order-follows-lanes",
+        "a batch of another size gives other bits",
+        PLAIN,
+        REDUCE,
+        "for (int half = lanes / 2; half > 0; half /= 2)",
+        "for (int half = 1; half < lanes; half *= 2)",
+    ),
+    mutant(
+        "mean-lost",
+        "LayerNorm without its mean",
+        PLAIN,
+        ROW,
+        "float v = (x.v[i] - mean) * rstd;",
+        "float v = x.v[i] * rstd;",
+    ),
+    mutant(
+        "offset-in-weight-dtype",
+        "1 + weight rounded to bfloat16 (Gemma's norm)",
+        PLAIN,
+        ROW,
+        "a.weight.data ? weight.v[i] + a.weight_offset : 1.f;",
+        "a.weight.data ? Access::rounded(a.weight.dtype, weight.v[i] + a.weight_offset) : 1.f;",
+    ),
+    mutant(
+        "wrong-head",
+        "tokens and heads exchanged in the choice of the weight",
+        PLAIN,
+        ROWS,
+        "row - a.heads.divide(row) * a.heads.value;",
+        "a.heads.divide(row) % a.heads.value;",
+    ),
+    mutant(
+        "sum-written-early",
+        "residual_out takes the residual's memory before its last read",
+        PLAIN,
+        ROW,
+        "      f(column, v, added);\n",
+        "      if constexpr (kAdds)\n"
+        "        Access::store(place.of(a.residual_out, a.dims), column, a.n, added);\n"
+        "      f(column, v, added);\n",
+    ),
+    mutant(
+        "tail-dropped",
+        "columns behind the last whole pack are left out",
+        PLAIN,
+        ROW,
+        "column < a.n;",
+        "column + kSize <= a.n;",
+    ),
+    Mutant(
+        "rounded-after-weight",
+        "Llama's rounding before the weight comes after it",
+        PLAIN,
+        ROW,
+        (
+            ("if (a.round_before_weight) v = Access::rounded(a.normalised, v);", ""),
+            (
+                "x.v[i] = a.bias.data ? fmaf(v, w, bias.v[i]) : v * w;",
+                "v *= w;\n"
+                "    if (a.round_before_weight) v = Access::rounded(a.normalised, v);\n"
+                "    x.v[i] = a.bias.data ? v + bias.v[i] : v;",
+            ),
+        ),
+    ),
+    mutant(
+        "sum-not-rounded",
+        "the norm of another sum than the one in residual_out",
+        PLAIN,
+        ROW,
+        "v = rounds ? residual.v[i] : sum;",
+        "v = sum;",
+    ),
+    mutant(
+        "peer-before-barrier",
+        "a peer's shared memory is read with only the own block waited for",
+        PLAIN,
+        REDUCE,
+        "  cluster_arrive();\n  cluster_wait();\n",
+        "  __syncthreads();\n",
+    ),
+    Mutant(
+        "peer-gone",
+        "a block ends while its peers read its shared memory",
+        PLAIN,
+        ROW,
+        (
+            ("if constexpr (kCluster) cluster_arrive();", ""),
+            ("if constexpr (kCluster) cluster_wait();", ""),
+        ),
+    ),
+    mutant(
+        "masked-in-variance",
+        "columns behind the end count as the mean squared (Triton's where left out)",
+        PLAIN,
+        ROW,
+        "else if (count > (Access::kWhole ? 0 : i))",
+        "else if (count > -1)",
+    ),
+    mutant(
+        "saved-at-first-row",
+        "rstd of every launch in the place of the first rows",
+        PLAIN,
+        LAUNCHES,
+        "  if (part.rstd) part.rstd += begin * inside;\n",
+        "",
+    ),
+    mutant(
+        "divisor-off-by-one",
+        "a division by multiplication with the factor rounded down",
+        PLAIN,
+        LAUNCHES,
+        "(power + d.value - 1) / d.value",
+        "power / d.value",
+    ),
+    mutant(
+        "variance-of-a-sample",
+        "n - 1 in the place of n",
+        PLAIN,
+        ROW,
+        "inverse_square_root(squares / static_cast<float>(a.n) + a.eps)",
+        "inverse_square_root(squares / static_cast<float>(a.n > 1 ? a.n - 1 : 1) + a.eps)",
+    ),
+    mutant(
+        "eps-outside",
+        "eps added to the root, not under it",
+        PLAIN,
+        ROW,
+        "return inverse_square_root(squares / static_cast<float>(a.n) + a.eps);",
+        "return 1.f / (sqrtf(squares / static_cast<float>(a.n)) + a.eps);",
+    ),
+    mutant(
+        "weight-of-first-row",
+        "the rows of one thread all take the first one's weight",
+        PLAIN,
+        ROW,
+        "Access::load(weight_row[r], column(p), live[r])",
+        "Access::load(weight_row[0], column(p), live[r])",
+    ),
+    mutant(
+        "rows-behind-the-last",
+        "groups without a row work on the first one, in place, again",
+        PLAIN,
+        ROW,
+        "live[r] = rows[r] < a.rows ? end : 0;",
+        "live[r] = end;",
+    ),
+    mutant(
+        "clamp-swallows-nan",
+        "fminf and fmaxf make a number of NaN",
+        PLAIN,
+        PACK,
+        "return v > 65504.f ? 65504.f : v < -65504.f ? -65504.f : v;",
+        "return fminf(fmaxf(v, -65504.f), 65504.f);",
+    ),
+    mutant(
+        "errors-not-kept",
+        "a plain sum over a long row, whose error grows with it",
+        PLAIN,
+        REDUCE,
+        "lost = t - t == 0.f ? (t - sum) - y : 0.f;",
+        "lost = 0.f;",
+    ),
+)
+
+BACKWARD_PASS = (
+    mutant(
+        "sums-barrier-missing",
+        "other warps' sums are read before they are written",
+        THREAD,
+        REDUCE,
+        "  __syncthreads();\n#pragma unroll\n  for (int s",
+        "#pragma unroll\n  for (int s",
+    ),
+    mutant(
+        "sums-storage-at-once",
+        "the sums of the next row take the place of those that are still read",
+        THREAD,
+        BACKWARD,
+        "sums_storage[walked % 2]",
+        "sums_storage[0]",
+    ),
+    mutant(
+        "groups-barrier-missing",
+        "the groups of a block are folded with only the first step waited for",
+        THREAD,
+        BACKWARD,
+        "[threadIdx.x + half * lanes];\n    __syncthreads();\n",
+        "[threadIdx.x + half * lanes];\n",
+    ),
+    mutant(
+        "groups-not-folded",
+        "the sums of all groups but the first are lost",
+        PLAIN,
+        BACKWARD,
+        "if (a.groups > 1) fold_groups(v, lanes, a.groups, group_storage);",
+        "",
+    ),
+    mutant(
+        "partial-sums-collide",
+        "heads share the memory of their partial sums",
+        PLAIN,
+        BACKWARD,
+        "slice * a.sums_stride + head * a.padded + column(p)",
+        "slice * a.padded + head * a.padded + column(p)",
+    ),
+    mutant(
+        "partial-sum-left-out",
+        "the last partial sum of a column is not folded",
+        PLAIN,
+        LAUNCH_BACKWARD,
+        "i < gradient.count;",
+        "i + 1 < gradient.count;",
+    ),
+    mutant(
+        "earlier-launch-lost",
+        "the sums of the last launch are taken for those of all",
+        PLAIN,
+        BACKWARD,
+        "if (adds || !is_first) sum",
+        "if (!is_first) sum",
+    ),
+    mutant(
+        "sums-counted-twice",
+        "sums that went to memory are not cleared",
+        PLAIN,
+        BACKWARD,
+        "    v = {};\n",
+        "",
+    ),
+    mutant(
+        "part-of-the-heads",
+        "launches of some of the heads all take the first heads' partial sums",
+        PLAIN,
+        LAUNCH_BACKWARD,
+        "space.of(memory, false, first_row % norm.heads)",
+        "space.of(memory, false, 0)",
+    ),
+    mutant(
+        "shared-by-heads",
+        "the gradient of a weight that all heads share is that of the first",
+        PLAIN,
+        LAUNCH_BACKWARD,
+        "per_head ? partials : partials * norm.heads",
+        "partials",
+    ),
+    mutant(
+        "gradient-of-wrong-head",
+        "a block takes its weight from the first head",
+        PLAIN,
+        BACKWARD,
+        "from.data) + head * from.row_stride",
+        "from.data) + 0 * from.row_stride",
+    ),
+    mutant(
+        "mean-of-g-dropped",
+        "LayerNorm's gradient without its mean",
+        PLAIN,
+        BACKWARD,
+        "g -= means[1];",
+        "",
+    ),
+    mutant(
+        "weight-gradient-unrounded",
+        "xhat rounded by the forward pass, and not for the gradient of its weight",
+        PLAIN,
+        BACKWARD,
+        "if (a.round_before_weight) xhat = Access::rounded(a.normalised, xhat);",
+        "",
+    ),
+    mutant(
+        "rows-behind-the-last-again",
+        "groups without a row count the first one again",
+        PLAIN,
+        BACKWARD,
+        "const int live = exists ? end : 0;\n#pragma",
+        "const int live = end;\n#pragma",
+    ),
+    mutant(
+        "columns-behind-the-end",
+        "partial sums of rows whose last pack is not whole lie in one another",
+        ADDRESS,
+        LAUNCH_BACKWARD,
+        "padded(divide_up(norm.n, 8) * 8)",
+        "padded(norm.n)",
+    ),
+    mutant(
+        "divided-by-zero",
+        "an output whose weight is 0 undone",
+        PLAIN,
+        BACKWARD,
+        "w == 0.f ? 0.f : (x.v[i] - bias.v[i]) / w;",
+        "(x.v[i] - bias.v[i]) / w;",
+    ),
+    mutant(
+        "statistics-of-first-launch",
+        "rstd and mean of a later launch are taken from the first rows",
+        PLAIN,
+        LAUNCHES,
+        "  if (part.rstd) part.rstd += begin * inside;\n",
+        "",
+    ),
+)
+
+MUTANTS = (*FORWARD, *(replace(m, only="backward") for m in BACKWARD_PASS))
