@@ -29,7 +29,8 @@ nb::object call(PyObject* function, PyObject* argument) {
   PyObject* result =
       flags == (argument ? METH_O : METH_NOARGS)
           ? PyCFunction_GetFunction(function)(PyCFunction_GetSelf(function), argument)
-          : PyObject_CallFunctionObjArgs(function, argument, nullptr);
+      : argument ? PyObject_CallFunctionObjArgs(function, argument, nullptr)
+                 : PyObject_CallNoArgs(function);
   if (!result) throw nb::python_error();
   return nb::steal(result);
 }
@@ -37,7 +38,7 @@ nb::object call(PyObject* function, PyObject* argument) {
 void bind_torch(nb::handle tensor, nb::handle parameter, nb::handle empty_like,
                 nb::handle is_grad_enabled, nb::handle increment_version, nb::handle forward_ad,
                 nb::handle float32, nb::handle float16, nb::handle bfloat16, nb::handle uint8,
-                nb::handle is_autocast_enabled, nb::handle is_tracing, nb::handle count_modes) {
+                nb::handle is_autocast_enabled, nb::handle is_tracing, nb::handle modes) {
   nb::object capsule = nb::getattr(tensor, "__dlpack_c_exchange_api__");
   auto* header = static_cast<const DLPackExchangeAPIHeader*>(
       PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
@@ -60,7 +61,8 @@ void bind_torch(nb::handle tensor, nb::handle parameter, nb::handle empty_like,
   torch.uint8 = uint8.inc_ref().ptr();
   torch.is_autocast_enabled = is_autocast_enabled.inc_ref().ptr();
   torch.is_tracing = is_tracing.inc_ref().ptr();
-  torch.count_modes = count_modes.inc_ref().ptr();
+  torch.modes = modes.inc_ref().ptr();
+  torch.in_a_mode = nb::str("_is_in_torch_dispatch_mode").release().ptr();
   torch.cuda = nb::str("cuda").release().ptr();
   torch.dtypes[int(DType::kFloat32)] = float32.inc_ref().ptr();
   torch.dtypes[int(DType::kFloat16)] = float16.inc_ref().ptr();
@@ -78,8 +80,10 @@ bool autocasts(const Arguments& a, const Backend& backend, nb::handle out_dtype)
          call(torch_objects.is_autocast_enabled, torch_objects.cuda).is(nb::handle(Py_True));
 }
 
-// A TorchDispatchMode is about, which is to see the operators that run.
-bool modes_are_on() { return PyLong_AsLong(call(torch_objects.count_modes, nullptr).ptr()) > 0; }
+// A TorchDispatchMode is about, in some thread, which may have to see the operators that run.
+bool modes_are_on() {
+  return PyDict_GetItemWithError(torch_objects.modes, torch_objects.in_a_mode) == Py_True;
+}
 
 // A dual tensor does not say that it is one; that duals are about, torch.autograd.forward_ad does.
 bool forward_ad_is_on() {
@@ -87,18 +91,25 @@ bool forward_ad_is_on() {
   return level && PyLong_AsLong(level) >= 0;
 }
 
-Refusal check_gradients(const Arguments& a) {
-  // A trace records the operators of torch, and takes what a kernel writes for a constant.
-  if (call(torch_objects.is_tracing, nullptr).is(nb::handle(Py_True)))
-    return {"torch.jit.trace", "is recording"};
+// A trace records the operators of torch, and takes what a kernel writes for a constant.
+bool is_tracing() {
+  PyObject* answer = PyObject_CallNoArgs(torch_objects.is_tracing);
+  if (!answer) throw nb::python_error();
+  Py_DECREF(answer);  // True and False live for ever
+  return answer == Py_True;
+}
+
+// Whether somebody has to learn of the call who does not see what the extension does.
+Refusal check_recorders(const Arguments& a) {
   if (forward_ad_is_on()) return {"forward-mode AD", "is on"};
-  if (!call(torch_objects.is_grad_enabled, nullptr).is(nb::handle(Py_True))) return {};
-  for (const Tensor* t : {&a.x, &a.residual, &a.weight, &a.bias, &a.out, &a.residual_out}) {
-    if (!*t) continue;
-    nb::object wanted = nb::steal(PyObject_GetAttr(t->object, torch_objects.requires_grad));
-    if (!wanted.is_valid()) throw nb::python_error();
-    if (wanted.is(nb::handle(Py_True))) return {t->name, "requires a gradient"};
-  }
+  if (call(torch_objects.is_grad_enabled, nullptr).is(nb::handle(Py_True)))
+    for (const Tensor* t : {&a.x, &a.residual, &a.weight, &a.bias, &a.out, &a.residual_out}) {
+      if (!*t) continue;
+      nb::object wanted = nb::steal(PyObject_GetAttr(t->object, torch_objects.requires_grad));
+      if (!wanted.is_valid()) throw nb::python_error();
+      if (wanted.is(nb::handle(Py_True))) return {t->name, "requires a gradient"};
+    }
+  if (is_tracing()) return {"torch.jit.trace", "is recording"};
   return {};
 }
 
@@ -250,7 +261,7 @@ nb::object norm(PyObject* const* args) {
   if (quick && modes_are_on()) return nb::none();
   if (quick && autocasts(a, *backend, args[kOutDtype])) return nb::none();
   if (const Refusal no = check(a, !quick)) return refuse(quick, no);
-  if (const Refusal no = check_gradients(a)) return refuse(quick, no);
+  if (const Refusal no = check_recorders(a)) return refuse(quick, no);
 
   nb::object made, made_residual;
   const bool writes_out = bool(a.out), writes_residual_out = bool(a.residual_out);
@@ -454,7 +465,7 @@ NB_MODULE(_C, m) {
 
   m.def("bind_torch", &bind_torch, "tensor"_a, "parameter"_a, "empty_like"_a, "is_grad_enabled"_a,
         "increment_version"_a, "forward_ad"_a, "float32"_a, "float16"_a, "bfloat16"_a, "uint8"_a,
-        "is_autocast_enabled"_a, "is_tracing"_a, "count_modes"_a,
+        "is_autocast_enabled"_a, "is_tracing"_a, "modes"_a,
         "Hand over what the extension needs of torch.  Raises ImportError when torch is too old.");
 
   if (PyModule_AddFunctions(m.ptr(), methods)) throw nb::python_error();

@@ -25,9 +25,10 @@ struct Torch {
   PyObject* uint8 = nullptr;
   PyObject* is_autocast_enabled = nullptr;
   PyObject* is_tracing = nullptr;
-  PyObject* count_modes = nullptr;
-  PyObject* cuda = nullptr;  // "cuda"
-  PyObject* dtypes[3] = {};  // in the order of DType
+  PyObject* modes = nullptr;      // the dict of torch.utils._python_dispatch
+  PyObject* in_a_mode = nullptr;  // "_is_in_torch_dispatch_mode"
+  PyObject* cuda = nullptr;       // "cuda"
+  PyObject* dtypes[3] = {};       // in the order of DType
 };
 inline Torch torch_objects;
 

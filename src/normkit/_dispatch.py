@@ -37,7 +37,7 @@ def bind(extension: Any) -> None:
         torch.uint8,
         torch.is_autocast_enabled,
         torch._C._is_tracing,
-        torch._C._len_torch_dispatch_stack,
+        torch.utils._python_dispatch.__dict__,
     )
 
 
@@ -236,8 +236,8 @@ def serve(call: Call) -> Any:
 def save(call: Call) -> Saved:
     """Check and serve a call without outputs of its own, and keep what its gradients need."""
     served = _serve_natively(call, SAVING)
-    if not isinstance(served, str):
-        return served  # type: ignore[no-any-return]
+    if type(served) is tuple:
+        return served
     check(call)
     made = serve_by_reference(call)
     y, residual_out = made if isinstance(made, tuple) else (made, None)
@@ -316,10 +316,8 @@ def backward(
             wanted.residual,
             wanted.weight + 2 * wanted.bias,
         )
-        made = _with_copies(
-            lambda tensors: native(kind, *tensors, *options),
-            (grad_y, grad_residual_out, x, residual, weight, bias),
-        )
+        tensors = (grad_y, grad_residual_out, x, residual, weight, bias)
+        made = _with_copies(native, kind, tensors, options)
         if not isinstance(made, str):
             return made  # type: ignore[no-any-return]
         if backend not in ("auto", "reference"):
@@ -414,23 +412,26 @@ def _ask_native(call: Call, wanted: str, mode: int) -> Any:
         call.residual_out,
         mode,
     )
-    return _with_copies(
-        lambda tensors: native(kind, *tensors, *options),
-        (call.x, call.residual, call.weight, call.bias),
-    )
+    return _with_copies(native, kind, (call.x, call.residual, call.weight, call.bias), options)
 
 
 def _with_copies(
-    ask: Callable[[tuple[Tensor | None, ...]], Any], tensors: tuple[Tensor | None, ...]
+    native: Callable[..., Any],
+    kind: int,
+    tensors: tuple[Tensor | None, ...],
+    options: tuple[Any, ...],
 ) -> Any:
     """Ask for these tensors, and where they are refused for copies that kernels can read."""
     first = tensors[0]
+    made = ""
     # Of rows of one element the extension cannot tell whether they are lazily negated.
-    made = ask(tensors) if first is not None and first.shape[-1] > 1 else ""
-    if not isinstance(made, str):
-        return made
+    if first is not None and first.shape[-1] > 1:
+        made = native(kind, *tensors, *options)
+        if type(made) is not str:
+            return made
     copies = tuple(t if t is None else as_kernels_read_it(t) for t in tensors)
-    return made if made and all(map(operator.is_, copies, tensors)) else ask(copies)
+    unchanged = made and all(map(operator.is_, copies, tensors))
+    return made if unchanged else native(kind, *copies, *options)
 
 
 def as_kernels_read_it(t: Tensor) -> Tensor:

@@ -206,10 +206,7 @@ def _gradients(
     x_dtype, residual_dtype = ctx.dtypes
     source, residual, weight, bias, rstd, mean = ctx.saved_tensors
     wanted = Wanted(
-        x_dtype if needed[0] else None,
-        residual_dtype if needed[1] else None,
-        bool(needed[2]),
-        bool(needed[3]),
+        x_dtype if needed[0] else None, residual_dtype if needed[1] else None, *needed[2:]
     )
     if not torch.is_grad_enabled():
         return backward(
