@@ -362,9 +362,15 @@ def backward_by_reference(
     return (
         None if wanted.x is None else of_x.to(wanted.x),
         None if wanted.residual is None else of_sum.to(wanted.residual),
-        None if weight is None or of_weight is None else of_weight.to(weight.dtype),
-        None if bias is None or of_bias is None else of_bias.to(bias.dtype),
+        _as_wanted(of_weight, weight, wanted.weight),
+        _as_wanted(of_bias, bias, wanted.bias),
     )
+
+
+def _as_wanted(gradient: Tensor | None, like: Tensor | None, wanted: bool) -> Tensor | None:
+    if gradient is None or like is None or not wanted:
+        return None
+    return gradient.to(like.dtype)
 
 
 def explain_call(call: Call) -> Explanation:

@@ -123,8 +123,8 @@ def serve(call: Call) -> Any:
         return _dispatch.explain_call(call)
     if ALWAYS_DISPATCH or torch._C._len_torch_dispatch_stack() > 0 or not _is_plain(call):
         check(call)
-        # A backend asked for by name has to say that it cannot serve these.
         _sharding.register_once(_SHARDED)
+        # A backend asked for by name has to say that it cannot serve these.
         by_name = transformed or _dispatch.wanted_backend() not in ("auto", "reference")
         return _dispatch.serve(call) if by_name else _call_operator(call)
     writes = call.out is not None or call.residual_out is not None

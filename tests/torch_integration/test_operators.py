@@ -221,6 +221,18 @@ def test_operators_return_what_their_gradients_keep(name: str) -> None:
     assert not any(t.requires_grad for t in operator(name)(*tensors(name, grad=True))[-1:])
 
 
+def test_gradients_that_nobody_wants_are_empty_in_plain_torch_too() -> None:
+    """As the fakes have announced them: a compiled graph goes by that."""
+    x, grad_y = torch.randn(3, 8, dtype=torch.float64), torch.randn(3, 8, dtype=torch.float64)
+    weight = torch.rand(8, dtype=torch.float64)
+    rstd = torch.ops.normkit.rms_norm(x, weight)[1]
+    formula = (False, False, False, 1e-6, 0.0, False, False, True)
+    wanted = (x.dtype, None, False, False)
+    tensors = (grad_y, None, x, None, weight, weight, rstd, None)
+    made = torch.ops.normkit.norm_backward(*formula, *wanted, *tensors)
+    assert [t.numel() for t in made] == [x.numel(), 0, 0, 0]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_operators_refuse_by_the_name_of_the_argument(name: str) -> None:
     given = tensors(name)
