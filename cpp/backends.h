@@ -21,14 +21,17 @@ struct Backend {
   // Bytes that run_backward() wants as workspace.
   int64_t (*backward_workspace)(const RowNormBackward& norm, int device);
   void (*run_backward)(const RowNormBackward& norm, int device, void* stream, void* workspace);
+  // What is put into the stream `later` from now on waits for what `earlier` has.  Null without
+  // streams.
+  void (*let_wait)(int device, void* later, void* earlier);
   bool has_streams;
 };
 
 #ifdef NORMKIT_EMULATED
 // The CUDA kernels on the CPU: a build for the tests.
 inline constexpr Backend kEmulated{
-    "emu", cuda::describe, cuda::row_norm, cuda::backward_workspace, cuda::row_norm_backward,
-    false};
+    "emu",   cuda::describe, cuda::row_norm, cuda::backward_workspace, cuda::row_norm_backward,
+    nullptr, false};
 
 inline Refusal find_backend(DLDevice device, const Backend*& backend) {
   if (device.device_type != kDLCPU) return {"x", "is not on the CPU"};
@@ -47,11 +50,15 @@ inline void run_backward_on(const RowNormBackward& norm, int, void*, void*) {
 }  // namespace cpu
 
 inline constexpr Backend kCpu{
-    "cpu", cpu::describe_on, cpu::run_on, cpu::no_workspace, cpu::run_backward_on, false};
+    "cpu", cpu::describe_on, cpu::run_on, cpu::no_workspace, cpu::run_backward_on, nullptr, false};
 #ifdef NORMKIT_HAS_CUDA
-inline constexpr Backend kCuda{
-    "cuda", cuda::describe, cuda::row_norm, cuda::backward_workspace, cuda::row_norm_backward,
-    true};
+inline constexpr Backend kCuda{"cuda",
+                               cuda::describe,
+                               cuda::row_norm,
+                               cuda::backward_workspace,
+                               cuda::row_norm_backward,
+                               cuda::let_wait,
+                               true};
 #endif
 
 inline Refusal find_backend(DLDevice device, const Backend*& backend) {

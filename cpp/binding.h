@@ -84,8 +84,8 @@ inline nb::object new_row_values(const Tensor& x, float*& data) {
 // A launch may have to wait for room in the stream, which a callback that wants the interpreter may
 // be keeping.
 template <class F>
-inline void run_job(const Backend& backend, int64_t elements, const F& run) {
-  if (backend.has_streams || elements >= kReleaseGilElements) {
+inline void run_job(bool has_streams, int64_t elements, const F& run) {
+  if (has_streams || elements >= kReleaseGilElements) {
     nb::gil_scoped_release release;
     run();
   } else {

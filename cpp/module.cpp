@@ -1,7 +1,7 @@
 // The names, signatures and documentation of normkit._C.
-#include "binding.h"
-#include "checks.h"
-#include "checks_backward.h"
+#include "bind_norm.h"
+#include "bind_norm_backward.h"
+#include "bind_norm_tp.h"
 
 using namespace nanobind::literals;
 
@@ -43,234 +43,6 @@ void bind_torch(nb::handle tensor, nb::handle parameter, nb::handle empty_like,
   torch_objects = torch;
 }
 
-// Set while use_backend() names another backend than "auto", so that the quick path asks
-// normkit._dispatch first.
-thread_local bool quick_path_is_off = false;
-
-// Where autocast decides on the dtype of the output, normkit._ops knows what it says.
-bool autocasts(const Arguments& a, const Backend& backend, nb::handle out_dtype) {
-  return backend.has_streams && !a.out && out_dtype.is_none() &&
-         call(torch_objects.is_autocast_enabled, torch_objects.cuda).is(nb::handle(Py_True));
-}
-
-// A TorchDispatchMode is about, in some thread, which may have to see the operators that run.
-bool modes_are_on() {
-  return PyDict_GetItemWithError(torch_objects.modes, torch_objects.in_a_mode) == Py_True;
-}
-
-// A dual tensor does not say that it is one; that duals are about, torch.autograd.forward_ad does.
-bool forward_ad_is_on() {
-  PyObject* level = PyDict_GetItemWithError(torch_objects.forward_ad, torch_objects.current_level);
-  return level && PyLong_AsLong(level) >= 0;
-}
-
-// A trace records the operators of torch, and takes what a kernel writes for a constant.
-bool is_tracing() {
-  PyObject* answer = PyObject_CallNoArgs(torch_objects.is_tracing);
-  if (!answer) throw nb::python_error();
-  Py_DECREF(answer);  // True and False live for ever
-  return answer == Py_True;
-}
-
-// Whether somebody has to learn of the call who does not see what the extension does.
-Refusal check_recorders(const Arguments& a) {
-  if (forward_ad_is_on()) return {"forward-mode AD", "is on"};
-  if (call(torch_objects.is_grad_enabled, nullptr).is(nb::handle(Py_True)))
-    for (const Tensor* t : {&a.x, &a.residual, &a.weight, &a.bias, &a.out, &a.residual_out}) {
-      if (!*t) continue;
-      nb::object wanted = nb::steal(PyObject_GetAttr(t->object, torch_objects.requires_grad));
-      if (!wanted.is_valid()) throw nb::python_error();
-      if (wanted.is(nb::handle(Py_True))) return {t->name, "requires a gradient"};
-    }
-  if (is_tracing()) return {"torch.jit.trace", "is recording"};
-  return {};
-}
-
-// The arguments of norm(), by position.
-enum Position {
-  kKind,
-  kX,
-  kResidual,
-  kWeight,
-  kBias,
-  kEps,
-  kWeightOffset,
-  kRoundBeforeWeight,
-  kRoundSum,
-  kClampInf,
-  kOutDtype,
-  kOut,
-  kResidualOut,
-  kMode,
-  kPositions
-};
-enum Mode { kQuick = 0, kChecked = 1, kExplain = 2, kSaving = 3 };
-
-Refusal read(Arguments& a, PyObject* const* args) {
-  const long kind = PyLong_AsLong(args[kKind]);
-  if (kind == -1 && PyErr_Occurred()) throw nb::python_error();
-  a.statistic = static_cast<Statistic>(kind & 1);
-  a.per_head = kind & 2;
-  const auto tensor = [args](Tensor& t, Position at) { return t.read(args[at]); };
-  if (const Refusal no = tensor(a.x, kX)) return no;
-  if (!a.x) return {"x", "is None"};
-  if (const Refusal no = tensor(a.residual, kResidual)) return no;
-  if (bool(a.residual) != bool(kind & 4)) return {"residual", "is None"};
-  if (const Refusal no = tensor(a.weight, kWeight)) return no;
-  if (const Refusal no = tensor(a.bias, kBias)) return no;
-  if (const Refusal no = tensor(a.out, kOut)) return no;
-  if (const Refusal no = tensor(a.residual_out, kResidualOut)) return no;
-  a.eps = kFloat32Epsilon;
-  if (args[kEps] != Py_None && !read_number(args[kEps], a.eps)) return {"eps", "is not a number"};
-  if (!read_number(args[kWeightOffset], a.weight_offset))
-    return {"weight_offset", "is not a number"};
-  if (!read_flag(args[kRoundBeforeWeight], a.round_before_weight))
-    return {"round_before_weight", "is not a bool"};
-  if (!read_flag(args[kRoundSum], a.round_sum)) return {"round_sum", "is not a bool"};
-  if (!read_flag(args[kClampInf], a.clamp_inf)) return {"clamp_inf", "is not a bool"};
-  if (args[kOutDtype] != Py_None) {
-    const auto type = dtype_of(args[kOutDtype]);
-    if (!type) return {"out_dtype", "is not float32, float16 or bfloat16"};
-    if (a.out && a.out.dtype != *type) return {"out", "is not of out_dtype"};
-  }
-  return {};
-}
-
-nb::object norm(PyObject* const* args) {
-  const long mode = PyLong_AsLong(args[kMode]);
-  if (mode == -1 && PyErr_Occurred()) throw nb::python_error();
-  const bool quick = mode == kQuick;
-  if (quick && quick_path_is_off) return nb::none();
-  Arguments a;
-  if (const Refusal no = read(a, args)) return refuse(quick, no);
-  const Backend* backend = nullptr;
-  if (const Refusal no = find_backend(a.x.device, backend)) return refuse(quick, no);
-  // The exchange API does not tell of a lazily negated tensor.  Such a one has a last stride of 2
-  // or more, unless its rows are single elements; normkit._dispatch resolves it.
-  if (quick && a.x.ndim > 0 && a.x.size(1) == 1) return nb::none();
-  if (quick && modes_are_on()) return nb::none();
-  if (quick && autocasts(a, *backend, args[kOutDtype])) return nb::none();
-  if (const Refusal no = check(a, !quick)) return refuse(quick, no);
-  if (const Refusal no = check_recorders(a)) return refuse(quick, no);
-
-  nb::object made, made_residual;
-  const bool writes_out = bool(a.out), writes_residual_out = bool(a.residual_out);
-  if (!a.out) {
-    made = empty_like(a.x, args[kOutDtype]);
-    if (const Refusal no = a.out.read(made.ptr())) return refuse(quick, no);
-  }
-  if (a.residual && !a.residual_out) {
-    made_residual = empty_like(a.residual, nb::none());
-    if (const Refusal no = a.residual_out.read(made_residual.ptr())) return refuse(quick, no);
-  }
-  RowNorm job = row_norm_of(a);
-  const int device = a.x.device.device_id;
-  if (mode == kExplain)
-    return nb::make_tuple(backend->name, backend->describe(job, device).c_str());
-  void* stream = stream_for(*backend, a.x.device);
-  nb::object rstd = nb::none(), mean = nb::none();
-  if (mode == kSaving) {
-    rstd = new_row_values(a.x, job.rstd);
-    if (a.statistic == Statistic::kLayer) mean = new_row_values(a.x, job.mean);
-  }
-  run_job(*backend, job.rows * job.n, [&] { backend->run(job, device, stream); });
-  if (writes_out) count_write(a.out);
-  if (writes_residual_out) count_write(a.residual_out);
-  nb::object y = nb::borrow(a.out.object);
-  if (mode == kSaving) {
-    nb::object total = a.residual ? nb::borrow(a.residual_out.object) : nb::none();
-    return nb::make_tuple(y, total, rstd, mean);
-  }
-  if (!a.residual) return y;
-  return nb::make_tuple(y, nb::borrow(a.residual_out.object));
-}
-
-// The arguments of norm_backward(), by position.
-enum BackwardPosition {
-  kBackwardKind,
-  kGradY,
-  kGradResidualOut,
-  kBackwardX,
-  kBackwardResidual,
-  kBackwardWeight,
-  kBackwardBias,
-  kRstd,
-  kMean,
-  kBackwardWeightOffset,
-  kBackwardRoundBeforeWeight,
-  kXDtype,
-  kResidualDtype,
-  kWanted,
-  kBackwardPositions
-};
-
-Refusal read(BackwardArguments& a, PyObject* const* args) {
-  const long kind = PyLong_AsLong(args[kBackwardKind]);
-  if (kind == -1 && PyErr_Occurred()) throw nb::python_error();
-  a.statistic = static_cast<Statistic>(kind & 1);
-  a.per_head = kind & 2;
-  a.from_output = kind & 8;
-  Tensor* const tensors[] = {
-      &a.grad_y, &a.grad_residual_out, &a.x, &a.residual, &a.weight, &a.bias, &a.rstd, &a.mean};
-  for (int i = 0; i < 8; ++i)
-    if (const Refusal no = tensors[i]->read(args[kGradY + i])) return no;
-  if (!a.x) return {"x", "is None"};
-  if (!read_number(args[kBackwardWeightOffset], a.weight_offset))
-    return {"weight_offset", "is not a number"};
-  if (!read_flag(args[kBackwardRoundBeforeWeight], a.round_before_weight))
-    return {"round_before_weight", "is not a bool"};
-  return {};
-}
-
-// A gradient of t's shape; made stays None where it is not wanted.
-Refusal make_gradient(Tensor& gradient, nb::object& made, const Tensor& like, PyObject* dtype) {
-  if (dtype == torch_objects.dtypes[int(like.dtype)]) dtype = Py_None;  // which is quicker
-  made = empty_like(like, nb::handle(dtype));
-  return gradient.read(made.ptr());
-}
-
-nb::object norm_backward(PyObject* const* args) {
-  BackwardArguments a;
-  if (const Refusal no = read(a, args)) return refuse(false, no);
-  const Backend* backend = nullptr;
-  if (const Refusal no = find_backend(a.x.device, backend)) return refuse(false, no);
-  if (const Refusal no = check(a)) return refuse(false, no);
-  const long wanted = PyLong_AsLong(args[kWanted]);
-  if (wanted == -1 && PyErr_Occurred()) throw nb::python_error();
-
-  nb::object grad_x = nb::none(), grad_residual = nb::none(), grad_weight = nb::none(),
-             grad_bias = nb::none();
-  PyObject *const x_dtype = args[kXDtype], *const residual_dtype = args[kResidualDtype];
-  Refusal no;
-  if (x_dtype != Py_None) no = make_gradient(a.grad_x, grad_x, a.x, x_dtype);
-  if (!no && residual_dtype == x_dtype)
-    grad_residual = grad_x;  // the same values in the same dtype
-  else if (!no && residual_dtype != Py_None)
-    no = make_gradient(a.grad_residual, grad_residual, a.x, residual_dtype);
-  if (!no && (wanted & 1) && a.weight)
-    no = make_gradient(a.grad_weight, grad_weight, a.weight, Py_None);
-  if (!no && (wanted & 2) && a.bias) no = make_gradient(a.grad_bias, grad_bias, a.bias, Py_None);
-  for (const Tensor* t : {&a.grad_x, &a.grad_residual})
-    if (!no) no = check_rows(*t, a.x);
-  if (no) return refuse(false, no);
-
-  const RowNormBackward job = row_norm_backward_of(a);
-  const int device = a.x.device.device_id;
-  nb::object workspace;
-  Tensor memory{"workspace"};
-  if (const int64_t bytes = backend->backward_workspace(job, device)) {
-    workspace = new_empty(a.x, nb::make_tuple(bytes), torch_objects.uint8);
-    DLTensor view;
-    if (torch_objects.api->dltensor_from_py_object_no_sync(workspace.ptr(), &view))
-      throw nb::python_error();
-    memory.data = static_cast<char*>(view.data) + view.byte_offset;
-  }
-  void* stream = stream_for(*backend, a.x.device);
-  run_job(*backend, job.rows * job.n,
-          [&] { backend->run_backward(job, device, stream, memory.data); });
-  return nb::make_tuple(grad_x, grad_residual, grad_weight, grad_bias);
-}
-
 PyMethodDef methods[] = {
     {"norm", as_method<norm, kPositions>(), METH_FASTCALL,
      "norm(kind, x, residual, weight, bias, eps, weight_offset, round_before_weight, round_sum,\n"
@@ -296,6 +68,16 @@ PyMethodDef methods[] = {
      "normalised; or x + residual was, in float32.  x_dtype and residual_dtype are those of the\n"
      "first two gradients, or None; both are one tensor where they are of one dtype.  wanted is 1\n"
      "for weight's gradient plus 2 for bias's."},
+    {"norm_tp", as_method<norm_tp, kTpPositions>(), METH_FASTCALL,
+     "norm_tp(kind, xs, weights, biases, eps, weight_offset, round_before_weight, clamp_inf,\n"
+     "        out_dtype, outs, streams)\n\n"
+     "Run a row norm of each of xs on its device: a list of y, or None where one of them cannot "
+     "be\n"
+     "served.\n\n"
+     "kind is as in norm(), without a residual.  weights, biases and outs are as long as xs, or "
+     "None.\n"
+     "streams[0] is not None where the CPU may be used, and streams[1 + i] is the stream of CUDA\n"
+     "device i."},
     {nullptr, nullptr, 0, nullptr}};
 
 nb::object cuda_devices() {

@@ -33,4 +33,8 @@ class DeviceGuard {
   int before_ = -1;  // -1: nothing to restore
 };
 
+// What is put into the stream `later` from now on waits for what `earlier` has.  Both are
+// cudaStream_t of this device.
+void let_wait(int index, void* later, void* earlier);
+
 }  // namespace normkit::cuda

@@ -1,0 +1,126 @@
+// norm_tp(): a row norm on each of several devices, in one call.
+#pragma once
+#include <memory>
+
+#include "bind_norm.h"
+
+namespace normkit {
+
+// The arguments of norm_tp(), by position.
+enum TpPosition {
+  kTpKind,
+  kTpXs,
+  kTpWeights,
+  kTpBiases,
+  kTpEps,
+  kTpWeightOffset,
+  kTpRoundBeforeWeight,
+  kTpClampInf,
+  kTpOutDtype,
+  kTpOuts,
+  kTpStreams,
+  kTpPositions
+};
+
+// Whether what one device writes is what another reads or writes.  The order of calls on one device
+// would decide what comes of it.
+inline bool devices_interfere(const Prepared* calls, Py_ssize_t count) {
+  const auto shares = [](const Tensor& written, const Tensor& other) {
+    return other && written.device.device_type == other.device.device_type &&
+           written.device.device_id == other.device.device_id &&
+           written.data < other.data + other.extent() &&
+           other.data < written.data + written.extent();
+  };
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    if (!calls[i].writes_out) continue;
+    for (Py_ssize_t j = 0; j < count; ++j) {
+      if (i == j) continue;
+      const Arguments& other = calls[j].a;
+      for (const Tensor* t : {&other.x, &other.weight, &other.bias, &other.out})
+        if (shares(calls[i].a.out, *t)) return true;
+    }
+  }
+  return false;
+}
+
+// The context's stream for a device: streams[0] is not None where the CPU is one of its devices,
+// streams[1 + i] is the handle for CUDA device i, or None.
+inline bool find_stream(PyObject* streams, DLDevice device, void*& stream) {
+  const Py_ssize_t at = device.device_type == kDLCPU ? 0 : 1 + device.device_id;
+  if (at >= PyTuple_Size(streams)) return false;
+  PyObject* const handle = PyTuple_GetItem(streams, at);
+  if (handle == Py_None) return false;
+  stream = PyLong_AsVoidPtr(handle);
+  if (PyErr_Occurred()) throw nb::python_error();
+  return true;
+}
+
+// None where a call cannot be served, before anything has run.
+inline nb::object norm_tp(PyObject* const* args) {
+  if (quick_path_is_off) return nb::none();
+  if (!PyTuple_Check(args[kTpStreams])) return nb::none();
+  const TpPosition positions[] = {kTpXs, kTpWeights, kTpBiases, kTpOuts};
+  nb::object lists[4];
+  Py_ssize_t count = 0;
+  for (int l = 0; l < 4; ++l) {
+    PyObject* const given = args[positions[l]];
+    if (l > 0 && given == Py_None) continue;
+    lists[l] = nb::steal(PySequence_Tuple(given));
+    if (!lists[l].is_valid()) {
+      PyErr_Clear();
+      return nb::none();
+    }
+    const Py_ssize_t size = PyTuple_Size(lists[l].ptr());
+    if (l == 0) count = size;
+    if (size != count) return nb::none();
+  }
+  const auto item = [](const nb::object& of, Py_ssize_t i) {
+    return of.is_valid() ? PyTuple_GetItem(of.ptr(), i) : Py_None;
+  };
+
+  const std::unique_ptr<Prepared[]> calls(new Prepared[count]);
+  const std::unique_ptr<void*[]> streams(new void*[count]);
+  int64_t elements = 0;
+  bool waits = false;
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    PyObject* const of_device[kPositions] = {args[kTpKind],
+                                             item(lists[0], i),
+                                             Py_None,
+                                             item(lists[1], i),
+                                             item(lists[2], i),
+                                             args[kTpEps],
+                                             args[kTpWeightOffset],
+                                             args[kTpRoundBeforeWeight],
+                                             Py_True,
+                                             args[kTpClampInf],
+                                             args[kTpOutDtype],
+                                             item(lists[3], i),
+                                             Py_None};
+    Prepared& p = calls[i];
+    if (prepare(p, of_device, true)) return nb::none();
+    p.stream = stream_for(*p.backend, p.a.x.device);
+    if (!find_stream(args[kTpStreams], p.a.x.device, streams[i])) return nb::none();
+    elements += p.job.rows * p.job.n;
+    waits = waits || p.backend->has_streams;
+  }
+  if (devices_interfere(calls.get(), count)) return nb::none();
+  run_job(waits, elements, [&] {
+    for (Py_ssize_t i = 0; i < count; ++i) {
+      Prepared& p = calls[i];
+      void* const current = p.stream;
+      const bool apart = p.backend->has_streams && streams[i] != current;
+      if (apart) p.backend->let_wait(p.device, streams[i], current);
+      if (apart) p.stream = streams[i];
+      p.run();
+      if (apart) p.backend->let_wait(p.device, current, streams[i]);
+    }
+  });
+  nb::list made;
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    calls[i].count_writes();
+    made.append(nb::handle(calls[i].a.out.object));
+  }
+  return made;
+}
+
+}  // namespace normkit
