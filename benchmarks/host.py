@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from cpu import machine_slug
 
 import normkit
-from normkit import _bench
+from normkit import _bench, parallel
 
 NAMES = ("rms_norm", "layer_norm", "F.rms_norm", "F.layer_norm", "nn.RMSNorm")
 # What the project wants to reach: nanoseconds, or a share of another line.
@@ -31,6 +31,7 @@ AIMS = {
     "allocating": "rms_norm at most 1300 ns",
     "module call": "rms_norm at most 1000 ns above Identity",
     "forward and backward": "rms_norm at most half of F.rms_norm",
+    "4 devices, out=": "rms_norm_tp at most 1200 ns above four of rms_norm",
 }
 
 
@@ -56,6 +57,14 @@ def cases(rows: int, n: int) -> dict[str, dict[str, str]]:
         },
         "forward that wants gradients": eager,
         "forward and backward": back,
+        "4 devices, out=": {
+            "rms_norm": "; ".join(["rms_norm(x, w, out=out)"] * 4),
+            "rms_norm_tp": "rms_norm_tp(xs, ws, outs=outs, context=context)",
+        },
+        "4 devices, allocating": {
+            "rms_norm": "; ".join(["rms_norm(x, w)"] * 4),
+            "rms_norm_tp": "rms_norm_tp(xs, ws, context=context)",
+        },
         "compiled call": {
             "rms_norm": "compiled(x, w)",
             "F.rms_norm": "compiled_torch(x, w)",
@@ -70,6 +79,11 @@ def operands(rows: int, n: int) -> dict[str, Any]:
         "F": F,
         "rms_norm": normkit.rms_norm,
         "layer_norm": normkit.layer_norm,
+        "rms_norm_tp": parallel.rms_norm_tp,
+        "context": parallel.TPContext(["cpu"] * 4),
+        "xs": [x] * 4,
+        "ws": [torch.ones(n)] * 4,
+        "outs": [torch.empty_like(x) for _ in range(4)],
         "x": x,
         "out": torch.empty_like(x),
         "g": torch.randn(rows, n),
@@ -107,7 +121,7 @@ def run(rows: int, n: int, rounds: int) -> dict[str, dict[str, float]]:
 
 
 def markdown(found: dict[str, dict[str, float]]) -> str:
-    columns = [*NAMES, "Identity"]
+    columns = [*NAMES, "Identity", "rms_norm_tp"]
     lines = [f"| ns per call | {' | '.join(columns)} | aim |", "|---" * (len(columns) + 2) + "|"]
     for line, values in found.items():
         cells = [f"{values[name]:.0f}" if name in values else "" for name in columns]

@@ -1,5 +1,6 @@
 """Every transformer norm, as fast as the memory allows, with any PyTorch from 2.10 on."""
 
+from importlib import import_module as _import_module
 from importlib.metadata import version as _version
 
 from normkit._dispatch import Backend, Explanation, backends, use_backend
@@ -42,3 +43,10 @@ __all__ = [
     "rms_norm_",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> object:
+    # Loaded when it is asked for: torch.distributed is not for everybody.
+    if name == "parallel":
+        return _import_module("normkit.parallel")
+    raise AttributeError(f"module 'normkit' has no attribute {name!r}")

@@ -279,8 +279,16 @@ def _check_memory(call: Call) -> None:
                 raise ValueError(
                     f"{name}: expected {other_name}'s memory or none of it, got a partial overlap"
                 )
-    if len(written) == 2 and _collide(written[0][1], written[1][1]):
-        raise ValueError("out: expected memory apart from residual_out's, got an overlap")
+    if len(written) == 2:
+        check_apart("out", written[0][1], "residual_out", written[1][1])
+
+
+def check_apart(name: str, written: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise if a tensor that is written shares memory with another."""
+    if not (_shows_memory(name, written) and _shows_memory(other_name, other)):
+        return
+    if written.device == other.device and _collide(written, other):
+        raise ValueError(f"{name}: expected memory apart from {other_name}'s, got an overlap")
 
 
 def _shows_memory(name: str, t: Tensor) -> bool:

@@ -99,6 +99,8 @@ ALWAYS_DISPATCH = os.environ.get("NORMKIT_ALWAYS_DISPATCH", "0") not in ("", "0"
 
 # The first try of an eager call, in mode QUICK; None where it has to be looked at.
 quick: Callable[..., Any] = _refuse_quickly if _missing or ALWAYS_DISPATCH else _extension.norm
+# Likewise of several calls, one on each of several devices.
+quick_tp: Callable[..., Any] = _refuse_quickly if _missing or ALWAYS_DISPATCH else _C.norm_tp
 
 
 @dataclass(frozen=True)

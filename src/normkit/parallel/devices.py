@@ -1,0 +1,541 @@
+"""One process, several devices: the same norm on each of them from one call."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from enum import IntEnum
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+from torch.compiler import is_dynamo_compiling
+
+from normkit import _dispatch, _ops
+from normkit._checks import Call, check, check_apart
+from normkit.inplace import Kind, is_layer
+
+Module = TypeVar("Module", bound=torch.nn.Module)
+Device = torch.device | str | int
+
+
+class BroadcastType(IntEnum):
+    """What a tensor is split by, in the numbers of ExLlamaV2's tensor parallelism."""
+
+    KV = 0
+    """Heads of keys and values."""
+    ID = 1
+    """Columns inside of the MLP."""
+    VC = 2
+    """The vocabulary."""
+    RS = 3
+    """Columns of the residual stream."""
+    Q = 4
+    """Heads of queries."""
+
+
+class TPContext:
+    """The devices of one process that share its work, with a stream for each.
+
+    A call on these devices is put into their streams: after what the device's current stream holds
+    then, and before what it gets later.  Inside of `with context.use_streams():`, where the
+    context's streams are the current ones, that is free; elsewhere it takes two events a device.
+
+    Args:
+        devices: of the process: `torch.device`, "cuda:1", or the index of a CUDA device, -1 for the
+            CPU.  One may be named several times, and has one stream.
+        streams: one for each device, None for the CPU; None: a new one for each CUDA device.
+        splits: for each `BroadcastType` how much of it each device has, such as {BroadcastType.KV:
+            [4, 4, 0]}: a device with nothing takes no part in what is split that way.  None, or a
+            type that is not in it: every device takes part.
+
+    Raises:
+        TypeError: streams has something else than torch.cuda.Stream or None.
+        ValueError: there is no device, or one is not usable; streams or splits do not fit them.
+
+    Attributes:
+        devices: a tuple of torch.device.
+        streams: a tuple as long, of torch.cuda.Stream or None.
+
+    Example:
+        >>> from normkit.parallel import TPContext
+        >>> TPContext(["cpu", "cpu"]).devices
+        (device(type='cpu'), device(type='cpu'))
+    """
+
+    def __init__(
+        self,
+        devices: Sequence[Device],
+        streams: Sequence[torch.cuda.Stream | None] | None = None,
+        splits: Mapping[int, Sequence[int]] | None = None,
+    ) -> None:
+        self.devices = tuple(map(_device, devices))
+        if not self.devices:
+            raise ValueError("devices: expected one or more, got none")
+        if streams is None:
+            made = {d: _new_stream(d) for d in dict.fromkeys(self.devices)}
+            streams = [made[d] for d in self.devices]
+        self.streams = tuple(streams)
+        self._stream_of = _by_device(self.devices, self.streams)
+        self._splits = {BroadcastType(t): tuple(sizes) for t, sizes in (splits or {}).items()}
+        for broadcast_type, sizes in self._splits.items():
+            if len(sizes) != len(self.devices) or min(sizes) < 0 or max(sizes) == 0:
+                raise ValueError(
+                    f"splits[{broadcast_type.name}]: expected a size for each of the"
+                    f" {len(self.devices)} devices, not all 0, got {list(sizes)}"
+                )
+        self._handles = _handles(self._stream_of)
+
+    def __repr__(self) -> str:
+        return f"TPContext([{', '.join(map(str, self.devices))}])"
+
+    @property
+    def num_devices(self) -> int:
+        """How many devices there are."""
+        return len(self.devices)
+
+    def get_split(self, broadcast_type: int) -> list[tuple[int, int, int]]:
+        """Tell who has which part of what is split.
+
+        Args:
+            broadcast_type: a `BroadcastType`, or its number.
+
+        Returns:
+            (position in `devices`, begin, end) for every device with a part.  Of a type without
+            sizes every device has one unit.
+
+        Raises:
+            ValueError: there is no such type.
+
+        Example:
+            >>> from normkit.parallel import BroadcastType, TPContext
+            >>> TPContext(["cpu"] * 3, splits={BroadcastType.KV: [4, 0, 2]}).get_split(0)
+            [(0, 0, 4), (2, 4, 6)]
+        """
+        sizes = self._splits.get(BroadcastType(broadcast_type), (1,) * len(self.devices))
+        split, begin = [], 0
+        for position, size in enumerate(sizes):
+            if size:
+                split.append((position, begin, begin + size))
+            begin += size
+        return split
+
+    def devices_of(self, broadcast_type: int | None) -> list[torch.device]:
+        """The devices with a part of what is split; None for all of them."""
+        if broadcast_type is None:
+            return list(self.devices)
+        return [self.devices[position] for position, _, _ in self.get_split(broadcast_type)]
+
+    @contextmanager
+    def use_streams(self) -> Iterator[None]:
+        """Make the context's streams the current ones of their devices, in this thread.
+
+        What comes inside follows what the streams that were current have, and is followed by what
+        they get afterwards.  Calls inside are ordered by their streams alone, which is free.
+        """
+        with ExitStack() as stack:
+            for device in self._stream_of:
+                stack.enter_context(self._ordered(device))
+            yield
+
+    @contextmanager
+    def _ordered(self, device: torch.device) -> Iterator[None]:
+        """Make the device's stream the current one, after and before what the current one has."""
+        stream = self._stream_of[device]
+        if stream is None or stream == torch.cuda.current_stream(device):
+            yield
+            return
+        before = torch.cuda.current_stream(device)
+        index = torch.cuda.current_device()
+        stream.wait_stream(before)
+        try:
+            with torch.cuda.stream(stream), torch.cuda.device(index):
+                yield
+        finally:
+            before.wait_stream(stream)
+
+
+def _device(given: Device) -> torch.device:
+    if isinstance(given, int) and not isinstance(given, bool):
+        given = f"cuda:{given}" if given >= 0 else "cpu"
+    try:
+        device = torch.device(given)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"devices: expected devices of this machine, got {given!r}") from error
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    if device.type == "cuda" and device.index >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise ValueError(f"devices: expected one of {count} CUDA devices, got {device}")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"devices: expected the CPU or CUDA devices, got {device}")
+    return device
+
+
+def _new_stream(device: torch.device) -> torch.cuda.Stream | None:
+    return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+
+def _by_device(
+    devices: Sequence[torch.device], streams: Sequence[torch.cuda.Stream | None]
+) -> dict[torch.device, torch.cuda.Stream | None]:
+    if len(streams) != len(devices):
+        raise ValueError(f"streams: expected {len(devices)}, one a device, got {len(streams)}")
+    found: dict[torch.device, torch.cuda.Stream | None] = {}
+    for device, stream in zip(devices, streams, strict=True):
+        if stream is not None and not isinstance(stream, torch.cuda.Stream):
+            raise TypeError(f"streams: expected torch.cuda.Stream or None, got {type(stream)}")
+        if (None if stream is None else stream.device) != (
+            None if device.type == "cpu" else device
+        ):
+            raise ValueError(f"streams: expected one of {device}, got {stream}")
+        if found.setdefault(device, stream) != stream:
+            raise ValueError(f"streams: expected one stream for {device}, got several")
+    return found
+
+
+def _handles(
+    stream_of: Mapping[torch.device, torch.cuda.Stream | None],
+) -> tuple[int | None, ...]:
+    """What `_C.norm_tp` takes: the CPU first, then every CUDA device up to the last in use."""
+    handles: list[int | None] = [None] * (2 + max((d.index or 0) for d in stream_of))
+    for device, stream in stream_of.items():
+        handles[0 if stream is None else 1 + device.index] = (
+            0 if stream is None else stream.cuda_stream
+        )
+    return tuple(handles)
+
+
+# ---------------------------------------------------------------- copies
+
+
+def broadcast(x: Tensor, context: TPContext, broadcast_type: int | None = None) -> list[Tensor]:
+    """Copy a tensor to the devices of a context.
+
+    Args:
+        x: of any shape and dtype, on any device.
+        context: its devices get x.
+        broadcast_type: only those with a part of it; None: all.
+
+    Returns:
+        A tensor for each device, in the order of the context.  On x's own device it is x itself,
+        and a device that is named several times has one copy.
+
+    Raises:
+        TypeError: x is no tensor.
+
+    The copies are in their devices' current streams when this returns: what is put there later
+    comes after them, as it does after every copy of torch.
+
+    Example:
+        >>> import torch
+        >>> from normkit.parallel import TPContext, broadcast
+        >>> [t.shape for t in broadcast(torch.ones(2, 4), TPContext(["cpu", "cpu"]))]
+        [torch.Size([2, 4]), torch.Size([2, 4])]
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
+    devices = context.devices_of(broadcast_type)
+    # A copy to the host that does not block is not ordered with what the host does.
+    copies = {d: x.to(d, non_blocking=d.type == "cuda") for d in dict.fromkeys(devices)}
+    return [copies[d] for d in devices]
+
+
+def replicate(module: Module, devices: TPContext | Sequence[Device]) -> list[Module]:
+    """Copy a module to several devices.
+
+    Args:
+        module: with all its parameters and buffers; it stays as it is.
+        devices: where to; those of a context, or a list as `TPContext` takes it.
+
+    Returns:
+        A module of its own for each device, with the same options and the same bits.
+
+    Raises:
+        ValueError: a device is not usable.
+
+    Example:
+        >>> import normkit
+        >>> from normkit.parallel import replicate
+        >>> [norm.weight.device.type for norm in replicate(normkit.RMSNorm(4), ["cpu", "cpu"])]
+        ['cpu', 'cpu']
+    """
+    listed = devices.devices if isinstance(devices, TPContext) else map(_device, devices)
+    return [copy.deepcopy(module).to(device) for device in listed]
+
+
+def tp_split(module: Module, context: TPContext, broadcast_type: int) -> list[Module]:
+    """Copy a norm to those devices that have a part of what it normalises.
+
+    Args:
+        module: a norm; every device gets the whole of it, since each normalises whole rows.
+        context: the devices, and how they split the work.
+        broadcast_type: a `BroadcastType`, or its number.
+
+    Returns:
+        A module for each device with a part, in the order of `context.get_split(broadcast_type)`.
+
+    Raises:
+        ValueError: there is no such type.
+
+    Semantics: `tp_split` of ExLlamaV2's norms.
+
+    Example:
+        >>> import normkit
+        >>> from normkit.parallel import BroadcastType, TPContext, tp_split
+        >>> context = TPContext(["cpu"] * 3, splits={BroadcastType.KV: [4, 0, 2]})
+        >>> len(tp_split(normkit.RMSNorm(4), context, BroadcastType.KV))
+        2
+    """
+    return replicate(module, context.devices_of(broadcast_type))
+
+
+# ---------------------------------------------------------------- norms
+
+Tensors = Sequence[Tensor]
+Affine = Sequence[Tensor | None] | None
+
+
+def rms_norm_tp(
+    xs: Tensors,
+    weights: Affine = None,
+    biases: Affine = None,
+    eps: float | None = 1e-6,
+    *,
+    outs: Tensors | None = None,
+    context: TPContext,
+    weight_offset: float = 0.0,
+    round_before_weight: bool = False,
+    clamp_inf: bool = False,
+    out_dtype: torch.dtype | None = None,
+) -> list[Tensor]:
+    """Normalise a tensor on each of several devices by its root mean square, from one call.
+
+        y = x / sqrt(mean(x^2) + eps) * (weight + weight_offset) + bias
+
+    Args:
+        xs: tensors (..., n) as `normkit.rms_norm` takes them, each on a device of the context;
+            shapes and dtypes may differ.
+        weights: for each of xs its weight (n,), on its device, or None; None for no weights.
+        biases: likewise.
+        eps: as in `normkit.rms_norm`, like all that follow.
+        outs: for each of xs where its result goes: of its shape, last stride 1; xs themselves, to
+            normalise in place; None for new tensors.
+        context: the devices and their streams.
+        weight_offset: added to the weights in float32.
+        round_before_weight: round xhat to x's dtype before the weight multiplies it.
+        clamp_inf: count +-inf in a float16 x as +-65504.
+        out_dtype: dtype of the results; None for outs', or xs'.
+
+    Returns:
+        The results, in the order of xs.
+
+    Raises:
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: a shape, stride, device, option or memory overlap is wrong, a list is too short
+            or too long, or a device is not the context's.
+        RuntimeError: outs are given where a gradient is needed; a launch fails.
+
+    All is checked before anything runs.  The kernels are launched with the interpreter's lock
+    released, each in its device's stream of the context, ordered with the device's current stream
+    as `TPContext` says; the current device stays what it was.  Rounds where `normkit.rms_norm`
+    does.  Gradients, and calls that no kernel serves, go device by device.
+
+    Example:
+        >>> import torch
+        >>> from normkit.parallel import TPContext, broadcast, rms_norm_tp
+        >>> context = TPContext(["cpu", "cpu"])
+        >>> xs = broadcast(torch.ones(2, 4), context)
+        >>> [y.shape for y in rms_norm_tp(xs, [torch.ones(4)] * 2, context=context)]
+        [torch.Size([2, 4]), torch.Size([2, 4])]
+    """
+    return _norm_tp(
+        "rms_norm", 0, xs, weights, biases, eps, weight_offset, round_before_weight, clamp_inf,
+        out_dtype, outs, context,
+    )  # fmt: skip
+
+
+def layer_norm_tp(
+    xs: Tensors,
+    weights: Affine = None,
+    biases: Affine = None,
+    eps: float | None = 1e-5,
+    *,
+    outs: Tensors | None = None,
+    context: TPContext,
+    weight_offset: float = 0.0,
+    round_before_weight: bool = False,
+    clamp_inf: bool = False,
+    out_dtype: torch.dtype | None = None,
+) -> list[Tensor]:
+    """Normalise a tensor on each of several devices to mean 0 and variance 1, from one call.
+
+        y = (x - mean(x)) / sqrt(var(x) + eps) * (weight + weight_offset) + bias
+
+    Args:
+        xs: as in `rms_norm_tp`, like all that follow.
+        weights: (n,) for each of xs.
+        biases: (n,) for each of xs.
+        eps: added to the variance; as in `normkit.layer_norm`.
+        outs: where the results go.
+        context: the devices and their streams.
+        weight_offset: added to the weights in float32.
+        round_before_weight: round xhat to x's dtype before the weight multiplies it.
+        clamp_inf: count +-inf in a float16 x as +-65504.
+        out_dtype: dtype of the results.
+
+    Returns:
+        The results, in the order of xs.
+
+    Raises:
+        TypeError: as `rms_norm_tp`.
+        ValueError: as `rms_norm_tp`.
+        RuntimeError: as `rms_norm_tp`.
+
+    How it runs: `rms_norm_tp`; where it rounds: `normkit.layer_norm`.
+
+    Example:
+        >>> import torch
+        >>> from normkit.parallel import TPContext, layer_norm_tp
+        >>> xs = [torch.tensor([[1.0, 3.0]]), torch.tensor([[5.0, 1.0]])]
+        >>> layer_norm_tp(xs, eps=0.0, context=TPContext(["cpu"]))
+        [tensor([[-1.,  1.]]), tensor([[ 1., -1.]])]
+    """
+    return _norm_tp(
+        "layer_norm", 1, xs, weights, biases, eps, weight_offset, round_before_weight, clamp_inf,
+        out_dtype, outs, context,
+    )  # fmt: skip
+
+
+def head_norm_tp(
+    xs: Tensors,
+    weights: Affine = None,
+    biases: Affine = None,
+    eps: float | None = 1e-6,
+    *,
+    kind: Kind = "rms",
+    outs: Tensors | None = None,
+    context: TPContext,
+    weight_offset: float = 0.0,
+    round_before_weight: bool = False,
+    clamp_inf: bool = False,
+    out_dtype: torch.dtype | None = None,
+) -> list[Tensor]:
+    """Normalise the heads that each of several devices has, from one call.
+
+        y = xhat * (weight + weight_offset) + bias,  xhat by `kind` as in `normkit.head_norm`
+
+    Args:
+        xs: tensors (..., heads, head_dim), with the heads of each device; as in `rms_norm_tp`, like
+            all that follow.
+        weights: for each of xs (heads, head_dim), or (head_dim,) for all its heads.
+        biases: likewise.
+        eps: added to the mean of squares or the variance.
+        kind: "rms" or "layer".
+        outs: where the results go.
+        context: the devices and their streams.
+        weight_offset: added to the weights in float32.
+        round_before_weight: round xhat to x's dtype before the weight multiplies it.
+        clamp_inf: count +-inf in a float16 x as +-65504.
+        out_dtype: dtype of the results.
+
+    Returns:
+        The results, in the order of xs.
+
+    Raises:
+        TypeError: as `rms_norm_tp`.
+        ValueError: as `rms_norm_tp`, or kind is neither "rms" nor "layer".
+        RuntimeError: as `rms_norm_tp`.
+
+    How it runs: `rms_norm_tp`; where it rounds: `normkit.head_norm`.
+
+    Example:
+        >>> import torch
+        >>> from normkit.parallel import TPContext, head_norm_tp
+        >>> q = torch.randn(2, 7, 8, 16).chunk(2, dim=2)
+        >>> [y.shape for y in head_norm_tp(q, context=TPContext(["cpu"]))]
+        [torch.Size([2, 7, 4, 16]), torch.Size([2, 7, 4, 16])]
+    """
+    return _norm_tp(
+        "head_norm", is_layer(kind) + 2, xs, weights, biases, eps, weight_offset,
+        round_before_weight, clamp_inf, out_dtype, outs, context,
+    )  # fmt: skip
+
+
+def _norm_tp(
+    op: str,
+    kind: int,
+    xs: Tensors,
+    weights: Affine,
+    biases: Affine,
+    eps: float | None,
+    weight_offset: float,
+    round_before_weight: bool,
+    clamp_inf: bool,
+    out_dtype: torch.dtype | None,
+    outs: Tensors | None,
+    context: TPContext,
+) -> list[Tensor]:
+    if not isinstance(context, TPContext):
+        raise TypeError(f"context: expected a TPContext, got {type(context).__name__}")
+    if not is_dynamo_compiling():
+        made = _dispatch.quick_tp(
+            kind, xs, weights, biases, eps, weight_offset, round_before_weight, clamp_inf,
+            out_dtype, outs, context._handles,
+        )  # fmt: skip
+        if made is not None:
+            return cast(list[Tensor], made)
+    lists = {"weights": weights, "biases": biases, "outs": outs}
+    given = {"xs": _listed("xs", xs, None)}
+    given |= {name: _listed(name, of, len(given["xs"])) for name, of in lists.items()}
+    calls = [
+        Call(
+            op, bool(kind & 1), bool(kind & 2), x, weight, bias, eps, weight_offset,
+            round_before_weight, clamp_inf, out_dtype, out,
+        )
+        for x, weight, bias, out in zip(*given.values(), strict=True)
+    ]  # fmt: skip
+    _check_all(calls, context)
+    return [_serve(call, context) for call in calls]
+
+
+def _listed(name: str, of: Sequence[Any] | None, count: int | None) -> Sequence[Any]:
+    if of is None and count is not None:
+        return [None] * count
+    if isinstance(of, Tensor) or not isinstance(of, Sequence):
+        raise TypeError(f"{name}: expected a list of tensors, got {type(of).__name__}")
+    if count is not None and len(of) != count:
+        raise ValueError(f"{name}: expected {count}, one for each of xs, got {len(of)}")
+    return of
+
+
+_PLURALS = {"x": "xs", "weight": "weights", "bias": "biases", "out": "outs"}
+
+
+def _check_all(calls: list[Call], context: TPContext) -> None:
+    for i, call in enumerate(calls):
+        try:
+            check(call)
+        except (TypeError, ValueError, RuntimeError) as error:
+            name, colon, rest = str(error).partition(":")
+            listed = f"{_PLURALS[name]}[{i}]" if name in _PLURALS else name
+            raise type(error)(f"{listed}{colon}{rest}") from error
+        if call.x.device not in context._stream_of:
+            expected = ", ".join(map(str, context._stream_of))
+            raise ValueError(
+                f"xs[{i}]: expected a device of the context ({expected}), got {call.x.device}"
+            )
+    for i, call in enumerate(calls):
+        for j, other in enumerate(calls):
+            if call.out is None or i == j:
+                continue
+            for name, t in other.tensors():
+                check_apart(f"outs[{i}]", call.out, f"{_PLURALS[name]}[{j}]", t)
+
+
+def _serve(call: Call, context: TPContext) -> Tensor:
+    if is_dynamo_compiling():
+        return cast(Tensor, _ops.serve(call))
+    with context._ordered(call.x.device):
+        return cast(Tensor, _ops.serve(call))
