@@ -70,6 +70,17 @@ def test_gradients_of_no_rows_are_zeros(backend: Any, op: Op) -> None:
 
 
 @pytest.mark.parametrize("op", OPS, ids=str)
+def test_backward_only_reads_what_it_is_given(backend: Any, op: Op) -> None:
+    for dtype, memory_efficient in itertools.product(DTYPES, (False, True)):
+        case = case_of(op, inputs_for(op, (4, 3), 130, dtype), memory_efficient=memory_efficient)
+        given = [t for t in (*case.inputs, case.grad_y, case.grad_residual_out) if t is not None]
+        kept = [t.clone() for t in given]
+        gradients(backend, case)
+        for t, before in zip(given, kept, strict=True):
+            assert_same_bits(t, before)
+
+
+@pytest.mark.parametrize("op", OPS, ids=str)
 @pytest.mark.parametrize("n", [24, 260])
 def test_gradients_of_mixed_dtypes_are_accurate(backend: Any, op: Op, n: int) -> None:
     for dtype, weight_dtype, bias_dtype in itertools.product(DTYPES, repeat=3):
