@@ -53,7 +53,7 @@ def check(
     """Check a tensor that has to be there, and to be where `like` is."""
     _check_tensor(name, t, dtypes)
     if t.shape != shape:
-        raise ValueError(f"{name}: expected shape {shape}, got {tuple(t.shape)}")
+        raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(t.shape)}")
     if t.device != like.device:
         raise ValueError(f"{name}: expected device {like.device}, got {t.device}")
 
