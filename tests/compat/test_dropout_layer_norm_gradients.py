@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import normkit
 from compat.dropout_calls import (
     AUTO,
     BFLOAT16,
@@ -100,6 +101,7 @@ def check_gradients(
         assert part.shape[1:] == gradient.shape
         assert_near(part.sum(0), leaf.grad, *seen)
         assert_same_bits(gradient, part.sum(0).to(gamma.dtype))
+        assert gradient.data_ptr() != part.data_ptr()
 
 
 @both_kinds
@@ -284,7 +286,20 @@ def test_gradients_of_two_norms_are_those_of_the_formula(
 
 
 def test_autograd_records_nothing() -> None:
-    x0, gamma = random(4, 8).requires_grad_(), random(8, seed=1).requires_grad_()
-    made = forward(AUTO, x0, None, gamma, None, Options())
-    got = backward(AUTO, x0.exp(), None, made, x0, None, gamma, Options())
-    assert not any(t is not None and t.requires_grad for t in got)
+    x0, gamma, colscale = (t.requires_grad_() for t in (random(4, 8), random(8), random(8)))
+    for options in (Options(), Options(None, colscale)):
+        made = forward(AUTO, x0, None, gamma, None, options)
+        got = backward(AUTO, x0.exp(), None, made, x0, None, gamma, options)
+        assert not any(t is not None and t.requires_grad for t in got)
+
+
+def test_autograd_records_nothing_of_two_norms() -> None:
+    x0, x1, gamma = (t.requires_grad_() for t in (random(4, 8), random(4, 8, seed=1), random(8)))
+    forward = dropout_layer_norm.dropout_add_ln_parallel_residual_fwd
+    backward = dropout_layer_norm.dropout_add_ln_parallel_residual_bwd
+    for name in ("auto", "reference"):
+        with normkit.use_backend(name):
+            made = forward(x0, x1, None, gamma, None, gamma, None, 0.5, EPS, None)
+            dz = x0.exp()
+            got = backward(dz, dz, dz, *made[2:], gamma, gamma, 0.5, True, False)
+        assert not any(t is not None and t.requires_grad for t in (*made, *got))
