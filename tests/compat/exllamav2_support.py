@@ -1,0 +1,109 @@
+"""What the tests of ExLlamaV2's interfaces share: calls on a backend, models, and devices."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import normkit
+from devices import call_on
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+EPS = 3e-3  # so large that another one shows
+
+
+def run(backend: Any, function: Callable[..., Any], *args: Any) -> Any:
+    """`function(*args)` served by a backend, which raises if it cannot."""
+    with normkit.use_backend(backend.name):
+        if backend.name == "cuda":
+            return call_on("cuda", function, *args)
+        return function(*args)
+
+
+# ---------------------------------------------------------------------------------------- models
+
+
+def values(*shape: int, dtype: torch.dtype = torch.float16, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=generator, dtype=torch.float64) * 0.7 + 0.4).to(dtype)
+
+
+def make_model(folder: Path, tensors: dict[str, Tensor], **lm: Any) -> Any:
+    """What the modules of ExLlamaV2 read of a model; each tensor is in a file of its own."""
+    files = {}
+    for i, (name, t) in enumerate(tensors.items()):
+        files[name] = str(folder / f"part-{i}.safetensors")
+        save_file({name: t}, files[name])
+    width = max((t.numel() for t in tensors.values()), default=1)
+    arch = SimpleNamespace(
+        lm=SimpleNamespace(**({"norm_constant_bias": 0, "headnorm": "layernorm"} | lm)),
+        keymap=None,
+        orig_weights_transposed=False,
+    )
+    config = SimpleNamespace(
+        norm_eps=EPS, hidden_size=width, head_dim=8, arch=arch, tensor_file_map=files
+    )
+    return SimpleNamespace(config=config)
+
+
+# --------------------------------------------------------------------------------------- devices
+
+
+class Split:
+    """A context of ExLlamaV2 as far as its norms look: the CPU, several times over."""
+
+    def __init__(self, *parts: tuple[int, int, int]) -> None:
+        self.parts = list(parts)
+        self.num_devices = 3
+
+    def get_split(self, broadcast_type: int) -> list[tuple[int, int, int]]:
+        return self.parts if broadcast_type == 3 else [(-1, 0, 64)]
+
+
+class TPContext:
+    def __init__(self, devices: list[torch.device], streams: list[Any] | None = None) -> None:
+        self.devices = list(devices)
+        self.streams = streams
+
+
+def _broadcast(x: Tensor, context: TPContext) -> list[Tensor]:
+    return [x.to(device) for device in context.devices]
+
+
+def _rms_norm_tp(
+    xs: list[Tensor],
+    weights: list[Tensor],
+    biases: list[Tensor] | None = None,
+    eps: float = 1e-6,
+    *,
+    outs: list[Tensor] | None = None,
+    context: TPContext,
+    **options: Any,
+) -> list[Tensor]:
+    if not len(xs) == len(weights) == len(context.devices):
+        raise ValueError(f"xs: expected {len(context.devices)} tensors, got {len(xs)}")
+    rest = [None] * len(xs)
+    lists = (xs, weights, biases or rest, outs or rest)
+    return [
+        normkit.rms_norm(x, weight, bias, eps, out=out, **options)
+        for x, weight, bias, out in zip(*lists, strict=True)
+    ]
+
+
+def stand_in_for_parallel(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`normkit.parallel`, or where it is not there what is used of it."""
+    if importlib.util.find_spec("normkit.parallel") is not None:
+        return importlib.import_module("normkit.parallel")
+    made = ModuleType("normkit.parallel")
+    made.TPContext, made.broadcast, made.rms_norm_tp = TPContext, _broadcast, _rms_norm_tp
+    monkeypatch.setitem(sys.modules, "normkit.parallel", made)
+    return made
