@@ -16,6 +16,8 @@ from torch import Tensor
 
 import normkit
 from devices import call_on
+from normkit.compat.exllamav2 import ExLlamaV2HeadNorm, ExLlamaV2LayerNorm, ExLlamaV2RMSNorm
+from normkit.testing import assert_accurate
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 EPS = 3e-3  # so large that another one shows
@@ -53,6 +55,55 @@ def make_model(folder: Path, tensors: dict[str, Tensor], **lm: Any) -> Any:
         norm_eps=EPS, hidden_size=width, head_dim=8, arch=arch, tensor_file_map=files
     )
     return SimpleNamespace(config=config)
+
+
+HEADS = (3, 8)
+ROW_NORMS = [ExLlamaV2RMSNorm, ExLlamaV2LayerNorm]
+row_norms = pytest.mark.parametrize("cls", ROW_NORMS)
+all_norms = pytest.mark.parametrize("cls", [*ROW_NORMS, ExLlamaV2HeadNorm])
+
+
+def shape_of(cls: Any) -> tuple[int, ...]:
+    return HEADS if cls is ExLlamaV2HeadNorm else (24,)
+
+
+def make(
+    cls: Any, folder: Path, weight: Tensor | None = None, bias: Tensor | None = None, **lm: Any
+) -> Any:
+    """A module of a model that stores this weight and bias, not loaded yet."""
+    tensors = {"model.norm.weight": values(*shape_of(cls), seed=1) if weight is None else weight}
+    if bias is not None:
+        tensors["model.norm.bias"] = bias
+    heads = HEADS if cls is ExLlamaV2HeadNorm else ()
+    return cls(make_model(folder, tensors, **lm), "model.norm", *heads)
+
+
+def loaded(cls: Any, folder: Path, *stored: Tensor | None, **lm: Any) -> Any:
+    norm = make(cls, folder, *stored, **lm)
+    norm.load()
+    return norm
+
+
+def rows_for(norm: Any, dtype: torch.dtype = torch.float16) -> Tensor:
+    """hidden_states of 2 batches of 5 tokens."""
+    return values(2, 5, *shape_of(type(norm)), dtype=dtype, seed=7)
+
+
+def kind_of(norm: Any) -> str:
+    if isinstance(norm, ExLlamaV2HeadNorm) and norm.archparams.headnorm == "rmsnorm":
+        return "rms"
+    return "rms" if isinstance(norm, ExLlamaV2RMSNorm) else "layer"
+
+
+def constant_of(norm: Any) -> float:
+    """What is added to the stored weight; ExLlamaV2 adds nothing in a LayerNorm."""
+    return 0.0 if isinstance(norm, ExLlamaV2LayerNorm) else norm.archparams.norm_constant_bias
+
+
+def check(norm: Any, y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+    assert_accurate(
+        y, x, weight, bias, EPS, kind=kind_of(norm), clamp_inf=True, weight_offset=constant_of(norm)
+    )
 
 
 # --------------------------------------------------------------------------------------- devices
