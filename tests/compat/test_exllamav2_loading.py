@@ -41,6 +41,17 @@ def test_unload_lets_go_and_reload_brings_back(cls: Any, tmp_path: Path) -> None
 
 
 @all_norms
+def test_loading_again_shows_what_is_stored_now(cls: Any, tmp_path: Path) -> None:
+    norm = loaded(cls, tmp_path, values(*shape_of(cls)), norm_constant_bias=1)
+    assert norm.weight is not None
+    stored = values(*shape_of(cls), seed=9)
+    norm.model = make_model(tmp_path, {"model.norm.weight": stored})
+    norm.archparams = norm.model.config.arch.lm
+    norm.load()
+    assert_same_bits(norm.weight.data, stored)
+
+
+@all_norms
 def test_devices_are_exllamav2s_indices(cls: Any, tmp_path: Path) -> None:
     norm = make(cls, tmp_path)
     assert norm.device() == "cpu"

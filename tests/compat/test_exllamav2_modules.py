@@ -30,6 +30,7 @@ from compat.exllamav2_support import (
     values,
 )
 from conformance.support import assert_same_bits, bits
+from normkit import reference
 from normkit.compat.exllamav2 import ExLlamaV2HeadNorm, ExLlamaV2LayerNorm, ExLlamaV2RMSNorm
 from normkit.testing import assert_accurate
 
@@ -169,6 +170,23 @@ def test_forward_torch_is_accurate_with_the_same_eps_and_bias(
     x = rows_for(norm, dtype) * 0.01  # so small that eps decides
     for y in (norm.forward(x), norm.forward_torch(x)):
         check(norm, y, x, weight, bias)
+
+
+@all_norms
+def test_forward_torch_is_plain_torch(
+    cls: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    norm = loaded(cls, tmp_path)
+    x = rows_for(norm)
+    in_plain_torch = []
+    plain = reference.norm
+
+    def record(*args: Any, **options: Any) -> Tensor:
+        in_plain_torch.append(plain(*args, **options))
+        return in_plain_torch[-1]
+
+    monkeypatch.setattr(reference, "norm", record)
+    assert norm.forward_torch(x) is in_plain_torch[0]
 
 
 @all_norms

@@ -333,10 +333,11 @@ def test_what_was_not_split_or_loaded_is_an_error(tmp_path: Path) -> None:
         norm.tp_split(3)
 
 
-def test_a_split_norm_is_whole_again_once_it_is_loaded_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("again", ["load", "reload"])
+def test_a_split_norm_is_whole_again_once_it_is_loaded_again(tmp_path: Path, again: str) -> None:
     norm = split(tmp_path)
     norm.set_device_idx(None)
-    norm.reload()
+    getattr(norm, again)()
     assert not norm.is_tp
     assert isinstance(norm.weight, nn.Parameter)
     assert isinstance(norm.forward(rows_for(norm)), Tensor)
