@@ -121,6 +121,27 @@ def test_functions_are_replaced_one_by_one_at_any_time(tmp_path: Path) -> None:
         assert_same_bits(theirs.forward(x), norm.forward(x))
 
 
+def test_modules_of_exllamav2_make_ours_where_they_are_put_in(
+    originals: Any, tmp_path: Path
+) -> None:
+    moe_mlp = importlib.import_module("exllamav2.moe_mlp")
+    moe_mlp.ExLlamaV2RMSNorm = ours.ExLlamaV2RMSNorm
+    weight = stored_for("RMSNorm")
+    model = make_model(tmp_path, {"model.layers.0.ln_2.weight": weight})
+    keys = {"norm_2": ".ln_2", "mlp_gate": "", "mlp_up": "", "mlp_down": "", "mlp_expert_gate": ""}
+    vars(model.config.arch.lm).update(norm="rmsnorm", keys=keys, mlp_bias=False)
+    vars(model.config).update(intermediate_size=32, num_experts=0, num_experts_per_token=0)
+    mlp = moe_mlp.ExLlamaV2MoEMLP(model, "model.layers.0", 0)
+    mlp.set_device_idx(-1)
+    norm = mlp.post_attention_layernorm
+    with torch.inference_mode():  # as ExLlamaV2 loads
+        norm.load()
+    assert isinstance(norm, ours.ExLlamaV2RMSNorm)
+    assert mlp.submodules[0] is norm
+    x = states("RMSNorm")
+    check("RMSNorm", norm.forward(x), x, weight)
+
+
 # -------------------------------------------------------------------------------------- one device
 
 

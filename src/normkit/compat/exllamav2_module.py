@@ -273,11 +273,12 @@ class NormModule:
 
     def _normalised(self, x: Any, output_fp32: bool, **options: Any) -> Tensor:
         module = self._loaded()
+        stored = module._parameters  # module.weight takes ten times as long
         try:
             return self._function(
                 x,
-                module.weight,
-                module.bias,
+                stored["weight"],
+                stored["bias"],
                 self.variance_epsilon,
                 weight_offset=module.weight_offset,
                 clamp_inf=True,
