@@ -43,15 +43,16 @@ inline bool devices_interfere(const Prepared* calls, Py_ssize_t count) {
   return false;
 }
 
-// The context's stream for a device: streams[0] is not None where the CPU is one of its devices,
-// streams[1 + i] is the handle for CUDA device i, or None.
-inline bool find_stream(PyObject* streams, DLDevice device, void*& stream) {
+// The context's stream for a device, where it has that device: streams[0] is of the CPU,
+// streams[1 + i] of CUDA device i; None for another context's, -1 for torch's current stream.
+inline bool find_stream(PyObject* streams, DLDevice device, void* current, void*& stream) {
   const Py_ssize_t at = device.device_type == kDLCPU ? 0 : 1 + device.device_id;
   if (at >= PyTuple_Size(streams)) return false;
   PyObject* const handle = PyTuple_GetItem(streams, at);
   if (handle == Py_None) return false;
   stream = PyLong_AsVoidPtr(handle);
   if (PyErr_Occurred()) throw nb::python_error();
+  if (reinterpret_cast<intptr_t>(stream) == -1) stream = current;
   return true;
 }
 
@@ -99,7 +100,7 @@ inline nb::object norm_tp(PyObject* const* args) {
     Prepared& p = calls[i];
     if (prepare(p, of_device, true)) return nb::none();
     p.stream = stream_for(*p.backend, p.a.x.device);
-    if (!find_stream(args[kTpStreams], p.a.x.device, streams[i])) return nb::none();
+    if (!find_stream(args[kTpStreams], p.a.x.device, p.stream, streams[i])) return nb::none();
     elements += p.job.rows * p.job.n;
     waits = waits || p.backend->has_streams;
   }
@@ -108,7 +109,7 @@ inline nb::object norm_tp(PyObject* const* args) {
     for (Py_ssize_t i = 0; i < count; ++i) {
       Prepared& p = calls[i];
       void* const current = p.stream;
-      const bool apart = p.backend->has_streams && streams[i] != current;
+      const bool apart = streams[i] != current;
       if (apart) p.backend->let_wait(p.device, streams[i], current);
       if (apart) p.stream = streams[i];
       p.run();

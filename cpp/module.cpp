@@ -76,8 +76,8 @@ PyMethodDef methods[] = {
      "served.\n\n"
      "kind is as in norm(), without a residual.  weights, biases and outs are as long as xs, or "
      "None.\n"
-     "streams[0] is not None where the CPU may be used, and streams[1 + i] is the stream of CUDA\n"
-     "device i."},
+     "streams[0] is of the CPU and streams[1 + i] of CUDA device i: a handle, -1 for torch's current\n"
+     "stream, or None where there must be nothing."},
     {nullptr, nullptr, 0, nullptr}};
 
 nb::object cuda_devices() {

@@ -25,6 +25,9 @@ LAYERS = [
     {"__init__"},
     {"parallel.devices"},
     {"parallel"},
+    {"compat", "compat._errors", "compat._dropout_add", "compat.exllamav2_tp"},
+    {"compat.dropout_layer_norm", "compat.exllamav2_ext", "compat.exllamav2_module"},
+    {"compat.exllamav2", "compat.lorax"},
     {"_bench"},
     {"cli"},
     {"__main__"},
@@ -33,8 +36,8 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 # What others than the standard library and torch may be imported, and by whom.
 THIRD_PARTY = {
-    "safetensors": {"checkpoint", "cli"},
-    "typing_extensions": {"modules"},  # for the type checker only
+    "safetensors": {"checkpoint", "cli", "compat.exllamav2_module"},
+    "typing_extensions": {"compat.lorax", "modules"},  # for the type checker only
     "triton": {"_triton_kernels"},  # comes with torch where it is used
     "rich": {"_bench", "cli"},
     "typer": {"cli"},

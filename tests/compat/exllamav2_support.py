@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -118,43 +116,3 @@ class Split:
 
     def get_split(self, broadcast_type: int) -> list[tuple[int, int, int]]:
         return self.parts if broadcast_type == 3 else [(-1, 0, 64)]
-
-
-class TPContext:
-    def __init__(self, devices: list[torch.device], streams: list[Any] | None = None) -> None:
-        self.devices = list(devices)
-        self.streams = streams
-
-
-def _broadcast(x: Tensor, context: TPContext) -> list[Tensor]:
-    return [x.to(device) for device in context.devices]
-
-
-def _rms_norm_tp(
-    xs: list[Tensor],
-    weights: list[Tensor],
-    biases: list[Tensor] | None = None,
-    eps: float = 1e-6,
-    *,
-    outs: list[Tensor] | None = None,
-    context: TPContext,
-    **options: Any,
-) -> list[Tensor]:
-    if not len(xs) == len(weights) == len(context.devices):
-        raise ValueError(f"xs: expected {len(context.devices)} tensors, got {len(xs)}")
-    rest = [None] * len(xs)
-    lists = (xs, weights, biases or rest, outs or rest)
-    return [
-        normkit.rms_norm(x, weight, bias, eps, out=out, **options)
-        for x, weight, bias, out in zip(*lists, strict=True)
-    ]
-
-
-def stand_in_for_parallel(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """`normkit.parallel`, or where it is not there what is used of it."""
-    if importlib.util.find_spec("normkit.parallel") is not None:
-        return importlib.import_module("normkit.parallel")
-    made = ModuleType("normkit.parallel")
-    made.TPContext, made.broadcast, made.rms_norm_tp = TPContext, _broadcast, _rms_norm_tp
-    monkeypatch.setitem(sys.modules, "normkit.parallel", made)
-    return made

@@ -26,7 +26,6 @@ from compat.exllamav2_support import (
     EPS,
     HEADS,
     make_model,
-    stand_in_for_parallel,
     values,
 )
 from conformance.support import assert_same_bits, bits
@@ -322,7 +321,6 @@ def context(originals: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     Its constructor asks the GPUs for their memory, and "cpu" stands for the index -1, which torch
     would not take for a device where ExLlamaV2 allocates.
     """
-    stand_in_for_parallel(monkeypatch)
     made = object.__new__(originals.tensor_p.TPContext)
     parts = [(-1, 0, 12), (-1, 12, 24)]
     made.ext_tp_context = exllamav2_ext.make_tp_context(parts, parts, parts, parts, parts, [], [])

@@ -20,23 +20,18 @@ from compat.exllamav2_support import (
     loaded,
     rows_for,
     run,
-    stand_in_for_parallel,
     values,
 )
 from conformance.support import assert_same_bits
+from normkit import parallel
+from normkit.compat import exllamav2, exllamav2_tp
 from normkit.compat import exllamav2_ext as ext_c
-from normkit.compat import exllamav2_tp
 from normkit.compat.exllamav2 import ExLlamaV2RMSNorm
 
 CPU = torch.device("cpu")
 WHOLE = [(-1, 0, 64)]
 TWICE = [(-1, 0, 40), (-1, 40, 64)]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
-
-@pytest.fixture(autouse=True)
-def parallel(monkeypatch: pytest.MonkeyPatch) -> Any:
-    return stand_in_for_parallel(monkeypatch)
 
 
 @pytest.fixture
@@ -68,7 +63,7 @@ def lists(dtype: torch.dtype = torch.float16) -> tuple[list[Tensor], list[Tensor
 @dtypes
 @pytest.mark.parametrize("context", ["TPContext", "handle"])
 def test_rms_norm_tp_norms_every_tensor_of_the_lists(
-    backend: Any, parallel: Any, handle: int, context: str, dtype: torch.dtype
+    backend: Any, handle: int, context: str, dtype: torch.dtype
 ) -> None:
     if backend.name == "cuda":
         pytest.skip("one device, not several")
@@ -154,30 +149,21 @@ def test_parts_without_a_stream_are_errors(part: Any) -> None:
         ext_c.make_tp_context(WHOLE, WHOLE, WHOLE, [part], WHOLE, [], [0])
 
 
-class Recorded:
-    """Takes the place of TPContext and remembers the streams that it is given."""
-
-    def __init__(self, parallel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.streams: list[Any] = []
-        made = parallel.TPContext
-
-        def record(devices: Any, streams: Any = None) -> Any:
-            self.streams.append(streams)
-            return made(devices)
-
-        monkeypatch.setattr(parallel, "TPContext", record)
-
-
-def test_a_handle_of_exllamav2_means_its_streams(
-    parallel: Any, global_streams: dict[int, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_handle_of_exllamav2_means_its_streams(global_streams: dict[int, Any]) -> None:
     devices = [torch.device("cuda:1"), CPU, torch.device("cuda:0"), torch.device("cuda:2")]
     expected = [global_streams[1], None, global_streams[0], None]
     assert exllamav2_tp.streams_of(140243571, devices) == expected
-    recorded = Recorded(parallel, monkeypatch)
     x, w, y = lists()
     ext_c.rms_norm_tp(x, w, y, EPS, 140243571)
-    assert recorded.streams == [[None, None]]
+    expected_y = torch.empty_like(x[0])
+    ext_c.rms_norm(x[0], w[0], expected_y, EPS)
+    assert_same_bits(y[0], expected_y)
+
+
+def test_the_context_of_a_handle_is_made_once(handle: int) -> None:
+    made = exllamav2_tp.context_of(handle, (CPU, CPU))
+    assert exllamav2_tp.context_of(handle, (CPU, CPU)) is made
+    assert made.devices == (CPU, CPU)
 
 
 def test_streams_of_a_handle_are_those_it_was_made_with(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,13 +284,16 @@ def test_intermediates_of_a_split_norm_come_in_a_dict(tmp_path: Path, path: str)
 
 
 def test_a_split_norm_works_in_exllamav2s_streams(
-    tmp_path: Path, parallel: Any, global_streams: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(
+        exllamav2, "exllamav2_streams", lambda devices: asked.append(devices) or [None, None]
+    )
     norm = split(tmp_path)
-    recorded = Recorded(parallel, monkeypatch)
     norm.forward(rows_for(norm))
     norm.forward(rows_for(norm))
-    assert recorded.streams == [[None, None]]  # the CPU has none, and one context is enough
+    assert asked == [[CPU, CPU]]  # one context is enough
 
 
 def test_states_that_do_not_fit_a_split_norm_are_errors(tmp_path: Path) -> None:

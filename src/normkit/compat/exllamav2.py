@@ -22,14 +22,13 @@ that.
 from __future__ import annotations
 
 import copy
-import importlib
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from normkit import functional, modules
+from normkit import functional, modules, parallel
 from normkit.checkpoint import StoredNorm
 from normkit.compat._errors import raise_renamed
 from normkit.compat.exllamav2_module import Exposed, NormModule, torch_device
@@ -172,7 +171,7 @@ class ExLlamaV2RMSNorm(NormModule):
         super().unload()
         self.is_tp = False
         self._replicas: list[modules.RMSNorm] = []
-        self._context: Any = None
+        self._context: parallel.TPContext | None = None
 
     def _made_for_kernels(self, name: str) -> Exposed:
         if not self.is_tp:
@@ -271,8 +270,7 @@ class ExLlamaV2RMSNorm(NormModule):
         """
         if not self.is_tp:
             raise RuntimeError(f"{self.key}: expected tp_split() before this")
-        parallel = importlib.import_module("normkit.parallel")
-        context = self._split_context(parallel)
+        context = self._split_context()
         if isinstance(hidden_states, Tensor):
             xs = parallel.broadcast(hidden_states, context)
         else:
@@ -294,7 +292,7 @@ class ExLlamaV2RMSNorm(NormModule):
             raise_renamed(error, names)
         return self._result(ys, intermediates)
 
-    def _split_context(self, parallel: Any) -> Any:
+    def _split_context(self) -> parallel.TPContext:
         if self._context is None:
             devices = [replica.weight.device for replica in self._replicas]
             self._context = parallel.TPContext(devices, streams=exllamav2_streams(devices))

@@ -25,7 +25,6 @@ ops: no gradient is ever recorded.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,12 +32,12 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from normkit import _dispatch, functional
+from normkit import _dispatch, functional, parallel
 from normkit.compat._errors import raise_renamed
 from normkit.compat.exllamav2_tp import (
+    context_of,
     free_tp_context,
     make_tp_context,
-    streams_of,
     tp_broadcast,
 )
 
@@ -270,11 +269,9 @@ def rms_norm_tp(
             raise ValueError(f"{name}: expected {len(x)} tensors, as in x, got {len(tensors)}")
     if epsilon is None:
         raise TypeError("epsilon: expected a number, got NoneType")
-    parallel = importlib.import_module("normkit.parallel")
     context = tp_context
     if isinstance(tp_context, int):
-        devices = [t.device for t in x]
-        context = parallel.TPContext(devices, streams=streams_of(tp_context, devices))
+        context = context_of(tp_context, tuple(t.device for t in x))
     elif not isinstance(tp_context, parallel.TPContext):
         raise TypeError(
             f"tp_context: expected a TPContext or a handle, got {type(tp_context).__name__}"

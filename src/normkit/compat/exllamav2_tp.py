@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import count
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from normkit.parallel import TPContext
 
 __all__ = ["free_tp_context", "make_tp_context", "tp_broadcast"]
 
@@ -196,6 +199,20 @@ def streams_of(tp_context: int, devices: Sequence[torch.device]) -> list[torch.c
             handle = raw[device.index]
             streams.append(_external(handle, device) if handle else None)
     return streams
+
+
+def context_of(tp_context: int, devices: tuple[torch.device, ...]) -> TPContext:
+    """The devices and streams that a handle means, for calls on these devices."""
+    streams = streams_of(tp_context, devices)
+    return _made(devices, tuple(streams))
+
+
+# Built once: it takes longer than the norm that wants it.
+@lru_cache(maxsize=64)
+def _made(
+    devices: tuple[torch.device, ...], streams: tuple[torch.cuda.Stream | None, ...]
+) -> TPContext:
+    return TPContext(devices, streams)
 
 
 def _external(handle: int, device: torch.device) -> torch.cuda.Stream:

@@ -45,7 +45,8 @@ class TPContext:
     Args:
         devices: of the process: `torch.device`, "cuda:1", or the index of a CUDA device, -1 for the
             CPU.  One may be named several times, and has one stream.
-        streams: one for each device, None for the CPU; None: a new one for each CUDA device.
+        streams: one for each device, or None for torch's current one, which the CPU always has.
+            None: a new one for each CUDA device.
         splits: for each `BroadcastType` how much of it each device has, such as {BroadcastType.KV:
             [4, 4, 0]}: a device with nothing takes no part in what is split that way.  None, or a
             type that is not in it: every device takes part.
@@ -186,9 +187,7 @@ def _by_device(
     for device, stream in zip(devices, streams, strict=True):
         if stream is not None and not isinstance(stream, torch.cuda.Stream):
             raise TypeError(f"streams: expected torch.cuda.Stream or None, got {type(stream)}")
-        if (None if stream is None else stream.device) != (
-            None if device.type == "cpu" else device
-        ):
+        if stream is not None and stream.device != device:
             raise ValueError(f"streams: expected one of {device}, got {stream}")
         if found.setdefault(device, stream) != stream:
             raise ValueError(f"streams: expected one stream for {device}, got several")
@@ -198,12 +197,11 @@ def _by_device(
 def _handles(
     stream_of: Mapping[torch.device, torch.cuda.Stream | None],
 ) -> tuple[int | None, ...]:
-    """What `_C.norm_tp` takes: the CPU first, then every CUDA device up to the last in use."""
+    """What `_C.norm_tp` takes: the CPU's first, then those of CUDA devices; -1: the current one."""
     handles: list[int | None] = [None] * (2 + max((d.index or 0) for d in stream_of))
     for device, stream in stream_of.items():
-        handles[0 if stream is None else 1 + device.index] = (
-            0 if stream is None else stream.cuda_stream
-        )
+        at = 0 if device.type == "cpu" else 1 + device.index
+        handles[at] = -1 if stream is None else stream.cuda_stream
     return tuple(handles)
 
 
