@@ -90,7 +90,7 @@ gpu-conformance: gpu-build
 	NORMKIT_TEST_BACKENDS=cuda $(GPU_PYTHON) -m pytest -q tests/conformance
 
 gpu-tests: gpu-build
-	NORMKIT_TEST_BACKENDS=cuda $(GPU_PYTHON) -m pytest -q --durations=10 tests/gpu tests/torch_integration tests/test_triton.py
+	NORMKIT_TEST_BACKENDS=cuda $(GPU_PYTHON) -m pytest -q --durations=10 tests/gpu tests/torch_integration tests/compat tests/test_triton.py
 
 gpu-bench: gpu-build
 	$(GPU_PYTHON) benchmarks/gpu.py $(GPU_BENCH)

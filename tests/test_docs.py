@@ -43,7 +43,20 @@ def test_every_public_name_is_in_the_api_page(name: str) -> None:
     assert any(f"`{name}`" in heading for heading in headings)
 
 
+def named_tests(page: str) -> set[str]:
+    text = (ROOT / "docs" / page).read_text()
+    return {name for name in re.findall(r"`(test_\w+)`", text) if not name.endswith("_")}
+
+
 def test_tests_that_hold_the_promises_exist() -> None:
-    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "numerics.md").read_text()))
+    named = named_tests("numerics.md")
     assert {f"test_promise_{n}" for n in range(1, 7)} <= {name[:14] for name in named}
-    assert {name for name in named if not name.endswith("_")} - names_of_tests() == set()
+    assert named - names_of_tests() == set()
+
+
+def test_tests_that_keep_defects_away_exist() -> None:
+    named = named_tests("migrating.md")
+    assert len(named) > 20
+    assert named - names_of_tests() == set()
+    files = re.findall(r"\b(tests/[\w/]+\.py)", (ROOT / "docs" / "migrating.md").read_text())
+    assert [file for file in files if not (ROOT / file).is_file()] == []
