@@ -110,7 +110,7 @@ OPS = {
 
 def serve(call: Call) -> Any:
     """Check and serve a call that the quick path did not take."""
-    if _autocasts(call):
+    if autocasts(call):
         call.out_dtype = torch.float32
     # Under these only torch's own operators know what to do, and in a trace of torch.jit too.
     transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
@@ -135,7 +135,8 @@ def serve(call: Call) -> Any:
     return _Norm.apply(call, call.x, call.residual, call.weight, call.bias)  # type: ignore[no-untyped-call]
 
 
-def _autocasts(call: Call) -> bool:
+def autocasts(call: Call) -> bool:
+    """Whether torch's rules for autocast have this call return float32."""
     if not isinstance(call.x, Tensor) or call.x.is_cpu:
         return False
     if call.out_dtype is not None or call.out is not None:

@@ -1,0 +1,270 @@
+"""A norm of rows whose columns are split over the ranks of a process group.
+
+Each rank takes the statistics of its part, all are gathered, and each rank applies the norm to its
+part; the backward pass is the same once more.  Eager calls come here straight; what is compiled
+takes the operators `sharded_norm` and `sharded_norm_backward` in `torch.ops.normkit`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from normkit import _dispatch, reference
+from normkit._checks import Call
+from normkit._gather import Ranks, gather
+
+Made = tuple[Tensor, Tensor, Tensor | None]  # y, rstd, and mean but for rms
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+class Formula(NamedTuple):
+    """What is computed, as far as the backward pass asks for it."""
+
+    layer: bool
+    weight_offset: float
+    round_before_weight: bool
+    clamp_inf: bool
+
+
+def serve(call: Call, ranks: Ranks) -> Tensor:
+    """Serve a call that has been checked, of the part of this rank."""
+    if (
+        torch.compiler.is_compiling()
+        or _dispatch.ALWAYS_DISPATCH
+        or torch._C._len_torch_dispatch_stack() > 0
+    ):
+        return _call_operator(call, ranks)
+    if call.wants_gradient():
+        return _PartNorm.apply(call, ranks, call.x, call.weight, call.bias)  # type: ignore[no-any-return, no-untyped-call]
+    return _forward(call, ranks)[0]
+
+
+def _forward(call: Call, ranks: Ranks) -> Made:
+    backend = _dispatch.wanted_backend()
+    x, weight, bias, clamp_inf = call.x, call.weight, call.bias, call.clamp_inf
+    planes = _ask(ranks.op, backend, "part_statistics", call.layer, x, clamp_inf)
+    if planes is None:
+        planes = reference.part_statistics(x, kind=call.kind, clamp_inf=clamp_inf)
+    gathered = gather(planes, x.shape[-1], ranks, backward=False)
+    made = _ask(
+        ranks.op, backend, "part_apply", call.layer, x, weight, bias, call.eps, call.weight_offset,
+        call.round_before_weight, clamp_inf, call.out_dtype, gathered,
+    )  # fmt: skip
+    if made is not None:
+        return made  # type: ignore[no-any-return]
+    rstd, mean = reference.combined_statistics(gathered, x.shape[-1], call.eps, kind=call.kind)
+    y = reference.part_norm(
+        x,
+        rstd,
+        mean,
+        weight,
+        bias,
+        weight_offset=call.weight_offset,
+        round_before_weight=call.round_before_weight,
+        clamp_inf=clamp_inf,
+        out_dtype=call.out_dtype,
+    )
+    return y, rstd, mean
+
+
+def _backward(
+    formula: Formula,
+    wanted: tuple[bool, bool, bool],
+    ranks: Ranks,
+    backend: str,
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    rstd: Tensor,
+    mean: Tensor | None,
+) -> Gradients:
+    """Return the gradients of x, weight and bias; as elsewhere the kernels know no clamp_inf."""
+    layer, offset, rounded, clamp_inf = formula
+    plain = {"weight_offset": offset, "clamp_inf": clamp_inf}
+    backend = "reference" if clamp_inf else backend
+    planes = _ask(
+        ranks.op, backend, "part_backward_statistics", layer, grad_y, x, weight, rstd, mean, offset
+    )
+    if planes is None:
+        planes = reference.part_backward_statistics(grad_y, x, rstd, mean, weight, **plain)
+    # Also where no gradient of x is wanted here: another rank may want its own.
+    gathered = gather(planes, x.shape[-1], ranks, backward=True)
+    made = _ask(
+        ranks.op, backend, "part_backward_apply", layer, grad_y, x, weight, bias, rstd, mean,
+        offset, rounded, x.dtype if wanted[0] else None, wanted[1] + 2 * wanted[2], gathered,
+    )  # fmt: skip
+    if made is not None:
+        return made  # type: ignore[no-any-return]
+    gradients = reference.part_norm_backward(
+        grad_y, x, rstd, mean, gathered, weight, bias, round_before_weight=rounded, **plain
+    )
+    of_x, of_weight, of_bias = (
+        gradient.to(like.dtype) if gradient is not None and like is not None and is_wanted else None
+        for gradient, like, is_wanted in zip(gradients, (x, weight, bias), wanted, strict=True)
+    )
+    return of_x, of_weight, of_bias
+
+
+def _ask(op: str, backend: str, step: str, layer: bool, *args: Any) -> Any:
+    """Ask the kernels of a backend; None where plain torch has to make it."""
+    device = next(t.device for t in args if isinstance(t, Tensor))
+    parts = _dispatch.natives[backend].parts
+    if backend in ("cpu", "cuda") and device.type != backend:
+        made = f"x is on {device}"
+    elif parts is None:
+        made = "it has no kernels for rows that are split over ranks"
+    else:
+        given = [_as_read(arg) if isinstance(arg, Tensor) else arg for arg in args]
+        made = getattr(parts, step)(int(layer), *given)
+    if not isinstance(made, str):
+        return made
+    if backend not in ("auto", "reference"):
+        raise ValueError(f'use_backend("{backend}") cannot serve this {op}: {made}')
+    return None
+
+
+def _as_read(t: Tensor) -> Tensor:
+    return _dispatch.as_kernels_read_it(t) if t.ndim else t
+
+
+class _PartNorm(torch.autograd.Function):
+    """The way of eager calls that want a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, ranks: Ranks, *tensors: Tensor | None) -> Tensor:
+        y, rstd, mean = _forward(call, ranks)
+        ctx.save_for_backward(*tensors, rstd, mean)
+        ctx.made_with = _formula(call), ranks, _dispatch.wanted_backend()
+        return y
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
+        formula, ranks, backend = ctx.made_with
+        wanted = ctx.needs_input_grad[2:]
+        return None, None, *_backward(formula, wanted, ranks, backend, grad_y, *ctx.saved_tensors)
+
+
+def _formula(call: Call) -> Formula:
+    return Formula(call.layer, call.weight_offset, call.round_before_weight, call.clamp_inf)
+
+
+# ---------------------------------------------------------------- operators
+
+_library = torch.library.Library("normkit", "FRAGMENT")  # type: ignore[no-untyped-call]
+_FORMULA = "bool layer, float weight_offset, bool round_before_weight, bool clamp_inf"
+_RANKS = "str op, str group, float? timeout"
+_TENSORS = "Tensor x, Tensor? weight, Tensor? bias"
+_TAKEN = len(Formula._fields)
+
+
+def _call_operator(call: Call, ranks: Ranks) -> Tensor:
+    y, _, _ = torch.ops.normkit.sharded_norm.default(
+        *_formula(call), ranks.op, ranks.group.group_name, ranks.timeout,
+        call.x, call.weight, call.bias, call.eps, call.out_dtype,
+    )  # fmt: skip
+    return y  # type: ignore[no-any-return]
+
+
+def _ranks(op: str, group: str, timeout: float | None) -> Ranks:
+    from torch.distributed.distributed_c10d import _resolve_process_group
+
+    return Ranks(op, _resolve_process_group(group), timeout)  # type: ignore[arg-type]
+
+
+def _row_values(x: Tensor) -> Tensor:
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.new_empty(x.shape[:-1], dtype=wide)
+
+
+def _sharded_norm(*values: Any) -> tuple[Tensor, Tensor, Tensor]:
+    formula, ranks = Formula(*values[:_TAKEN]), _ranks(*values[_TAKEN : _TAKEN + 3])
+    x, weight, bias, eps, out_dtype = values[_TAKEN + 3 :]
+    call = Call(ranks.op, formula.layer, False, x, weight, bias, eps, *formula[1:], out_dtype)
+    y, rstd, mean = _forward(call, ranks)
+    return y.contiguous(), rstd, rstd.new_empty(0) if mean is None else mean
+
+
+def _fake_norm(*values: Any) -> tuple[Tensor, Tensor, Tensor]:
+    x, _, _, _, out_dtype = values[_TAKEN + 3 :]
+    y = x.new_empty(x.shape, dtype=out_dtype or x.dtype)
+    rstd = _row_values(x)
+    return y, rstd, torch.empty_like(rstd) if values[0] else rstd.new_empty(0)
+
+
+def _sharded_norm_backward(*values: Any) -> tuple[Tensor, Tensor, Tensor]:
+    formula, ranks = Formula(*values[:_TAKEN]), _ranks(*values[_TAKEN : _TAKEN + 3])
+    wanted, (grad_y, *tensors, mean) = values[_TAKEN + 3 : _TAKEN + 6], values[_TAKEN + 6 :]
+    mean = mean if formula.layer else None
+    made = _backward(
+        formula, wanted, ranks, _dispatch.wanted_backend(), grad_y, *tensors, mean
+    )
+    of_x, of_weight, of_bias = (
+        grad_y.new_empty(0) if gradient is None else gradient.contiguous() for gradient in made
+    )
+    return of_x, of_weight, of_bias
+
+
+def _fake_backward(*values: Any) -> tuple[Tensor, Tensor, Tensor]:
+    wanted, tensors = values[_TAKEN + 3 : _TAKEN + 6], values[_TAKEN + 7 : _TAKEN + 10]
+    of_x, of_weight, of_bias = (
+        t.new_empty(t.shape) if is_wanted else tensors[0].new_empty(0)
+        for t, is_wanted in zip(tensors, wanted, strict=True)
+    )
+    return of_x, of_weight, of_bias
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, rstd, mean = output
+    ctx.mark_non_differentiable(rstd, mean)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[_TAKEN + 3 : _TAKEN + 6], rstd, mean)
+    ctx.made_with = inputs[: _TAKEN + 3]
+
+
+def _differentiate(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    none = (None,) * (_TAKEN + 3)
+    if grad_y is None:
+        return *none, None, None, None, None, None
+    wanted = tuple(ctx.needs_input_grad[_TAKEN + 3 : _TAKEN + 6])
+    operator = torch.ops.normkit.sharded_norm_backward.default
+    made = operator(*ctx.made_with, *wanted, grad_y, *ctx.saved_tensors)
+    gradients = [t if is_wanted else None for t, is_wanted in zip(made, wanted, strict=True)]
+    return *none, *gradients, None, None
+
+
+def _refuse(ctx: Any, *_: Any) -> Any:
+    raise RuntimeError("sharded_norm_backward: its result cannot be differentiated again")
+
+
+def _register(name: str, arguments: str, function: Any, fake: Any, backward: Any) -> None:
+    schema = f"{name}({arguments}) -> (Tensor, Tensor, Tensor)"
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
+    _library.impl(name, function, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"normkit::{name}", fake, lib=_library)
+    setup = _remember if backward is _differentiate else None
+    torch.library.register_autograd(
+        f"normkit::{name}", backward, setup_context=setup, lib=_library
+    )
+
+
+_register(
+    "sharded_norm",
+    f"{_FORMULA}, {_RANKS}, {_TENSORS}, float? eps, ScalarType? out_dtype",
+    _sharded_norm,
+    _fake_norm,
+    _differentiate,
+)
+_register(
+    "sharded_norm_backward",
+    f"{_FORMULA}, {_RANKS}, bool x_wanted, bool weight_wanted, bool bias_wanted,"
+    f" Tensor grad_y, {_TENSORS}, Tensor rstd, Tensor mean",
+    _sharded_norm_backward,
+    _fake_backward,
+    _refuse,
+)

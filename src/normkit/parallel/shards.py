@@ -1,0 +1,216 @@
+"""Norms of rows whose columns are split over the ranks of a process group (tensor parallelism).
+
+Each rank gives its columns and its part of weight and bias, and gets its columns of y.  One small
+message per pass goes round: a float32 number per row and rank, or two for a layer norm.  The ranks
+combine them in the order of their numbers, so that all get the same statistics, bit for bit, and a
+row's bits do not depend on the number of rows.
+"""
+
+from __future__ import annotations
+
+import math
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from normkit import _ops, _parts
+from normkit._checks import Call, check
+from normkit._gather import Ranks
+from normkit._sharding import is_sharded
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def sharded_rms_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float | None = 1e-6,
+    *,
+    group: ProcessGroup | None = None,
+    weight_offset: float = 0.0,
+    round_before_weight: bool = False,
+    clamp_inf: bool = False,
+    out_dtype: torch.dtype | None = None,
+    timeout: float | timedelta | None = None,
+) -> Tensor:
+    """Normalise rows by their root mean square, of which every rank of a group has some columns.
+
+        y = x / sqrt(mean(x^2 over the columns of all ranks) + eps) * (weight + weight_offset) + bias
+
+    All ranks of the group call it together, with the same rows and options.  If a gradient is
+    wanted, all of them have to run the backward pass, in which they meet once more.
+
+    Args:
+        x: (..., n), the columns of this rank, in float32, float16 or bfloat16 (float64 takes the
+            reference path); the same n on every rank.  An x whose last stride is not 1 is copied
+            once.  With a weight or bias of two dimensions (..., heads, head_dim), the heads of
+            this rank: a row is then all heads of all ranks, as the q and k norms of OLMo 2 and
+            MiniMax have it.
+        weight: (n,) or (heads, head_dim), the part of this rank, in any of the three dtypes; None
+            for no weight.
+        bias: likewise; None for no bias.
+        eps: added to the mean of squares; None for the machine epsilon of the computing dtype.
+        group: the ranks that share the rows, part by part in their order; None for the default
+            group.
+        weight_offset: added to the weight in float32 (Gemma: 1.0).
+        round_before_weight: round xhat to x's dtype before the weight multiplies it.
+        clamp_inf: count +-inf in a float16 x as +-65504.
+        out_dtype: dtype of the result; None for x's.
+        timeout: seconds, or a timedelta, to wait for the other ranks; on CUDA the host then waits
+            with the device.  None: the group's own, and on CUDA no wait of the host.
+
+    Returns:
+        The columns of y that belong to those of x, of x's shape, in out_dtype.
+
+    Raises:
+        TypeError: an argument is no tensor, a DTensor (`normkit.rms_norm` takes those), or of the
+            wrong dtype.
+        ValueError: an argument is wrong on this rank, before anything is sent; or, on every rank
+            and naming what each has, n differs between ranks, or the number of rows does.  On the
+            CPU every call compares them; on other devices the first of each n compares n, which
+            waits for the device, and that the rows are the same is up to the caller.
+        RuntimeError: there is no process group; a rank is gone, or did not come in time; or the
+            gradient is to be differentiated again.
+
+    y is rounded to out_dtype, and xhat where round_before_weight says so.  A norm of each head needs
+    nothing from other ranks, however the heads are split: that is `normkit.head_norm`.  Semantics:
+    `normkit.rms_norm` of the whole rows.
+
+    Example:
+        >>> import normkit.parallel, torch, torch.distributed as dist
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> normkit.parallel.sharded_rms_norm(torch.tensor([3.0, 4.0, 0.0, 0.0]), eps=0.0)
+        tensor([1.2000, 1.6000, 0.0000, 0.0000])
+        >>> dist.destroy_process_group()
+    """
+    call = Call(
+        "sharded_rms_norm", False, _has_heads(weight, bias), x, weight, bias, eps, weight_offset,
+        round_before_weight, clamp_inf, out_dtype,
+    )  # fmt: skip
+    return _serve(call, group, timeout)
+
+
+def sharded_layer_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float | None = 1e-5,
+    *,
+    group: ProcessGroup | None = None,
+    weight_offset: float = 0.0,
+    round_before_weight: bool = False,
+    clamp_inf: bool = False,
+    out_dtype: torch.dtype | None = None,
+    timeout: float | timedelta | None = None,
+) -> Tensor:
+    """Normalise rows to mean 0 and variance 1, of which every rank of a group has some columns.
+
+        y = (x - mean) / sqrt(mean((x - mean)^2) + eps) * (weight + weight_offset) + bias
+
+    with means over the columns of all ranks, which come of the means and the centred squares of
+    the parts, never of E[x^2] - E[x]^2.  All ranks of the group call it together, with the same
+    rows and options.  If a gradient is wanted, all of them have to run the backward pass, in which
+    they meet once more.
+
+    Args:
+        x: (..., n), the columns of this rank, in float32, float16 or bfloat16 (float64 takes the
+            reference path); the same n on every rank.  An x whose last stride is not 1 is copied
+            once.  With a weight or bias of two dimensions (..., heads, head_dim), the heads of
+            this rank: a row is then all heads of all ranks.
+        weight: (n,) or (heads, head_dim), the part of this rank, in any of the three dtypes; None
+            for no weight.
+        bias: likewise; None for no bias.
+        eps: added to the variance; None for the machine epsilon of the computing dtype.
+        group: the ranks that share the rows, part by part in their order; None for the default
+            group.
+        weight_offset: added to the weight in float32.
+        round_before_weight: round xhat to x's dtype before the weight multiplies it.
+        clamp_inf: count +-inf in a float16 x as +-65504.
+        out_dtype: dtype of the result; None for x's.
+        timeout: seconds, or a timedelta, to wait for the other ranks; on CUDA the host then waits
+            with the device.  None: the group's own, and on CUDA no wait of the host.
+
+    Returns:
+        The columns of y that belong to those of x, of x's shape, in out_dtype.
+
+    Raises:
+        TypeError: an argument is no tensor, a DTensor (`normkit.layer_norm` takes those), or of
+            the wrong dtype.
+        ValueError: an argument is wrong on this rank, before anything is sent; or, on every rank
+            and naming what each has, n differs between ranks, or the number of rows does.  On the
+            CPU every call compares them; on other devices the first of each n compares n, which
+            waits for the device, and that the rows are the same is up to the caller.
+        RuntimeError: there is no process group; a rank is gone, or did not come in time; or the
+            gradient is to be differentiated again.
+
+    y is rounded to out_dtype, and xhat where round_before_weight says so.  Semantics:
+    `normkit.layer_norm` of the whole rows.
+
+    Example:
+        >>> import normkit.parallel, torch, torch.distributed as dist
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> normkit.parallel.sharded_layer_norm(torch.tensor([1.0, 3.0]), eps=0.0)
+        tensor([-1.,  1.])
+        >>> dist.destroy_process_group()
+    """
+    call = Call(
+        "sharded_layer_norm", True, _has_heads(weight, bias), x, weight, bias, eps, weight_offset,
+        round_before_weight, clamp_inf, out_dtype,
+    )  # fmt: skip
+    return _serve(call, group, timeout)
+
+
+def _has_heads(*affine: Tensor | None) -> bool:
+    return any(isinstance(t, Tensor) and t.ndim == 2 for t in affine)
+
+
+def _serve(call: Call, group: ProcessGroup | None, timeout: float | timedelta | None) -> Tensor:
+    check(call)
+    for name, t in call.tensors():
+        if is_sharded(t):
+            function = call.op.removeprefix("sharded_")
+            raise TypeError(
+                f"{name}: expected the plain tensor of this rank, got a DTensor,"
+                f" which normkit.{function} takes"
+            )
+    ranks = Ranks(call.op, _group(call.op, group), _seconds(timeout))
+    if _ops.autocasts(call):
+        call.out_dtype = torch.float32
+    if not call.per_head:
+        return _parts.serve(call, ranks)
+    shape = call.x.shape
+    call.x, call.per_head = call.x.flatten(-2), False
+    for name in ("weight", "bias"):
+        t = getattr(call, name)
+        setattr(call, name, None if t is None else t.expand(shape[-2:]).flatten())
+    return _parts.serve(call, ranks).view(shape)
+
+
+def _group(op: str, group: ProcessGroup | None) -> ProcessGroup:
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError(
+            f"{op}: expected a process group, got none;"
+            " torch.distributed.init_process_group() makes the default one"
+        )
+    if group is None:
+        return dist.group.WORLD  # type: ignore[return-value]
+    if not isinstance(group, dist.ProcessGroup):
+        # Also where this rank is not in the group: new_group() gave it a number then.
+        raise ValueError(f"group: expected a process group with this rank in it, got {group!r}")
+    return group
+
+
+def _seconds(timeout: float | timedelta | None) -> float | None:
+    if timeout is None:
+        return None
+    seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
+        raise TypeError(f"timeout: expected seconds or a timedelta, got {type(timeout).__name__}")
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"timeout: expected more than 0 seconds, got {timeout}")
+    return float(seconds)
