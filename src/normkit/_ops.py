@@ -125,6 +125,9 @@ def serve(call: Call) -> Any:
         check(call)
         _sharding.register_once(_SHARDED)
         # A backend asked for by name has to say that it cannot serve these.
+        dim = None if transformed else _sharding.split_columns(call)
+        if dim is not None:
+            return _sharding.norm_split_columns(call, dim)
         by_name = transformed or _dispatch.wanted_backend() not in ("auto", "reference")
         return _dispatch.serve(call) if by_name else _call_operator(call)
     writes = call.out is not None or call.residual_out is not None

@@ -85,7 +85,7 @@ def _backward(
 ) -> Gradients:
     """Return the gradients of x, weight and bias; as elsewhere the kernels know no clamp_inf."""
     layer, offset, rounded, clamp_inf = formula
-    plain = {"weight_offset": offset, "clamp_inf": clamp_inf}
+    plain: dict[str, Any] = {"weight_offset": offset, "clamp_inf": clamp_inf}
     backend = "reference" if clamp_inf else backend
     planes = _ask(
         ranks.op, backend, "part_backward_statistics", layer, grad_y, x, weight, rstd, mean, offset
@@ -143,7 +143,7 @@ class _PartNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
         formula, ranks, backend = ctx.made_with
         wanted = ctx.needs_input_grad[2:]
@@ -172,7 +172,7 @@ def _call_operator(call: Call, ranks: Ranks) -> Tensor:
 
 
 def _ranks(op: str, group: str, timeout: float | None) -> Ranks:
-    from torch.distributed.distributed_c10d import _resolve_process_group
+    from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
     return Ranks(op, _resolve_process_group(group), timeout)  # type: ignore[arg-type]
 
@@ -199,13 +199,12 @@ def _fake_norm(*values: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _sharded_norm_backward(*values: Any) -> tuple[Tensor, Tensor, Tensor]:
     formula, ranks = Formula(*values[:_TAKEN]), _ranks(*values[_TAKEN : _TAKEN + 3])
-    wanted, (grad_y, *tensors, mean) = values[_TAKEN + 3 : _TAKEN + 6], values[_TAKEN + 6 :]
-    mean = mean if formula.layer else None
-    made = _backward(
-        formula, wanted, ranks, _dispatch.wanted_backend(), grad_y, *tensors, mean
-    )
+    wanted, tensors = values[_TAKEN + 3 : _TAKEN + 6], list(values[_TAKEN + 6 :])
+    if not formula.layer:
+        tensors[-1] = None
+    made = _backward(formula, wanted, ranks, _dispatch.wanted_backend(), *tensors)
     of_x, of_weight, of_bias = (
-        grad_y.new_empty(0) if gradient is None else gradient.contiguous() for gradient in made
+        tensors[0].new_empty(0) if gradient is None else gradient.contiguous() for gradient in made
     )
     return of_x, of_weight, of_bias
 
@@ -248,9 +247,7 @@ def _register(name: str, arguments: str, function: Any, fake: Any, backward: Any
     _library.impl(name, function, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"normkit::{name}", fake, lib=_library)
     setup = _remember if backward is _differentiate else None
-    torch.library.register_autograd(
-        f"normkit::{name}", backward, setup_context=setup, lib=_library
-    )
+    torch.library.register_autograd(f"normkit::{name}", backward, setup_context=setup, lib=_library)
 
 
 _register(

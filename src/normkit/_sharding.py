@@ -2,7 +2,8 @@
 
 Rows may be split along any dimension but the last: no rank needs what another has.  A weight or
 bias with a row per head is split with the heads; one that all rows share is whole on every rank,
-and its gradient is a sum over the ranks.
+and its gradient is a sum over the ranks.  Rows that are split along their last dimension stay where
+they are, too: the ranks tell each other the statistics of their parts.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from functools import cache
 from typing import Any
 
 import torch
+
+from normkit import reference
+from normkit._checks import Call
 
 
 def register_once(operators: Iterable[tuple[str, Sequence[str], Sequence[str]]]) -> None:
@@ -87,3 +91,97 @@ def _empty_outputs(named: dict[str, Any]) -> set[str]:
         "grad_bias": not named["bias_wanted"] or named["bias"] is None,
     }
     return {name for name, is_empty in empty.items() if is_empty}
+
+
+# ---------------------------------------------------------------- rows split in columns
+
+
+def split_columns(call: Call) -> int | None:
+    """The mesh dimension over which the last dimension of x is split; None for redistribution.
+
+    A part of this rank has to be a tensor whose memory kernels can read, as large as every other
+    rank's, and the arguments have to be where they can be used as they are.
+    """
+    x: Any = call.x
+    if not is_sharded(x) or call.per_head or call.written():
+        return None
+    from torch.distributed.tensor import Replicate, Shard
+
+    split = [dim for dim, p in enumerate(x.placements) if p.is_shard(x.ndim - 1)]
+    plain = all(type(p) in (Shard, Replicate) for p in x.placements)
+    if len(split) != 1 or not plain or x.shape[-1] % x.device_mesh.size(split[0]):
+        return None
+    inputs: dict[str, Any] = dict(call.inputs())
+    if any(not is_sharded(t) or t.device_mesh != x.device_mesh for t in inputs.values()):
+        return None
+    affine = [t for name, t in inputs.items() if name in ("weight", "bias")]
+    if not all(_is_usable(t.placements, split[0]) for t in affine):
+        return None
+    # What is added in float32 and not rounded has no dtype left to round its xhat to.
+    if call.residual is not None and call.round_before_weight and not call.round_sum:
+        return None
+    part = x._local_tensor
+    return split[0] if type(part) is torch.Tensor and not part.is_meta else None
+
+
+def _is_usable(placements: Sequence[Any], split: int) -> bool:
+    """Whether a weight is whole on every rank, or split as the columns are."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    allowed = (Replicate(), Shard(0))
+    return all(p in allowed[: 1 + (dim == split)] for dim, p in enumerate(placements))
+
+
+def norm_split_columns(call: Call, dim: int) -> Any:
+    """Serve a call whose x is split in columns over a mesh dimension: nothing of it is moved."""
+    from torch.distributed.tensor import DTensor
+
+    from normkit import _parts
+    from normkit._gather import Ranks
+
+    x: Any = call.x
+    mesh, placements = x.device_mesh, x.placements
+
+    def whole(part: torch.Tensor) -> Any:
+        strides = torch.empty(x.shape, device="meta").stride()
+        return DTensor.from_local(
+            part.contiguous(), mesh, placements, run_check=False, shape=x.shape, stride=strides
+        )
+
+    part, residual_out = x.to_local(), None
+    if call.residual is not None:
+        residual: Any = call.residual
+        residual = residual.redistribute(mesh, placements).to_local()
+        total = reference.added(part, residual, clamp_inf=call.clamp_inf)
+        residual_out = total.to(residual.dtype)
+        part = residual_out if call.round_sum else total
+    of_part = Call(
+        call.op,
+        call.layer,
+        False,
+        part,
+        _columns_of_rank(call.weight, x, dim),
+        _columns_of_rank(call.bias, x, dim),
+        call.eps,
+        call.weight_offset,
+        call.round_before_weight,
+        call.clamp_inf,
+        call.out_dtype or x.dtype,
+    )
+    y = whole(_parts.serve(of_part, Ranks(call.op, mesh.get_group(dim), None)))
+    return y if residual_out is None else (y, whole(residual_out))
+
+
+def _columns_of_rank(t: Any, x: Any, dim: int) -> torch.Tensor | None:
+    """What of a weight belongs to the columns of x on this rank; its gradient returns as t is."""
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    if t is None:
+        return None
+    given: list[Any] = [Replicate()] * x.device_mesh.ndim
+    returned = list(t.placements)
+    for other, placement in enumerate(x.placements):
+        returned[other] = Partial() if placement.is_shard() else Replicate()
+    given[dim] = returned[dim] = Shard(0)
+    part: torch.Tensor = t.redistribute(x.device_mesh, given).to_local(grad_placements=returned)
+    return part

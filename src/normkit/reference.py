@@ -223,6 +223,18 @@ def norm_backward(
     return grad, of_weight, of_bias
 
 
+def added(
+    x: Tensor,
+    residual: Tensor,
+    *,
+    clamp_inf: bool = False,
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Return the sum that `add_norm` normalises with round_sum=False: x + residual, unrounded."""
+    compute = _compute_dtype(x, compute_dtype)
+    return _normalised_row(x, residual, compute, False, clamp_inf)
+
+
 def part_statistics(
     x: Tensor, *, kind: str, clamp_inf: bool = False, compute_dtype: torch.dtype | None = None
 ) -> Tensor:

@@ -40,10 +40,11 @@ def sharded_rms_norm(
 ) -> Tensor:
     """Normalise rows by their root mean square, of which every rank of a group has some columns.
 
-        y = x / sqrt(mean(x^2 over the columns of all ranks) + eps) * (weight + weight_offset) + bias
+        y = x / sqrt(mean(x^2) + eps) * (weight + weight_offset) + bias
 
-    All ranks of the group call it together, with the same rows and options.  If a gradient is
-    wanted, all of them have to run the backward pass, in which they meet once more.
+    with the mean over the columns of all ranks.  All ranks of the group call it together, with the
+    same rows and options.  If a gradient is wanted, all of them have to run the backward pass, in
+    which they meet once more.
 
     Args:
         x: (..., n), the columns of this rank, in float32, float16 or bfloat16 (float64 takes the
@@ -77,9 +78,9 @@ def sharded_rms_norm(
         RuntimeError: there is no process group; a rank is gone, or did not come in time; or the
             gradient is to be differentiated again.
 
-    y is rounded to out_dtype, and xhat where round_before_weight says so.  A norm of each head needs
-    nothing from other ranks, however the heads are split: that is `normkit.head_norm`.  Semantics:
-    `normkit.rms_norm` of the whole rows.
+    y is rounded to out_dtype, and xhat where round_before_weight says so.  A norm of each head
+    needs nothing from other ranks, however the heads are split: that is `normkit.head_norm`.
+    Semantics: `normkit.rms_norm` of the whole rows.
 
     Example:
         >>> import normkit.parallel, torch, torch.distributed as dist
