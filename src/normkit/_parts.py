@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from normkit import _dispatch, reference
 from normkit._checks import Call
@@ -143,9 +142,13 @@ class _PartNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
         formula, ranks, backend = ctx.made_with
+        if torch.is_grad_enabled():  # torch would take the gradient for a constant where it is not
+            raise RuntimeError(
+                f"{ranks.op}: its gradient cannot be differentiated again; expected"
+                " create_graph=False, got True"
+            )
         wanted = ctx.needs_input_grad[2:]
         return None, None, *_backward(formula, wanted, ranks, backend, grad_y, *ctx.saved_tensors)
 
