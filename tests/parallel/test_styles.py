@@ -1,0 +1,199 @@
+"""Parallel styles: a parallelised norm does what the norm of one process does."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+if not (dist.is_available() and dist.is_gloo_available()):
+    pytest.skip("torch without gloo", allow_module_level=True)
+
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import parallelize_module
+
+import normkit
+from normkit.parallel import HiddenParallel, SequenceParallel
+from parallel.processes import GATHER, counted, on_ranks, part_of
+
+NORMS: dict[str, Any] = {
+    "rms": lambda: normkit.RMSNorm(8, bias=True, weight_offset=1.0),
+    "layer": lambda: normkit.LayerNorm(8),
+    "heads": lambda: normkit.HeadNorm(4, 8, bias=True),
+    "shared heads": lambda: normkit.HeadNorm(None, 8, kind="layer", bias=True),
+}
+TORCHS: dict[str, Any] = {
+    "torch rms": lambda: nn.RMSNorm(8),
+    "torch layer": lambda: nn.LayerNorm(8),
+}
+
+
+def made(kind: str, seed: int = 0) -> Any:
+    """A norm with weights that matter, the same for the same seed."""
+    norm = {**NORMS, **TORCHS}[kind]()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in norm.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) + 0.5)
+    return norm
+
+
+def rows(kind: str, world: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(9)
+    shape = (2, 3 * world, 4, 8) if "heads" in kind else (2, 3 * world, 8)
+    x, residual = torch.randn((2, *shape), generator=generator)
+    return x, residual
+
+
+def loss_of(outputs: Any) -> Tensor:
+    tensors = outputs if isinstance(outputs, tuple) else (outputs,)
+    return torch.stack([(t * torch.linspace(-1, 1, 8)).tanh().sum() for t in tensors]).sum()
+
+
+def one_process(kind: str, *given: Tensor) -> tuple[Any, list[Tensor], Any]:
+    """Outputs, gradients of what was given, and the module with its own."""
+    norm, leaves = made(kind), [t.detach().clone().requires_grad_() for t in given]
+    outputs = norm(*leaves)
+    loss_of(outputs).backward()
+    return outputs, [t.grad for t in leaves], norm
+
+
+def as_tuple(outputs: Any) -> tuple[Any, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def check_whole_gradients(norm: nn.Module, expected: nn.Module) -> None:
+    for p, whole in zip(norm.parameters(), expected.parameters(), strict=True):
+        assert isinstance(p.grad, DTensor)
+        assert p.grad.placements == p.placements  # type: ignore[attr-defined]
+        torch.testing.assert_close(p.grad.full_tensor(), whole.grad)
+
+
+@on_ranks(2, 4)
+def test_rows_of_a_sequence_are_normalised_where_they_are(rank: int, world: int) -> None:
+    mesh = init_device_mesh("cpu", (world,))
+    for kind, adds in itertools.product((*NORMS, *TORCHS), (False, True)):
+        if adds and kind in TORCHS:
+            continue
+        given = rows(kind, world)[: 1 + adds]
+        expected, grads, alone = one_process(kind, *given)
+        norm = parallelize_module(made(kind, seed=rank), mesh, SequenceParallel())
+        for p in norm.parameters():  # those of the first rank are what all have
+            assert p.placements == (Replicate(),)
+        leaves = [part_of(t, rank, world, 1).detach().requires_grad_() for t in given]
+        with CommDebugMode() as forward:
+            outputs = norm(*leaves)
+        assert forward.get_total_counts() == 0, kind
+        for y, whole in zip(as_tuple(outputs), as_tuple(expected), strict=True):
+            assert y.placements == (Shard(1),)
+            torch.testing.assert_close(y.to_local(), part_of(whole, rank, world, 1))
+        loss = loss_of(tuple(t.to_local() for t in as_tuple(outputs)))
+        with CommDebugMode() as backward:
+            loss.backward()
+        counts = {str(op): count for op, count in backward.get_comm_counts().items() if count}
+        assert counts == {"c10d_functional.all_reduce": len(list(norm.parameters()))}, counts
+        for leaf, grad in zip(leaves, grads, strict=True):
+            torch.testing.assert_close(leaf.grad, part_of(grad, rank, world, 1))
+        check_whole_gradients(norm, alone)
+        assert all(p.grad.placements == (Replicate(),) for p in norm.parameters())
+
+
+@on_ranks(2, 4)
+def test_columns_are_normalised_where_they_are(rank: int, world: int) -> None:
+    mesh = init_device_mesh("cpu", (world,))
+    for kind, adds in itertools.product(NORMS, (False, True)):
+        dim = -2 if "heads" in kind else -1
+        given = rows(kind, world)[: 1 + adds]
+        expected, grads, alone = one_process(kind, *given)
+        norm = parallelize_module(made(kind, seed=rank), mesh, HiddenParallel())
+        shared = kind == "shared heads"
+        assert {p.placements for p in norm.parameters()} == {(Replicate() if shared else Shard(0),)}
+        leaves = [part_of(t, rank, world, dim).detach().requires_grad_() for t in given]
+        with counted() as forward:
+            outputs = norm(*leaves)
+        assert forward == ([] if "heads" in kind else GATHER)
+        for y, whole in zip(as_tuple(outputs), as_tuple(expected), strict=True):
+            assert y.placements == (Shard(y.ndim + dim),)
+            assert y.shape == whole.shape
+            torch.testing.assert_close(y.to_local(), part_of(whole, rank, world, dim))
+        weights = torch.linspace(-1, 1, 8)
+        weights = weights if "heads" in kind else part_of(weights, rank, world)
+        loss = sum((t.to_local() * weights).tanh().sum() for t in as_tuple(outputs))
+        with counted() as backward:
+            loss.backward()  # type: ignore[union-attr]
+        assert backward == ([] if "heads" in kind else GATHER)
+        for leaf, grad in zip(leaves, grads, strict=True):
+            torch.testing.assert_close(leaf.grad, part_of(grad, rank, world, dim))
+        check_whole_gradients(norm, alone)
+
+
+def _mesh_and_parts(rank: int, world: int, dim: int) -> tuple[DeviceMesh, list[Tensor]]:
+    return init_device_mesh("cpu", (world,)), [
+        part_of(t, rank, world, dim) for t in rows("", world)
+    ]
+
+
+@on_ranks(2)
+def test_outputs_are_local_where_asked_and_a_residual_may_be_named(rank: int, world: int) -> None:
+    for dim, style in ((1, SequenceParallel(1, True)), (-1, HiddenParallel(True))):
+        mesh, (x, residual) = _mesh_and_parts(rank, world, dim)
+        norm = parallelize_module(made("rms"), mesh, style)
+        y, total = norm(x, residual=residual)
+        assert type(y) is type(total) is Tensor
+        expected = made("rms")(*rows("", world))
+        torch.testing.assert_close(y, part_of(expected[0], rank, world, dim))
+        torch.testing.assert_close(total, part_of(expected[1], rank, world, dim))
+        assert type(norm(x)) is Tensor
+
+
+@on_ranks(2)
+def test_what_is_split_otherwise_is_redistributed(rank: int, world: int) -> None:
+    mesh = init_device_mesh("cpu", (world,))
+    x, _ = rows("layer", world)
+    for style, place in ((SequenceParallel(-2), Shard(1)), (HiddenParallel(), Shard(2))):
+        norm = parallelize_module(made("layer"), mesh, style)
+        for given in (Replicate(), Shard(0), Shard(1), Shard(2)):
+            y = norm(distribute_tensor(x, mesh, [given]))
+            assert y.placements == (place,)
+            torch.testing.assert_close(y.full_tensor(), made("layer")(x))
+
+
+@on_ranks(2)
+def test_frozen_parameters_stay_frozen(rank: int, world: int) -> None:
+    for dim, style in ((1, SequenceParallel()), (-1, HiddenParallel())):
+        mesh, (x, _) = _mesh_and_parts(rank, world, dim)
+        norm = parallelize_module(made("rms").requires_grad_(False), mesh, style)
+        assert not any(p.requires_grad for p in norm.parameters())
+        assert not norm(x).requires_grad
+
+
+@on_ranks(2)
+def test_a_style_names_what_it_cannot_take(rank: int, world: int) -> None:
+    mesh, (x, _) = _mesh_and_parts(rank, world, 1)
+    wrong: list[tuple[type[Exception], str, nn.Module, Any]] = [
+        (
+            TypeError,
+            "a norm of normkit or torch, got torch.*Linear",
+            nn.Linear(8, 8),
+            SequenceParallel(),
+        ),
+        (TypeError, "a norm of normkit, got torch.*RMSNorm", nn.RMSNorm(8), HiddenParallel()),
+        (ValueError, "a multiple of the 2 ranks, got 7", normkit.RMSNorm(7), HiddenParallel()),
+        (ValueError, "num_heads: .* got 3", normkit.HeadNorm(3, 8), HiddenParallel()),
+        (ValueError, "one dimension, got \\(2, 4\\)", normkit.LayerNorm((2, 4)), HiddenParallel()),
+    ]
+    for error, said, module, style in wrong:
+        with pytest.raises(error, match=said):
+            parallelize_module(module, mesh, style)
+    for dim in (2, -1, 3, -4):
+        norm = parallelize_module(normkit.RMSNorm(8), mesh, SequenceParallel(dim))
+        with pytest.raises(ValueError, match=f"sequence_dim: .* got {dim}"):
+            norm(x)
+    assert repr(SequenceParallel(0)) == "SequenceParallel(sequence_dim=0, use_local_output=False)"
+    assert repr(HiddenParallel(True)) == "HiddenParallel(use_local_output=True)"
