@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # Processors can look at a message, so it describes itself; and its length must not depend on what
 # it says, since gloo ends the process that gets more bytes than it expects.  Up to 16 KiB take as
 # long as a single byte.  Longer statistics take a second message for the rest.
-_WORDS = 2048
+_BYTES = 16384
 _DESCRIBED = ("n", "rows", "planes", "bytes", "pass")
 
 # Which sizes of parts the ranks of a group have told each other where messages are not looked at.
@@ -70,17 +70,17 @@ def gather(planes: Tensor, n: int, ranks: Ranks, *, backward: bool) -> Tensor:
 
 def _exchange(description: tuple[int, ...], values: Tensor, rows: Tensor, ranks: Ranks) -> int:
     """Gather descriptions and the first of the values into rows; return how many those are."""
-    message = torch.empty(_WORDS, dtype=torch.int64)
-    head = len(description)
-    message[:head] = torch.tensor(description)
-    room = message[head:].view(values.dtype)
-    done = min(len(room), values.numel())
-    room[:done] = values[:done]
-    received = torch.empty(len(rows) * _WORDS, dtype=torch.int64)
+    head = torch.tensor(description).view(values.dtype)
+    size = _BYTES // values.element_size()
+    done = min(size - len(head), len(values))
+    begin, end = len(head), len(head) + done
+    message = values.new_empty(size)
+    torch.cat((head, values[:done]), out=message[:end])
+    received = values.new_empty(len(rows) * size)
     _all_gather(received, message, ranks)
-    received = received.view(len(rows), _WORDS)
-    _compare(received[:, :head].tolist(), ranks)
-    rows[:, :done] = received[:, head:].view(values.dtype)[:, :done]
+    received = received.view(len(rows), size)
+    _compare(received[:, :begin].view(torch.int64).tolist(), ranks)
+    rows[:, :done] = received[:, begin:end]
     return done
 
 

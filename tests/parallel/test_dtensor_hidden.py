@@ -61,6 +61,7 @@ def check(op: Op, inputs: Inputs, leaves: list[Any], tolerance: float, **options
     )
     alone = leaves_of(op, inputs)
     expected = outputs_of(op, alone, **options)
+    assert [t.dtype for t in outputs] == [t.dtype for t in expected]
     loss_of(expected).backward()
     loss_of(outputs).backward()
     for leaf, plain in zip(leaves, alone, strict=True):

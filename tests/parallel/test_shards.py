@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -14,10 +15,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("torch without gloo", allow_module_level=True)
 
+import emulation
 import normkit
 from conformance.gradients import Case, Gradients, case_of
 from conformance.gradients import check as check_gradients
@@ -30,6 +33,14 @@ from parallel.processes import GATHER, counted, join, on_ranks, part_of, run_pro
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 FUNCTIONS: dict[Op, Callable[..., Tensor]] = {RMS: sharded_rms_norm, LAYER: sharded_layer_norm}
 EPS = {RMS: 1e-6, LAYER: 1e-5}
+
+
+def backends() -> list[str]:
+    """Those of the environment that serve tensors of the CPU."""
+    names = os.environ.get("NORMKIT_TEST_BACKENDS", "reference,cpu,auto,emu").split(",")
+    if "emu" in names and emulation.extension() is None:
+        raise RuntimeError(f"{emulation.BUILD} has no emulated kernels; `make emu` builds them")
+    return [name for name in names if name in ("reference", "cpu", "auto", "emu")]
 
 
 def run_parts(op: Op, inputs: Inputs, rank: int, world: int, **options: Any) -> list[Any]:
@@ -72,8 +83,7 @@ def test_any_mix_of_dtypes_and_options_is_within_the_bound(rank: int, world: int
         {"clamp_inf": True},
     ]
     mixes = [(HALF, SINGLE, BRAIN), (BRAIN, BRAIN, BRAIN), (SINGLE, HALF, SINGLE)]
-    backends = ["auto", "reference"]
-    for op, given, (x, w, b), backend in itertools.product(FUNCTIONS, options, mixes, backends):
+    for op, given, (x, w, b), backend in itertools.product(FUNCTIONS, options, mixes, backends()):
         inputs = testing.make_inputs((5, 40 * world), x, weight_dtype=w, bias_dtype=b)
         eps = given.get("eps", EPS[op])
         # The oracle's None is float64's.
@@ -328,10 +338,48 @@ def test_a_compiled_call_gives_the_bits_of_an_eager_one(rank: int, world: int) -
             runs.append([y.detach(), *(t.grad for t in leaves)])
         for eager, made in zip(*runs, strict=True):
             assert_same_bits(made, eager)
-    with counted() as made_of:
+    with counted() as sent:
         compiled(*leaves)
-    assert made_of == GATHER
+    assert sent == GATHER
+
+    group = dist.new_group()
+    named = torch.compile(
+        lambda x: sharded_rms_norm(x, group=group, timeout=0.5), fullgraph=True, backend="aot_eager"
+    )
+    x = torch.randn(3, 8)
+    assert_same_bits(named(x), sharded_rms_norm(x))
+    if rank == 1:
+        with pytest.raises(
+            RuntimeError, match="sharded_rms_norm: rank 1 of the 2 .* within 0.[5-9]"
+        ):
+            named(x)
     torch.compiler.reset()
+
+
+@on_ranks(2)
+def test_operators_are_what_torch_expects_of_operators(rank: int, world: int) -> None:
+    inputs = testing.make_inputs((6, 16), BRAIN)
+    for layer, weight in ((True, inputs.weight), (False, None)):
+        leaves = [inputs.x, weight, inputs.bias]
+        leaves = [None if t is None else t.detach().requires_grad_() for t in leaves]
+        given = (layer, 1.0, True, False, "sharded_norm", dist.group.WORLD.group_name, None)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # its own
+            torch.library.opcheck(
+                torch.ops.normkit.sharded_norm.default, (*given, *leaves, 1e-6, SINGLE)
+            )
+
+
+@on_ranks(2)
+def test_what_is_recomputed_for_the_backward_pass_is_gathered_again(rank: int, world: int) -> None:
+    x = torch.randn(3, 8, requires_grad=True)
+    sharded_rms_norm(x).square().sum().backward()
+    expected, x.grad = x.grad, None
+    y = checkpoint(sharded_rms_norm, x, use_reentrant=False)
+    with counted() as sent:
+        y.square().sum().backward()
+    assert sent == GATHER * 2
+    assert_same_bits(x.grad, expected)
 
 
 # ---------------------------------------------------------------- what is wrong
