@@ -15,6 +15,7 @@ from torch import Tensor
 from normkit import _dispatch, reference
 from normkit._checks import Call
 from normkit._gather import Ranks, gather
+from normkit._sharding import is_on_its_way
 
 Made = tuple[Tensor, Tensor, Tensor | None]  # y, rstd, and mean but for rms
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -128,6 +129,8 @@ def _ask(op: str, backend: str, step: str, layer: bool, *args: Any) -> Any:
 
 
 def _as_read(t: Tensor) -> Tensor:
+    if is_on_its_way(t):
+        t = t.wait()  # type: ignore[attr-defined]
     return _dispatch.as_kernels_read_it(t) if t.ndim else t
 
 

@@ -30,6 +30,11 @@ def is_sharded(t: torch.Tensor) -> bool:
     return type(t).__name__ == "DTensor"
 
 
+def is_on_its_way(t: torch.Tensor) -> bool:
+    """Whether it is what a collective of DTensor returned that may not have ended."""
+    return type(t).__name__ == "AsyncCollectiveTensor"
+
+
 @cache
 def _register(operators: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...]) -> None:
     from torch.distributed.tensor.experimental import register_sharding
@@ -121,7 +126,8 @@ def split_columns(call: Call) -> int | None:
     if call.residual is not None and call.round_before_weight and not call.round_sum:
         return None
     part = x._local_tensor
-    return split[0] if type(part) is torch.Tensor and not part.is_meta else None
+    has_memory = type(part) is torch.Tensor or is_on_its_way(part)
+    return split[0] if has_memory and not part.is_meta else None
 
 
 def _is_usable(placements: Sequence[Any], split: int) -> bool:

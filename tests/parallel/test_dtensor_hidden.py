@@ -16,7 +16,7 @@ if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("torch without gloo", allow_module_level=True)
 
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 import normkit
@@ -83,6 +83,12 @@ def test_columns_stay_where_they_are(rank: int, world: int) -> None:
         assert moved.get_total_counts() == 0
         assert sent == GATHER
         assert [t.placements for t in outputs] == [(Shard(2),)] * len(outputs)
+        with CommDebugMode() as moved:
+            loss_of(tuple(t.to_local() for t in outputs)).backward()
+        # The gradients of weight and bias, where those are whole.
+        assert moved.get_total_counts() == (2 if affine == Replicate() else 0)
+        for leaf in leaves:
+            leaf.grad = None
         outputs = check(op, inputs, leaves, 1e-5)
         for t in outputs:
             assert t.shape == inputs.x.shape
@@ -152,6 +158,27 @@ def test_a_residual_that_is_split_otherwise_comes_to_x(rank: int, world: int) ->
     leaves[1] = distribute_tensor(inputs.residual, mesh, [Replicate()]).requires_grad_()
     outputs = check(ADD_RMS, inputs, leaves, 1e-5)
     assert [t.placements for t in outputs] == [(Shard(1),)] * 2
+
+
+@on_ranks(2)
+def test_columns_that_are_still_on_their_way_are_waited_for(rank: int, world: int) -> None:
+    mesh = init_device_mesh("cpu", (world,))
+    x = torch.randn(4, 16, generator=torch.Generator().manual_seed(2))
+    halves = DTensor.from_local(x / world, mesh, [Partial()])
+    expected = normkit.rms_norm(distribute_tensor(x, mesh, [Shard(1)])).full_tensor()
+    columns = halves.redistribute(placements=[Shard(1)], async_op=True)
+    assert type(columns._local_tensor) is not Tensor
+    served = "cpu" if normkit.backends()["cpu"].usable else "auto"
+    with normkit.use_backend(served), counted() as sent:
+        y = normkit.rms_norm(columns)
+    assert sent == GATHER
+    assert_same_bits(y.full_tensor(), expected)
+    leaf = halves.detach().requires_grad_()
+    y = normkit.rms_norm(leaf.redistribute(placements=[Shard(1)], async_op=True))
+    y.redistribute(placements=[Replicate()], async_op=True).square().sum().backward()
+    plain = x.requires_grad_()
+    normkit.rms_norm(plain).square().sum().backward()
+    torch.testing.assert_close(leaf.grad.full_tensor(), plain.grad)
 
 
 @on_ranks(2)

@@ -88,7 +88,9 @@ class HiddenParallel(ParallelStyle):
     """Ranks have columns of their own: x, weight and bias are split along the hidden dimension.
 
     Each pass sends one small message, as `sharded_rms_norm` does; gradients of weight and bias
-    stay where their columns are.  The heads of a `HeadNorm` are split instead, which sends nothing.
+    stay where their columns are.  Of several normalised dimensions, as of (heads, head_dim) in a
+    norm across heads, the first is split.  The heads of a `HeadNorm` are split, which sends
+    nothing.
 
     Args:
         use_local_output: return this rank's part as a plain tensor; False: as a DTensor.
@@ -99,8 +101,7 @@ class HiddenParallel(ParallelStyle):
 
     Raises:
         TypeError: from parallelize_module: the module is no norm of normkit.
-        ValueError: from parallelize_module: the columns or heads are no multiple of the ranks, or
-            the module normalises several dimensions.
+        ValueError: from parallelize_module: the columns or heads are no multiple of the ranks.
 
     Semantics: the norms over a hidden dimension that is split in tensor parallelism.
 
@@ -136,7 +137,7 @@ class HiddenParallel(ParallelStyle):
         for p in module.parameters():
             if p.requires_grad and place(p) == Replicate():
                 p.register_hook(_completed)  # type: ignore[no-untyped-call]
-        behind = 2 if per_head else 1
+        behind = 2 if isinstance(module, HeadNorm) else len(module.normalized_shape)
         _split_inputs(module, device_mesh, lambda x: Shard(x.ndim - behind), self.use_local_output)
         return module
 
@@ -148,12 +149,8 @@ def _expected(what: str, module: nn.Module) -> str:
 def _check_parts(module: RMSNorm | LayerNorm | HeadNorm, ranks: int) -> None:
     if isinstance(module, HeadNorm):
         name, size = "num_heads", module.num_heads
-    elif len(module.normalized_shape) > 1:
-        raise ValueError(
-            f"normalized_shape: expected one dimension, got {tuple(module.normalized_shape)}"
-        )
     else:
-        name, size = "normalized_shape", module.normalized_shape[0]
+        name, size = "normalized_shape[0]", module.normalized_shape[0]
     if size is not None and size % ranks:
         raise ValueError(f"{name}: expected a multiple of the {ranks} ranks, got {size}")
 
