@@ -15,7 +15,6 @@ from torch import Tensor
 from normkit import _dispatch, reference
 from normkit._checks import Call
 from normkit._gather import Ranks, gather
-from normkit._sharding import is_on_its_way
 
 Made = tuple[Tensor, Tensor, Tensor | None]  # y, rstd, and mean but for rms
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -126,6 +125,11 @@ def _ask(op: str, backend: str, step: str, layer: bool, *args: Any) -> Any:
     if backend not in ("auto", "reference"):
         raise ValueError(f'use_backend("{backend}") cannot serve this {op}: {made}')
     return None
+
+
+def is_on_its_way(t: Tensor) -> bool:
+    """Whether it is what a collective of torch returned that may not have ended."""
+    return type(t).__name__ == "AsyncCollectiveTensor"
 
 
 def _as_read(t: Tensor) -> Tensor:

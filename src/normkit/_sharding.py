@@ -30,11 +30,6 @@ def is_sharded(t: torch.Tensor) -> bool:
     return type(t).__name__ == "DTensor"
 
 
-def is_on_its_way(t: torch.Tensor) -> bool:
-    """Whether it is what a collective of DTensor returned that may not have ended."""
-    return type(t).__name__ == "AsyncCollectiveTensor"
-
-
 @cache
 def _register(operators: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...]) -> None:
     from torch.distributed.tensor.experimental import register_sharding
@@ -125,8 +120,10 @@ def split_columns(call: Call) -> int | None:
     # What is added in float32 and not rounded has no dtype left to round its xhat to.
     if call.residual is not None and call.round_before_weight and not call.round_sum:
         return None
+    from normkit import _parts
+
     part = x._local_tensor
-    has_memory = type(part) is torch.Tensor or is_on_its_way(part)
+    has_memory = type(part) is torch.Tensor or _parts.is_on_its_way(part)
     return split[0] if has_memory and not part.is_meta else None
 
 

@@ -4,6 +4,11 @@ Each rank gives its columns and its part of weight and bias, and gets its column
 message per pass goes round: a float32 number per row and rank, or two for a layer norm.  The ranks
 combine them in the order of their numbers, so that all get the same statistics, bit for bit, and a
 row's bits do not depend on the number of rows.
+
+On the CPU that message describes itself, so that calls which do not fit each other raise on every
+rank; beyond some 4000 rows (2000 of a layer norm) it takes two.  Under torch.compile a pass is one
+operator, `sharded_norm` or `sharded_norm_backward` in `torch.ops.normkit`, with the bits of an
+eager call.
 """
 
 from __future__ import annotations
