@@ -1,0 +1,151 @@
+"""Calls on split rows that do not fit: errors on every rank, and no rank that waits for ever."""
+
+from __future__ import annotations
+
+import os
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+if not (dist.is_available() and dist.is_gloo_available()):
+    pytest.skip("torch without gloo", allow_module_level=True)
+
+import normkit
+from conformance.support import assert_same_bits
+from normkit import _gather
+from normkit.parallel import sharded_layer_norm, sharded_rms_norm
+from parallel.processes import GATHER, counted, join, on_ranks, run_processes
+
+
+@on_ranks(2, 4)
+def test_parts_of_different_sizes_are_an_error_on_every_rank(rank: int, world: int) -> None:
+    sizes = [8] * (world - 1) + [9]
+    with counted() as made:
+        sharded_rms_norm(torch.ones(2, 8))  # a size that was right before is compared again
+        with pytest.raises(ValueError, match=f"n = {', '.join(map(str, sizes))} on ranks 0 to"):
+            sharded_rms_norm(torch.ones(2, sizes[rank]))
+    assert made == GATHER * 2
+    sharded_rms_norm(torch.ones(2, 8))
+
+
+@on_ranks(2, 4)
+def test_different_rows_are_an_error_on_every_rank(rank: int, world: int) -> None:
+    for rows in ([3] * (world - 1) + [5], [10_000] + [7] * (world - 1)):
+        said = f"the same number of rows on every rank, got rows = {', '.join(map(str, rows))}"
+        with pytest.raises(ValueError, match=said):
+            sharded_layer_norm(torch.ones(rows[rank], 8))
+    sharded_layer_norm(torch.ones(3, 8))
+
+
+@on_ranks(2)
+def test_different_calls_are_an_error_on_every_rank(rank: int, world: int) -> None:
+    with pytest.raises(ValueError, match="expected the same call on every rank, got other planes"):
+        (sharded_rms_norm, sharded_layer_norm)[rank](torch.ones(3, 8))
+    with pytest.raises(ValueError, match="expected the same call on every rank, got other bytes"):
+        sharded_rms_norm(torch.ones(3, 8, dtype=(torch.float32, torch.float64)[rank]))
+    y = sharded_rms_norm(torch.ones(3, 8, requires_grad=True))
+    with pytest.raises(ValueError, match="expected the same call on every rank, got other pass"):
+        sharded_rms_norm(torch.ones(3, 8)) if rank else y.sum().backward()
+
+
+@on_ranks(2)
+def test_where_messages_are_not_looked_at_sizes_are_compared_once(rank: int, world: int) -> None:
+    ranks = _gather.Ranks("sharded_rms_norm", dist.new_group(), None)
+    cpu = torch.device("cpu")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="n = 4, 5 on ranks 0 to 1"):
+            _gather._agree(4 + rank, cpu, ranks)
+    with counted() as made:
+        for _ in range(3):
+            _gather._agree(8, cpu, ranks)
+    assert made == GATHER
+
+
+@on_ranks(2)
+def test_wrong_arguments_raise_before_anything_is_sent(rank: int, world: int) -> None:
+    x = torch.ones(2, 8)
+    wrong: list[tuple[type[Exception], str, dict[str, Any]]] = [
+        (TypeError, "x: expected a torch.Tensor, got list", {"x": [1.0]}),
+        (
+            TypeError,
+            "weight: expected float32, .* got torch.int64",
+            {"weight": torch.ones(8).long()},
+        ),
+        (ValueError, r"bias: expected shape \(8,\), got \(7,\)", {"bias": torch.ones(7)}),
+        (ValueError, r"weight: expected shape .*, got \(3, 8\)", {"weight": torch.ones(3, 8)}),
+        (ValueError, "eps: expected a number >= 0, got -1.0", {"eps": -1.0}),
+        (TypeError, "clamp_inf: expected True or False", {"clamp_inf": 1}),
+        (TypeError, "timeout: expected seconds or a timedelta, got str", {"timeout": "2"}),
+        (ValueError, "timeout: expected more than 0 seconds, got 0", {"timeout": 0}),
+        (ValueError, "group: expected a process group .* got 'tp'", {"group": "tp"}),
+    ]
+    with counted() as made:
+        for error, said, given in wrong:
+            with pytest.raises(error, match=said):
+                sharded_rms_norm(**{"x": x, **given})
+        with (
+            normkit.use_backend("cuda"),
+            pytest.raises(ValueError, match=r'use_backend\("cuda"\) cannot serve this sharded_rms'),
+        ):
+            sharded_rms_norm(x)
+    assert made == []
+    dist.barrier()
+
+
+@on_ranks(2)
+def test_a_backend_asked_for_by_name_serves_or_raises(rank: int, world: int) -> None:
+    x = torch.randn(4, 8)
+    expected = sharded_rms_norm(x)
+    if normkit.backends()["cpu"].usable:
+        with normkit.use_backend("cpu"):
+            assert_same_bits(sharded_rms_norm(x), expected)
+            with pytest.raises(ValueError, match="cannot serve this sharded_rms_norm: .*float64"):
+                sharded_rms_norm(x.double())
+    with normkit.use_backend("triton"), pytest.raises(ValueError, match="no kernels for rows that"):
+        sharded_rms_norm(x)
+
+
+def test_without_a_process_group_it_says_how_to_get_one() -> None:
+    with pytest.raises(RuntimeError, match="sharded_rms_norm: expected a process group, got none"):
+        sharded_rms_norm(torch.ones(2, 4))
+
+
+@on_ranks(2, 4)
+def test_a_rank_that_does_not_come_is_an_error_within_the_timeout(rank: int, world: int) -> None:
+    for timeout in (0.5, timedelta(seconds=0.5)):
+        group = dist.new_group()
+        begin = time.monotonic()
+        if rank == 0:  # its own argument is wrong
+            with pytest.raises(ValueError, match="eps"):
+                sharded_rms_norm(torch.ones(2, 4), eps=-1.0, group=group, timeout=timeout)
+        else:
+            said = f"sharded_rms_norm: rank {rank} of the {world} of group '{group.group_name}'"
+            with pytest.raises(RuntimeError, match=said + ".* within 0.[5-9] s") as caught:
+                sharded_rms_norm(torch.ones(2, 4), group=group, timeout=timeout)
+            assert isinstance(caught.value.__cause__, RuntimeError)
+            assert time.monotonic() - begin < 5
+        dist.barrier()
+
+
+def lose_a_rank(rank: int, world: int, folder: str) -> None:
+    join(rank, world, folder)
+    x = torch.ones(2, 4, requires_grad=True)
+    y = sharded_layer_norm(x)
+    if rank == world - 1:
+        os._exit(9)
+    begin = time.monotonic()
+    with pytest.raises(RuntimeError, match="did not hear from all others"):
+        y.sum().backward()
+    with pytest.raises(RuntimeError, match="sharded_layer_norm: rank"):
+        sharded_layer_norm(x)
+    assert time.monotonic() - begin < 10
+
+
+@pytest.mark.parametrize("world", [3])
+def test_a_rank_that_dies_is_an_error_on_the_others(world: int, tmp_path: Path) -> None:
+    assert run_processes(lose_a_rank, world, str(tmp_path)) == [0] * (world - 1) + [9]
