@@ -23,6 +23,15 @@ inline bool same_shape(const Tensor& a, const Tensor& b) {
   return true;
 }
 
+inline bool is_dense(const Tensor& t) {
+  int64_t dense = 1;
+  for (int d = t.ndim - 1; d >= 0; --d) {
+    if (t.shape[d] > 1 && t.strides[d] != dense) return false;
+    dense *= t.shape[d] > 0 ? t.shape[d] : 1;  // as torch counts
+  }
+  return true;
+}
+
 inline Refusal check_rows(const Tensor& t, const Tensor& x) {
   if (!t) return {};
   if (!same_shape(t, x)) return {t.name, "does not have x's shape"};

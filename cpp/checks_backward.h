@@ -21,12 +21,9 @@ inline Refusal check_row_values(const Tensor& t, const Tensor& x) {
   if (!t) return {};
   if (t.dtype != DType::kFloat32) return {t.name, "is not float32"};
   if (t.ndim != x.ndim - 1) return {t.name, "does not fit x's shape"};
-  int64_t dense = 1;
-  for (int d = t.ndim - 1; d >= 0; --d) {
+  for (int d = 0; d < t.ndim; ++d)
     if (t.shape[d] != x.shape[d]) return {t.name, "does not fit x's shape"};
-    if (t.shape[d] > 1 && t.strides[d] != dense) return {t.name, "is not contiguous"};
-    dense *= t.shape[d] > 0 ? t.shape[d] : 1;  // as torch counts
-  }
+  if (!is_dense(t)) return {t.name, "is not contiguous"};
   return {};
 }
 

@@ -2,6 +2,7 @@
 #include "bind_norm.h"
 #include "bind_norm_backward.h"
 #include "bind_norm_tp.h"
+#include "parts.h"
 
 using namespace nanobind::literals;
 
@@ -116,7 +117,8 @@ NB_MODULE(_C, m) {
         "is_autocast_enabled"_a, "is_tracing"_a, "modes"_a,
         "Hand over what the extension needs of torch.  Raises ImportError when torch is too old.");
 
-  if (PyModule_AddFunctions(m.ptr(), methods)) throw nb::python_error();
+  if (PyModule_AddFunctions(m.ptr(), methods) || PyModule_AddFunctions(m.ptr(), part_methods))
+    throw nb::python_error();
 
   m.def(
       "set_quick_path", [](bool on) { quick_path_is_off = !on; }, "on"_a,

@@ -29,6 +29,24 @@ struct Affine {
   int64_t row_stride;  // bytes; 0 when one row serves every head
 };
 
+// A norm whose rows are split into `parts` of n columns each, of which this process has one.  Every
+// part takes its statistics, all of them are gathered, and each part is then worked on with them.
+//
+// Statistics are planes of a float32 for each row:
+//   of a row norm       the sum of squares, for kLayer about the part's own mean; for kLayer the
+//   mean of its backward     the part's means of g * xhat and, for kLayer, of g
+enum class Step : uint8_t { kWhole, kStatistics, kApply };
+
+struct Split {
+  Step step = Step::kWhole;
+  float* statistics = nullptr;      // kStatistics writes them, and nothing else
+  const float* gathered = nullptr;  // kApply: those of part 0, of part 1, ...
+  int64_t parts = 1;
+  int64_t plane = 0;  // floats from a plane to the next one
+};
+
+constexpr int planes_of(Statistic statistic) { return statistic == Statistic::kLayer ? 2 : 1; }
+
 struct RowNorm {
   Statistic statistic;
   int64_t rows;
@@ -45,6 +63,7 @@ struct RowNorm {
   bool clamp_inf;
   float* rstd;  // one a row, for the backward pass; null when nobody asks
   float* mean;  // likewise; null for kRms
+  Split split;  // without residual, where rows are split
 };
 
 // Gradients of a row norm.  With g = grad_y * (weight + weight_offset), and the means over the row:
@@ -76,6 +95,7 @@ struct RowNormBackward {
   float weight_offset;
   bool round_before_weight;
   DType normalised;  // what round_before_weight rounded xhat to
+  Split split;       // without residual, and not from_output, where rows are split
 };
 
 }  // namespace normkit

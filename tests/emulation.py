@@ -28,7 +28,7 @@ def extension() -> Any:
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
     _dispatch.bind(module)
-    _dispatch.natives["emu"] = _dispatch.Native(module.norm, module.norm_backward)
+    _dispatch.natives["emu"] = _dispatch.Native(module.norm, module.norm_backward, module)
     return module
 
 

@@ -6,6 +6,7 @@
 #include "cursor.h"
 #include "memory.h"
 #include "row_norm.h"
+#include "split_rows.h"
 #include "threads.h"
 
 namespace normkit::cpu {
@@ -201,7 +202,14 @@ void run_part(const Part& part, Cursor<kOperands>& cursor, int64_t begin, int64_
     Cursor<kOperands> outputs = cursor;
     fill(b, part, cursor, row, p);
     if (b.fetch) fill_next(b, cursor, norm.rows - row - b.rows);
-    job.kernels.backward_sums[item][statistic](b);
+    if (norm.split.step == Step::kApply)
+      combine(b, norm, row);
+    else
+      job.kernels.backward_sums[item][statistic](b);
+    if (norm.split.step == Step::kStatistics) {
+      save_statistics(b, norm, row);
+      continue;
+    }
     job.kernels.backward_apply[item][statistic](b);
     if (!job.uniform) narrow_rows(part, b, outputs);
   }

@@ -9,6 +9,7 @@
 #include "affine.h"
 #include "cursor.h"
 #include "memory.h"
+#include "split_rows.h"
 #include "threads.h"
 
 #if defined(__x86_64__) || defined(_M_X64)
@@ -121,14 +122,16 @@ Stages stages_of(const RowNorm& norm, const Kernels& kernels) {
   const bool layer = norm.statistic == Statistic::kLayer;
   if (layer) s.sum = kernels.sum[int(source)];
   s.squares = kernels.squares[int(source)][layer];
-  s.affine_as_stored = affine_as_stored(norm, source);
+  // For statistics there is none, and it need not be prepared.
+  s.affine_as_stored = norm.split.step == Step::kStatistics || affine_as_stored(norm, source);
   s.apply =
       kernels.apply[int(source)][int(rounded)][int(norm.out.dtype)][s.affine_as_stored][layer];
   s.layout = layout_of(source, norm.out.dtype);
   return s;
 }
 
-void run(Block& b, const Stages& s, float eps) {
+// b.source becomes what is normalised.
+void prepare(Block& b, const Stages& s) {
   if (s.clamp_x) {
     s.clamp_x(b);
     for (int r = 0; r < b.rows; ++r) b.x[r] = b.wide[r];
@@ -140,13 +143,29 @@ void run(Block& b, const Stages& s, float eps) {
   }
   for (int r = 0; r < b.rows; ++r)
     b.source[r] = s.wide ? b.wide[r] : s.add ? b.residual_out[r] : b.x[r];
-  const float n = static_cast<float>(b.n);
+}
+
+// b.sum becomes the sum of squares, about b.mean where there is one.
+void add_up(Block& b, const Stages& s) {
   if (s.sum) {
+    const float n = static_cast<float>(b.n);
     s.sum(b);
     for (int r = 0; r < b.rows; ++r) b.mean[r] = b.sum[r] / n;
   }
   s.squares(b);
-  for (int r = 0; r < b.rows; ++r) b.rstd[r] = 1.f / std::sqrt(b.sum[r] / n + eps);
+}
+
+// The block's first row is `row`.
+void run(Block& b, const Stages& s, const RowNorm& norm, int64_t row) {
+  prepare(b, s);
+  if (norm.split.step == Step::kApply) {
+    combine(b, norm, row);
+  } else {
+    add_up(b, s);
+    if (norm.split.step == Step::kStatistics) return save_statistics(b, norm, row);
+    const float n = static_cast<float>(b.n);
+    for (int r = 0; r < b.rows; ++r) b.rstd[r] = 1.f / std::sqrt(b.sum[r] / n + norm.eps);
+  }
   s.apply(b);
 }
 
@@ -220,7 +239,7 @@ void run_part(void* context, int part) {
     if (more) fill(*next, row + block->rows);
     for (int r = 0; r < block->rows; ++r)
       block->next[r] = job.plan.fetch && more && r < next->rows ? next->x[r] : nullptr;
-    run(*block, job.stages, norm.eps);
+    run(*block, job.stages, norm, row);
     for (int r = 0; norm.rstd && r < block->rows; ++r) norm.rstd[row + r] = block->rstd[r];
     for (int r = 0; norm.mean && r < block->rows; ++r) norm.mean[row + r] = block->mean[r];
     std::swap(block, next);

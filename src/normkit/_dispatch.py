@@ -73,16 +73,20 @@ def _use_reference(*_: Any) -> str:
 
 
 class Native(NamedTuple):
-    """A forward and a backward pass with the arguments of `_C`'s; a str says why there is none."""
+    """A forward and a backward pass with the arguments of `_C`'s; a str says why there is none.
+
+    `parts` has `_C`'s functions for rows that are split over processes; None where there are none.
+    """
 
     norm: Callable[..., Any]
     norm_backward: Callable[..., Any]
+    parts: Any = None
 
 
 _extension = (
     Native(lambda *_: _missing, lambda *_: _missing)
     if _missing
-    else Native(_C.norm, _C.norm_backward)
+    else Native(_C.norm, _C.norm_backward, _C)
 )
 
 # The names of use_backend(), and who is asked to serve; "auto" takes the kernels for x's device.

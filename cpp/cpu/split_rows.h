@@ -1,0 +1,72 @@
+// What a part of a split row says to the others, and hears from them.
+#pragma once
+#include <cmath>
+
+#include "kernels.h"
+
+namespace normkit::cpu {
+
+// A statistic of each row of a block, as one part has left it.
+inline const float* gathered_plane(const Split& split, int planes, int64_t part, int plane,
+                                   int64_t row) {
+  return split.gathered + (part * planes + plane) * split.plane + row;
+}
+
+inline void save_statistics(const Block& b, const RowNorm& norm, int64_t row) {
+  float* squares = norm.split.statistics + row;
+  for (int r = 0; r < b.rows; ++r) squares[r] = b.sum[r];
+  if (norm.statistic != Statistic::kLayer) return;
+  float* mean = squares + norm.split.plane;
+  for (int r = 0; r < b.rows; ++r) mean[r] = b.mean[r];
+}
+
+// The statistics of whole rows, added in the order of the parts.  In double, so that many parts
+// lose no more than few.
+inline void combine(Block& b, const RowNorm& norm, int64_t row) {
+  const Split& split = norm.split;
+  const bool layer = norm.statistic == Statistic::kLayer;
+  const int planes = planes_of(norm.statistic);
+  const double n = static_cast<double>(norm.n), parts = static_cast<double>(split.parts);
+  for (int r = 0; r < b.rows; ++r) {
+    const auto at = [&](int64_t part, int plane) {
+      return static_cast<double>(*gathered_plane(split, planes, part, plane, row + r));
+    };
+    double mean = 0, squares = 0;
+    for (int64_t part = 0; layer && part < split.parts; ++part) mean += at(part, 1);
+    mean /= parts;
+    for (int64_t part = 0; part < split.parts; ++part) {
+      squares += at(part, 0);
+      if (!layer) continue;
+      const double apart = at(part, 1) - mean;
+      squares += n * apart * apart;
+    }
+    b.mean[r] = static_cast<float>(mean);
+    const float total = static_cast<float>(squares);  // infinite where that of a whole row is
+    b.rstd[r] = 1.f / std::sqrt(total / static_cast<float>(n * parts) + norm.eps);
+  }
+}
+
+inline void save_statistics(const BackwardBlock& b, const RowNormBackward& norm, int64_t row) {
+  float* gx_mean = norm.split.statistics + row;
+  for (int r = 0; r < b.rows; ++r) gx_mean[r] = b.gx_mean[r];
+  if (norm.statistic != Statistic::kLayer) return;
+  float* g_mean = gx_mean + norm.split.plane;
+  for (int r = 0; r < b.rows; ++r) g_mean[r] = b.g_mean[r];
+}
+
+inline void combine(BackwardBlock& b, const RowNormBackward& norm, int64_t row) {
+  const Split& split = norm.split;
+  const int planes = planes_of(norm.statistic);
+  const auto mean_of = [&](int plane, int r) {
+    double sum = 0;
+    for (int64_t part = 0; part < split.parts; ++part)
+      sum += static_cast<double>(*gathered_plane(split, planes, part, plane, row + r));
+    return static_cast<float>(sum / static_cast<double>(split.parts));
+  };
+  for (int r = 0; r < b.rows; ++r) {
+    b.gx_mean[r] = mean_of(0, r);
+    b.g_mean[r] = norm.statistic == Statistic::kLayer ? mean_of(1, r) : 0.f;
+  }
+}
+
+}  // namespace normkit::cpu
