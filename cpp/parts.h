@@ -40,9 +40,10 @@ inline Split split_of(const Tensor& gathered, int64_t rows) {
   return split;
 }
 
-// An output of x's shape; dtype is not None.
-inline Refusal make_like(const Tensor& x, nb::handle dtype, nb::object& made, Tensor& t) {
-  if (!dtype_of(dtype.ptr())) return {t.name, "is to be of no dtype that is served"};
+// An output of x's shape; dtype is not None, and name is that of its argument.
+inline Refusal make_like(const Tensor& x, nb::handle dtype, const char* name, nb::object& made,
+                         Tensor& t) {
+  if (!dtype_of(dtype.ptr())) return {name, "is not float32, float16 or bfloat16"};
   made = empty_like(x, dtype);
   if (const Refusal no = t.read(made.ptr())) return no;
   return check_rows(t, x);
@@ -125,7 +126,7 @@ inline nb::object part_apply(PyObject* const* args) {
   PyObject* dtype = args[kApplyOutDtype];
   if (dtype == Py_None) dtype = torch_objects.dtypes[int(a.x.dtype)];
   nb::object y, rstd, mean = nb::none();
-  if (const Refusal no = make_like(a.x, dtype, y, a.out)) return refuse(false, no);
+  if (const Refusal no = make_like(a.x, dtype, "out_dtype", y, a.out)) return refuse(false, no);
   RowNorm job = row_norm_of(a);
   job.split = split_of(gathered, job.rows);
   rstd = new_row_values(a.x, job.rstd);
@@ -217,7 +218,8 @@ inline nb::object part_backward_apply(PyObject* const* args) {
     return gradient.read(made.ptr());
   };
   Refusal no;
-  if (args[kPartXDtype] != Py_None) no = make_like(a.x, args[kPartXDtype], grad_x, a.grad_x);
+  if (args[kPartXDtype] != Py_None)
+    no = make_like(a.x, args[kPartXDtype], "x_dtype", grad_x, a.grad_x);
   if (!no && (wanted & 1) && a.weight) no = like(a.grad_weight, grad_weight, a.weight);
   if (!no && (wanted & 2) && a.bias) no = like(a.grad_bias, grad_bias, a.bias);
   if (no) return refuse(false, no);

@@ -126,6 +126,15 @@ constexpr Plan plan(int64_t n, DType x, bool uniform, int64_t rows, const Device
   return plan;
 }
 
+// Lanes for what this process has of a split row, which is reached as longer rows are: they follow
+// n alone, and are whole warps.
+constexpr int split_lanes(int64_t n) {
+  return static_cast<int>(
+      at_most(at_least(power_of_two_from(divide_up(n, kLongPack)), 32), kMostLanes));
+}
+
+constexpr Plan split_plan(int64_t n) { return {false, 0, 1, split_lanes(n), 1, 1}; }
+
 // The backward pass.  A block takes rows of one head, keeps what they add to the gradients of
 // weight and bias in registers, and leaves one row of partial sums behind.
 struct BackwardPlan {
@@ -152,12 +161,13 @@ constexpr int kChainRows = NORMKIT_CHAIN_ROWS;
 constexpr int kFewestRows = 4;
 
 constexpr BackwardPlan backward_plan(int64_t n, DType x, bool uniform, int64_t rows, int64_t heads,
-                                     const Device& device) {
+                                     const Device& device, bool split) {
   const int64_t pack = 16 / item_size(x), share = divide_up(n, pack);
   BackwardPlan plan{uniform, 0, kMostLanes, 1, 1};
   int64_t blocks = 0;  // that are to share all rows
-  if (n > kMostLanes * kBackwardColumns) {
+  if (split || n > kMostLanes * kBackwardColumns) {
     plan.uniform = false;
+    plan.lanes = split_lanes(n);
     blocks = kColumnBlocks * device.processors / divide_up(n, int64_t{kThreads} * kLongPack);
   } else {
     plan.packs = share <= 32 ? 1 : share <= 2 * kMostLanes ? 2 : 4;

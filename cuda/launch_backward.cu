@@ -11,6 +11,7 @@ template <class Access>
 BackwardKernel backward_kernel_of(Statistic statistic, int packs);  // instances_backward_*.cu
 BackwardKernel long_row_backward(Statistic statistic);
 BackwardKernel long_columns();
+BackwardKernel split_backward_kernel(Statistic statistic, Step step);
 
 namespace {
 
@@ -76,7 +77,7 @@ bool is_uniform(const RowNormBackward& norm) {
 
 BackwardPlan plan_of(const RowNormBackward& norm, const Device& device) {
   return backward_plan(norm.n, norm.x.dtype, is_uniform(norm), std::min(norm.rows, kMaxLaunchRows),
-                       norm.heads, device);
+                       norm.heads, device, norm.split.step != Step::kWhole);
 }
 
 // Where the partial sums are, in floats.
@@ -125,10 +126,13 @@ RowNormBackwardArgs args_of(const RowNormBackward& norm, const BackwardPlan& pla
   a.normalised = norm.normalised;
   a.round_before_weight = norm.round_before_weight;
   a.from_output = norm.from_output;
+  a.split = norm.split;
   return a;
 }
 
 BackwardKernel kernel_for(const RowNormBackward& norm, const BackwardPlan& plan) {
+  if (norm.split.step != Step::kWhole)
+    return split_backward_kernel(norm.statistic, norm.split.step);
   if (plan.packs == 0) return long_row_backward(norm.statistic);
   if (!plan.uniform)
     return norm.x.dtype == DType::kFloat32
@@ -202,7 +206,8 @@ void row_norm_backward(const RowNormBackward& norm, int index, void* stream, voi
   const Device& on = device(index);
   const BackwardPlan plan = plan_of(norm, on);
   const Workspace space(norm, plan);
-  const bool rows_wanted = norm.grad_x.data || norm.grad_residual.data;
+  const bool rows_wanted =
+      norm.grad_x.data || norm.grad_residual.data || norm.split.step == Step::kStatistics;
   const bool sums_wanted = space.weight || space.bias;
   float* const memory = static_cast<float*>(workspace);
   if (norm.rows > 0 && (rows_wanted || sums_wanted))

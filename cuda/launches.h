@@ -96,6 +96,8 @@ Norm slice(const Norm& norm, int64_t begin, int64_t count) {
   });
   if (part.rstd) part.rstd += begin * inside;
   if (part.mean) part.mean += begin * inside;
+  if (part.split.statistics) part.split.statistics += begin * inside;
+  if (part.split.gathered) part.split.gathered += begin * inside;
   part.rows = inside * count;
   part.outer_size[0] = count;
   return part;

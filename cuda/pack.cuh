@@ -20,6 +20,9 @@ constexpr DType kDType<Half> = DType::kFloat16;
 template <>
 constexpr DType kDType<BFloat16> = DType::kBFloat16;
 
+// For the type of x where only its dtype code tells.
+struct Coded {};
+
 template <class T>
 constexpr int kPackSize = 16 / int(sizeof(T));
 
@@ -166,7 +169,10 @@ struct Any {
   }
   template <class Index>
   static __device__ __forceinline__ Pack load_x(const RowAt& row, Index column, Index end) {
-    return load_as<T>(row, column, end);
+    if constexpr (std::is_same_v<T, Coded>)
+      return load(row, column, end);
+    else
+      return load_as<T>(row, column, end);
   }
   static __device__ __forceinline__ void stay_packed(Pack&) {}
   static __device__ __forceinline__ const Floats<kSize>& floats(const Pack& pack) { return pack; }

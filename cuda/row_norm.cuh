@@ -3,6 +3,7 @@
 #include "../cpp/plan.h"
 #include "reduce.cuh"
 #include "rows.cuh"
+#include "split.cuh"
 
 // Variants for benchmarks/tune.py.
 #ifndef NORMKIT_TUNE_HOIST_WEIGHT
@@ -23,9 +24,15 @@ struct RowNormArgs : Grid {
   float eps, weight_offset;
   DType normalised;  // what round_before_weight rounds to
   bool round_before_weight, round_sum, clamp_inf;
+  Split split;
 };
 
 using Kernel = void (*)(RowNormArgs);
+
+template <class T>
+__device__ __forceinline__ bool is_half(const RowNormArgs& a) {
+  return (std::is_same_v<T, Coded> ? a.x.dtype : kDType<T>) == DType::kFloat16;
+}
 
 // What is normalised: x, or the sum x + residual, which is also what residual_out gets.
 template <class T, class Access, bool kAdds>
@@ -34,7 +41,7 @@ __device__ __forceinline__ void add_residual(const RowNormArgs& a, Floats<Access
 #pragma unroll
   for (int i = 0; i < Access::kSize; ++i) {
     float v = x.v[i];
-    if (kDType<T> == DType::kFloat16 && a.clamp_inf) v = clamp_half(v);
+    if (is_half<T>(a) && a.clamp_inf) v = clamp_half(v);
     if constexpr (kAdds) {
       const float sum = v + residual.v[i];
       residual.v[i] = Access::rounded(a.residual.dtype, sum);
@@ -67,8 +74,8 @@ __device__ __forceinline__ Sums<Access::kSize / 4> sums_of(const Floats<Access::
   return sums;
 }
 
-__device__ __forceinline__ float reciprocal_deviation(const RowNormArgs& a, float squares) {
-  return inverse_square_root(squares / static_cast<float>(a.n) + a.eps);
+__device__ __forceinline__ float reciprocal_deviation(float squares, int64_t n, float eps) {
+  return inverse_square_root(squares / static_cast<float>(n) + eps);
 }
 
 // For the backward pass.
@@ -230,7 +237,7 @@ __global__ void __launch_bounds__(kPacks >= kMaxPacks ? kMostLanes : kMaxLanes, 
   if constexpr (kCluster) cluster_arrive();  // no peer's memory is read any more
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
-    const float rstd = reciprocal_deviation(a, sum[r]);
+    const float rstd = reciprocal_deviation(sum[r], a.n, a.eps);
     if (lane == 0 && rank == 0 && live[r]) save<kStatistic>(a, row(r), mean[r], rstd);
 #pragma unroll
     for (int p = 0; p < kPacks; ++p) {
@@ -248,11 +255,13 @@ __global__ void __launch_bounds__(kPacks >= kMaxPacks ? kMostLanes : kMaxLanes, 
 // Rows beyond every register: a block a row, which is read once for each statistic and once more.
 // The sum with the residual is made anew each time and written last, so that outputs may be inputs.
 // Packs are of eight columns for every dtype, so that the order of additions is the same.
-template <class T, Statistic kStatistic, bool kAdds>
+// A step of a split norm takes rows of any length.
+template <class T, Statistic kStatistic, bool kAdds, Step kStep = Step::kWhole>
 __global__ void __launch_bounds__(kMostLanes) long_row_norm_kernel(RowNormArgs a) {
   constexpr int kSize = kLongPack, kQuads = kSize / 4;
   using Access = Any<T, kSize>;
   using Values = Floats<kSize>;
+  constexpr int kPlanes = kPlanesOf<kStatistic>;
   using Storage = SumStorage<kQuads>;
   NORMKIT_SHARED(Storage, sum_storage);
   NORMKIT_SHARED(Storage, squares_storage);
@@ -273,29 +282,43 @@ __global__ void __launch_bounds__(kMostLanes) long_row_norm_kernel(RowNormArgs a
       f(column, v, added);
     }
   };
-  float mean = 0.f;
-  if constexpr (kStatistic == Statistic::kLayer) {
+  float mean = 0.f, squares;
+  if constexpr (kStep == Step::kApply) {
+    if constexpr (kPlanes == 2) mean = mean_of_parts<kPlanes>(a.split, 1, blockIdx.x);
+    squares = squares_of_parts<kPlanes>(a.split, blockIdx.x, a.n, mean);
+  } else {
+    if constexpr (kStatistic == Statistic::kLayer) {
+      LongSums<kQuads> sum;
+      for_packs([&](int64_t column, const Values& v, const Values&) {
+        sum.add(sums_of<false, Access>(v, 0.f, column, a.n));
+      });
+      mean = sum_of_group(sum.sum, lanes, sum_storage) / static_cast<float>(a.n);
+    }
     LongSums<kQuads> sum;
     for_packs([&](int64_t column, const Values& v, const Values&) {
-      sum.add(sums_of<false, Access>(v, 0.f, column, a.n));
+      sum.add(sums_of<true, Access>(v, mean, column, a.n));
     });
-    mean = sum_of_group(sum.sum, lanes, sum_storage) / static_cast<float>(a.n);
+    squares = sum_of_group(sum.sum, lanes, squares_storage);
   }
-  LongSums<kQuads> squares;
-  for_packs([&](int64_t column, const Values& v, const Values&) {
-    squares.add(sums_of<true, Access>(v, mean, column, a.n));
-  });
-  const float rstd = reciprocal_deviation(a, sum_of_group(squares.sum, lanes, squares_storage));
-  let_next_kernel_start();
-  if (threadIdx.x == 0) save<kStatistic>(a, blockIdx.x, mean, rstd);
-  for_packs([&](int64_t column, Values& v, const Values& added) {
-    if constexpr (kAdds) Access::store(place.of(a.residual_out, a.dims), column, a.n, added);
-    Values weight{}, bias{};
-    if (a.weight.data) weight = Access::load(weight_row, column, a.n);
-    if (a.bias.data) bias = Access::load(bias_row, column, a.n);
-    apply<T, Access>(a, v, mean, rstd, weight, bias);
-    Access::store(place.of(a.out, a.dims), column, a.n, v);
-  });
+  if constexpr (kStep == Step::kStatistics) {
+    let_next_kernel_start();
+    float statistics[kPlanes] = {squares};
+    if constexpr (kPlanes == 2) statistics[1] = mean;
+    if (threadIdx.x == 0) save_statistics(a.split, blockIdx.x, statistics);
+  } else {
+    const int64_t columns = kStep == Step::kApply ? a.n * a.split.parts : a.n;
+    const float rstd = reciprocal_deviation(squares, columns, a.eps);
+    let_next_kernel_start();
+    if (threadIdx.x == 0) save<kStatistic>(a, blockIdx.x, mean, rstd);
+    for_packs([&](int64_t column, Values& v, const Values& added) {
+      if constexpr (kAdds) Access::store(place.of(a.residual_out, a.dims), column, a.n, added);
+      Values weight{}, bias{};
+      if (a.weight.data) weight = Access::load(weight_row, column, a.n);
+      if (a.bias.data) bias = Access::load(bias_row, column, a.n);
+      apply<T, Access>(a, v, mean, rstd, weight, bias);
+      Access::store(place.of(a.out, a.dims), column, a.n, v);
+    });
+  }
 }
 
 }  // namespace normkit::cuda

@@ -4,6 +4,7 @@
 #include "../cpp/plan.h"
 #include "reduce.cuh"
 #include "rows.cuh"
+#include "split.cuh"
 
 namespace normkit::cuda {
 
@@ -27,6 +28,7 @@ struct RowNormBackwardArgs : Grid {
   float weight_offset;
   DType normalised;  // what round_before_weight rounds to
   bool round_before_weight, from_output;
+  Split split;
 };
 
 using BackwardKernel = void (*)(RowNormBackwardArgs);
@@ -372,8 +374,9 @@ __global__ void __launch_bounds__(kPacks == 1 ? kThreads : kMostLanes,
   flush_all(walked <= kChainRows, true);
 }
 
-// Rows that are longer: a block a row, for the gradient of the row alone.
-template <Statistic kStatistic>
+// Rows that are longer, or parts of a split norm's: a block a row, for the gradient of the row
+// alone.
+template <Statistic kStatistic, Step kStep = Step::kWhole>
 __global__ void __launch_bounds__(kMostLanes) long_row_backward_kernel(RowNormBackwardArgs a) {
   constexpr int kSize = kLongPack, kQuads = kSize / 4, kSums = kRowSums<kStatistic>;
   using Access = Any<float, kSize>;
@@ -387,27 +390,37 @@ __global__ void __launch_bounds__(kMostLanes) long_row_backward_kernel(RowNormBa
   };
   wait_for_previous_kernel();
   const RowOperands operands(a, blockIdx.x, true);
-  LongSums<kQuads> sums[kSums];
-  for_packs([&](int64_t column) {
-    Sums<kQuads> of_pack[kSums];
-    row_sums_of(operands.terms<kStatistic, Access>(a, column, a.n), of_pack);
-#pragma unroll
-    for (int s = 0; s < kSums; ++s) sums[s].add(of_pack[s]);
-  });
   float means[kSums];
+  if constexpr (kStep == Step::kApply) {
 #pragma unroll
-  for (int s = 0; s < kSums; ++s) means[s] = fold<kQuads>(sums[s].sum.quad);
-  sum_over_lanes(means, lanes, storage);
+    for (int s = 0; s < kSums; ++s) means[s] = mean_of_parts<kSums>(a.split, s, blockIdx.x);
+  } else {
+    LongSums<kQuads> sums[kSums];
+    for_packs([&](int64_t column) {
+      Sums<kQuads> of_pack[kSums];
+      row_sums_of(operands.terms<kStatistic, Access>(a, column, a.n), of_pack);
 #pragma unroll
-  for (int s = 0; s < kSums; ++s) means[s] = means[s] / static_cast<float>(a.n);
+      for (int s = 0; s < kSums; ++s) sums[s].add(of_pack[s]);
+    });
+#pragma unroll
+    for (int s = 0; s < kSums; ++s) means[s] = fold<kQuads>(sums[s].sum.quad);
+    sum_over_lanes(means, lanes, storage);
+#pragma unroll
+    for (int s = 0; s < kSums; ++s) means[s] = means[s] / static_cast<float>(a.n);
+  }
   let_next_kernel_start();
-  for_packs([&](int64_t column) {
-    Floats<kSize> added{};
-    if (a.grad_residual_out.data)
-      added = Access::load(place.of(a.grad_residual_out, a.dims), column, a.n);
-    store_gradient<kStatistic, Access>(a, place, operands.terms<kStatistic, Access>(a, column, a.n),
-                                       operands.rstd, means, added, column, a.n);
-  });
+  if constexpr (kStep == Step::kStatistics) {
+    if (threadIdx.x == 0) save_statistics(a.split, blockIdx.x, means);
+  } else {
+    for_packs([&](int64_t column) {
+      Floats<kSize> added{};
+      if (a.grad_residual_out.data)
+        added = Access::load(place.of(a.grad_residual_out, a.dims), column, a.n);
+      store_gradient<kStatistic, Access>(a, place,
+                                         operands.terms<kStatistic, Access>(a, column, a.n),
+                                         operands.rstd, means, added, column, a.n);
+    });
+  }
 }
 
 // And for the gradients of weight and bias: a block some columns of one slice of one head.  Without
