@@ -3,24 +3,18 @@
 
 namespace normkit::cuda {
 
-// Any dtypes and lengths through a few instances: next to the collective in between, dtype codes
-// cost nothing.
-Kernel split_kernel(Statistic statistic, Step step) {
-  constexpr Statistic kRms = Statistic::kRms, kLayer = Statistic::kLayer;
+// One instance for all dtypes, lengths and statistics: next to the collective between the steps,
+// what is asked for as a kernel goes costs nothing.
+Kernel split_kernel(Step step) {
   if (step == Step::kStatistics)
-    return statistic == kRms ? long_row_norm_kernel<Coded, kRms, false, Step::kStatistics>
-                             : long_row_norm_kernel<Coded, kLayer, false, Step::kStatistics>;
-  return statistic == kRms ? long_row_norm_kernel<Coded, kRms, false, Step::kApply>
-                           : long_row_norm_kernel<Coded, kLayer, false, Step::kApply>;
+    return long_row_norm_kernel<Coded, Statistic::kLayer, false, Step::kStatistics>;
+  return long_row_norm_kernel<Coded, Statistic::kLayer, false, Step::kApply>;
 }
 
-BackwardKernel split_backward_kernel(Statistic statistic, Step step) {
-  constexpr Statistic kRms = Statistic::kRms, kLayer = Statistic::kLayer;
+BackwardKernel split_backward_kernel(Step step) {
   if (step == Step::kStatistics)
-    return statistic == kRms ? long_row_backward_kernel<kRms, Step::kStatistics>
-                             : long_row_backward_kernel<kLayer, Step::kStatistics>;
-  return statistic == kRms ? long_row_backward_kernel<kRms, Step::kApply>
-                           : long_row_backward_kernel<kLayer, Step::kApply>;
+    return long_row_backward_kernel<Statistic::kLayer, Step::kStatistics>;
+  return long_row_backward_kernel<Statistic::kLayer, Step::kApply>;
 }
 
 }  // namespace normkit::cuda

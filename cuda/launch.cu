@@ -9,7 +9,7 @@ namespace normkit::cuda {
 
 template <class T>
 Kernel kernel_of(Statistic statistic, bool adds, const Plan& plan);  // instances_*.cu
-Kernel split_kernel(Statistic statistic, Step step);
+Kernel split_kernel(Step step);
 
 namespace {
 
@@ -50,12 +50,12 @@ RowNormArgs args_of(const RowNorm& norm, const Plan& plan) {
   a.round_before_weight = norm.round_before_weight;
   a.round_sum = norm.round_sum;
   a.clamp_inf = norm.clamp_inf;
-  a.split = norm.split;
+  a.split = {norm.split, planes_of(norm.statistic)};
   return a;
 }
 
 Kernel kernel_for(const RowNorm& norm, const Plan& plan) {
-  if (norm.split.step != Step::kWhole) return split_kernel(norm.statistic, norm.split.step);
+  if (norm.split.step != Step::kWhole) return split_kernel(norm.split.step);
   const bool adds = norm.residual.data != nullptr;
   switch (norm.x.dtype) {
     case DType::kFloat32:

@@ -11,7 +11,7 @@ template <class Access>
 BackwardKernel backward_kernel_of(Statistic statistic, int packs);  // instances_backward_*.cu
 BackwardKernel long_row_backward(Statistic statistic);
 BackwardKernel long_columns();
-BackwardKernel split_backward_kernel(Statistic statistic, Step step);
+BackwardKernel split_backward_kernel(Step step);
 
 namespace {
 
@@ -126,13 +126,12 @@ RowNormBackwardArgs args_of(const RowNormBackward& norm, const BackwardPlan& pla
   a.normalised = norm.normalised;
   a.round_before_weight = norm.round_before_weight;
   a.from_output = norm.from_output;
-  a.split = norm.split;
+  a.split = {norm.split, planes_of(norm.statistic)};
   return a;
 }
 
 BackwardKernel kernel_for(const RowNormBackward& norm, const BackwardPlan& plan) {
-  if (norm.split.step != Step::kWhole)
-    return split_backward_kernel(norm.statistic, norm.split.step);
+  if (norm.split.step != Step::kWhole) return split_backward_kernel(norm.split.step);
   if (plan.packs == 0) return long_row_backward(norm.statistic);
   if (!plan.uniform)
     return norm.x.dtype == DType::kFloat32

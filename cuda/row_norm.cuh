@@ -24,7 +24,7 @@ struct RowNormArgs : Grid {
   float eps, weight_offset;
   DType normalised;  // what round_before_weight rounds to
   bool round_before_weight, round_sum, clamp_inf;
-  Split split;
+  SplitArgs split;
 };
 
 using Kernel = void (*)(RowNormArgs);
@@ -255,13 +255,12 @@ __global__ void __launch_bounds__(kPacks >= kMaxPacks ? kMostLanes : kMaxLanes, 
 // Rows beyond every register: a block a row, which is read once for each statistic and once more.
 // The sum with the residual is made anew each time and written last, so that outputs may be inputs.
 // Packs are of eight columns for every dtype, so that the order of additions is the same.
-// A step of a split norm takes rows of any length.
+// A step of a split norm takes rows of any length, and both statistics.
 template <class T, Statistic kStatistic, bool kAdds, Step kStep = Step::kWhole>
 __global__ void __launch_bounds__(kMostLanes) long_row_norm_kernel(RowNormArgs a) {
   constexpr int kSize = kLongPack, kQuads = kSize / 4;
   using Access = Any<T, kSize>;
   using Values = Floats<kSize>;
-  constexpr int kPlanes = kPlanesOf<kStatistic>;
   using Storage = SumStorage<kQuads>;
   NORMKIT_SHARED(Storage, sum_storage);
   NORMKIT_SHARED(Storage, squares_storage);
@@ -284,16 +283,17 @@ __global__ void __launch_bounds__(kMostLanes) long_row_norm_kernel(RowNormArgs a
   };
   float mean = 0.f, squares;
   if constexpr (kStep == Step::kApply) {
-    if constexpr (kPlanes == 2) mean = mean_of_parts<kPlanes>(a.split, 1, blockIdx.x);
-    squares = squares_of_parts<kPlanes>(a.split, blockIdx.x, a.n, mean);
+    mean = mean_of_parts(a.split, 1, blockIdx.x);
+    squares = squares_of_parts(a.split, blockIdx.x, a.n, mean);
   } else {
-    if constexpr (kStatistic == Statistic::kLayer) {
-      LongSums<kQuads> sum;
-      for_packs([&](int64_t column, const Values& v, const Values&) {
-        sum.add(sums_of<false, Access>(v, 0.f, column, a.n));
-      });
-      mean = sum_of_group(sum.sum, lanes, sum_storage) / static_cast<float>(a.n);
-    }
+    if constexpr (kStatistic == Statistic::kLayer)
+      if (kStep == Step::kWhole || a.split.planes == 2) {
+        LongSums<kQuads> sum;
+        for_packs([&](int64_t column, const Values& v, const Values&) {
+          sum.add(sums_of<false, Access>(v, 0.f, column, a.n));
+        });
+        mean = sum_of_group(sum.sum, lanes, sum_storage) / static_cast<float>(a.n);
+      }
     LongSums<kQuads> sum;
     for_packs([&](int64_t column, const Values& v, const Values&) {
       sum.add(sums_of<true, Access>(v, mean, column, a.n));
@@ -302,8 +302,7 @@ __global__ void __launch_bounds__(kMostLanes) long_row_norm_kernel(RowNormArgs a
   }
   if constexpr (kStep == Step::kStatistics) {
     let_next_kernel_start();
-    float statistics[kPlanes] = {squares};
-    if constexpr (kPlanes == 2) statistics[1] = mean;
+    const float statistics[] = {squares, mean};
     if (threadIdx.x == 0) save_statistics(a.split, blockIdx.x, statistics);
   } else {
     const int64_t columns = kStep == Step::kApply ? a.n * a.split.parts : a.n;

@@ -21,9 +21,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from mutations import ADDRESS, MUTANTS, PLAIN, THREAD, Mutant
+from mutations import ADDRESS, PLAIN, THREAD, Mutant
+from mutations import MUTANTS as OF_WHOLE_ROWS
+from mutations_parts import PARTS
 
 ROOT = Path(__file__).resolve().parents[2]
+MUTANTS = (*OF_WHOLE_ROWS, *PARTS)
 # What the sweep runs: all of it, or a part where a sanitizer makes it slow.
 SHARE = {PLAIN: ("0", "1"), ADDRESS: ("0", "8"), THREAD: ("0", "8")}
 TIME_LIMIT = 300  # seconds for a sweep; an endless loop is no catch

@@ -27,6 +27,8 @@ ROWS = "cuda/rows.cuh"
 ROW = "cuda/row_norm.cuh"
 LAUNCHES = "cuda/launches.h"
 BACKWARD = "cuda/row_norm_backward.cuh"
+PARTIAL = "cuda/partial_sums.cuh"
+SPLIT = "cuda/split.cuh"
 LAUNCH_BACKWARD = "cuda/launch_backward.cu"
 
 WARP_TREE = """\
@@ -294,7 +296,7 @@ BACKWARD_PASS = (
         "groups-barrier-missing",
         "the groups of a block are folded with only the first step waited for",
         THREAD,
-        BACKWARD,
+        PARTIAL,
         "[threadIdx.x + half * lanes];\n    __syncthreads();\n",
         "[threadIdx.x + half * lanes];\n",
     ),
@@ -326,7 +328,7 @@ BACKWARD_PASS = (
         "earlier-launch-lost",
         "the sums of the last launch are taken for those of all",
         PLAIN,
-        BACKWARD,
+        PARTIAL,
         "if (adds || !is_first) sum",
         "if (!is_first) sum",
     ),
