@@ -18,10 +18,12 @@ SOURCES = (
     "instances_backward_any.cu",
     *(f"instances_backward_{dtype}.cu" for dtype in DTYPES),
     "launch_backward.cu",
+    "instances_split.cu",
     "launch.cu",
     "device.cu",
 )
 ARCHS = ("sm_80", "sm_90")  # without clusters and with them
+STEPS = ("whole", "statistics", "apply")  # in the order of Step
 
 # What CMakeLists.txt asks for, and what a Release build adds.
 FLAGS = ("-O3", "-DNDEBUG", "-Xcompiler=-fPIC,-fvisibility=hidden", "-fmad=false", "-std=c++17")
@@ -39,6 +41,7 @@ class Instance:
     rows: int = 0
     cluster: bool = False
     backward: bool = False
+    step: str = "whole"  # of a split norm: "statistics" or "apply"
 
 
 @dataclass
@@ -58,6 +61,7 @@ class Kernel:
         i = self.instance
         kind = i.access + (f" {i.packs}x{i.rows}" if i.packs else "") + " cluster" * i.cluster
         kind += " backward" * i.backward
+        kind += "" if i.step == "whole" else f" {i.step} of parts"
         return f"{self.arch} {self.dtype} {i.statistic}{' adding' * i.adds} {kind}"
 
 
@@ -123,14 +127,29 @@ def named_backward_instances(source: str) -> set[Instance]:
     return found
 
 
+def named_split_instances() -> set[Instance]:
+    """What `cuda/instances_split.cu` names: each step, forward and backward."""
+    return {
+        Instance("layer", False, "long", backward=backward, step=step)
+        for backward in (False, True)
+        for step in STEPS[1:]
+    }
+
+
+_STEP = r"(?:LNS_4StepE(?P<step>[012])E)?"
 _MANGLED = re.compile(
-    r"row_norm_kernelI(?:f|6__half|13__nv_bfloat16)LNS_9StatisticE(?P<statistic>[01])ELb(?P<adds>[01])E"
-    r"(?:NS0_\d(?P<access>Uniform|Any)I\w+?E+Li(?P<packs>\d+)ELi(?P<rows>\d+)ELb(?P<cluster>[01])E)?E"
+    r"row_norm_kernelI(?:f|6__half|13__nv_bfloat16|NS0_5CodedE)"
+    r"LNS_9StatisticE(?P<statistic>[01])ELb(?P<adds>[01])E"
+    r"(?:NS0_\d(?P<access>Uniform|Any)I\w+?E+Li(?P<packs>\d+)ELi(?P<rows>\d+)ELb(?P<cluster>[01])E)?"
+    + _STEP
+    + "E"
 )
 _MANGLED_BACKWARD = re.compile(
     r"\d\d(?P<kind>row_norm_backward|long_row_backward|long_columns|fold)_kernel"
     r"(?:ILNS_9StatisticE(?P<statistic>[01])E)?"
-    r"(?:NS0_\d(?P<access>Uniform|Any)I(?:f|6__half|13__nv_bfloat16)(?:Li(?P<size>\d)E)?E+Li(?P<packs>\d)E)?"
+    + _STEP
+    + r"(?:NS0_\d(?P<access>Uniform|Any)I(?:f|6__half|13__nv_bfloat16)(?:Li(?P<size>\d)E)?E+"
+    + r"Li(?P<packs>\d)E)?"
 )
 
 
@@ -139,15 +158,17 @@ def instance_of(mangled: str) -> Instance | None:
         statistic = ("rms", "layer")[int(match["statistic"])] if match["statistic"] else ""
         kind = {"fold": "fold", "long_columns": "columns", "long_row_backward": "long"}
         access = kind.get(match["kind"]) or match["access"] + (match["size"] or "")
-        packs = int(match["packs"] or 0)
-        return Instance(statistic, False, access, packs, 1 if packs else 0, backward=True)
+        packs, step = int(match["packs"] or 0), STEPS[int(match["step"] or 0)]
+        return Instance(
+            statistic, False, access, packs, 1 if packs else 0, backward=True, step=step
+        )
     match = _MANGLED.search(mangled)
     if not match:
         return None
     statistic = ("rms", "layer")[int(match["statistic"])]
     adds = match["adds"] == "1"
     if match["access"] is None:
-        return Instance(statistic, adds, "long")
+        return Instance(statistic, adds, "long", step=STEPS[int(match["step"])])
     packs, rows = int(match["packs"]), int(match["rows"])
     return Instance(statistic, adds, match["access"], packs, rows, match["cluster"] == "1")
 

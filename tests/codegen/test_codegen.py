@@ -10,6 +10,7 @@ import pytest
 from compiled_kernels import ARCHS, CUDA, DTYPES, ROOT, Kernel, compile_all, constant, find
 from compiled_kernels import named_backward_instances as named_backward
 from compiled_kernels import named_instances as named
+from compiled_kernels import named_split_instances as named_split
 
 pytestmark = [
     pytest.mark.skipif(
@@ -71,6 +72,9 @@ def test_every_instance_is_there_once(kernels: list[Kernel]) -> None:
             found = [k.instance for k in kernels if (k.arch, k.dtype) == (arch, source)]
             assert len(found) == len(set(found)), (arch, source)
             assert set(found) == named_backward(source), (arch, source)
+        split = [k.instance for k in kernels if (k.arch, k.dtype) == (arch, "split")]
+        assert len(split) == len(set(split)) == 4
+        assert set(split) == named_split()
 
 
 def test_every_source_of_the_build_is_compiled() -> None:
