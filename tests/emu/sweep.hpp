@@ -86,6 +86,16 @@ struct Guarded {
 
 constexpr char kUntouchedByte = 0x5a;
 
+// Every byte that is part of no row.
+inline bool is_untouched_outside(Rows& t, int64_t rows, int64_t n) {
+  std::vector<bool> written(t.memory.size());
+  for (int64_t r = 0; r < rows; ++r)
+    std::fill_n(written.begin() + (t.at(r, 0) - t.memory.data()), n * item_size(t.dtype), true);
+  for (size_t i = 0; i < written.size(); ++i)
+    if (!written[i] && t.memory[i] != kUntouchedByte) return false;
+  return true;
+}
+
 inline int failures = 0;
 
 inline void report(const std::string& name, const char* what, int64_t row, int64_t column,
