@@ -29,14 +29,14 @@ struct Affine {
   int64_t row_stride;  // bytes; 0 when one row serves every head
 };
 
-// A norm whose rows are split into `parts` of n columns each, of which this process has one.  Every
-// part takes its statistics, all of them are gathered, and each part is then worked on with them.
-//
-// Statistics are planes of a float32 for each row:
-//   of a row norm       the sum of squares, for kLayer about the part's own mean; for kLayer the
-//   mean of its backward     the part's means of g * xhat and, for kLayer, of g
 enum class Step : uint8_t { kWhole, kStatistics, kApply };
 
+// Rows that are split into `parts` of n columns each, of which this process has one: every part
+// takes its statistics, all of them are gathered, and each part is then worked on with them.
+//
+// Statistics are planes, of a float32 for each row:
+//   forward   the sum of squares, for kLayer about the part's own mean; and for kLayer that mean
+//   backward  the part's mean of g * xhat; and for kLayer that of g
 struct Split {
   Step step = Step::kWhole;
   float* statistics = nullptr;      // kStatistics writes them, and nothing else

@@ -254,6 +254,13 @@ def test_parts_of_different_means_make_one_variance(native: Native, count: int) 
     run_and_check(native, LAYER, inputs._replace(x=steps.expand(5, -1)), count)
 
 
+def test_squares_that_float32_cannot_hold_are_infinite_as_in_whole_rows(native: Native) -> None:
+    x = torch.tensor([[1.5e19, -1.5e19], [1.0, 2.0]])  # each square is below the largest float32
+    for op in (RMS, LAYER):
+        y = run_and_check(native, op, Inputs(x, x, None, None), 2).y
+        assert torch.equal(y[0], torch.tensor([0.0, -0.0]))
+
+
 def test_a_sum_over_many_parts_keeps_the_bound(native: Native) -> None:
     for op in (RMS, LAYER):
         inputs = inputs_for(op, 2, 4 * 512, torch.float32)
