@@ -16,7 +16,7 @@ _BROKEN = (
         "  const int lane",
     ),
     mutant(
-        "parts-sums-barrier-missing",
+        "parts-sums-unsynced",
         "other warps' sums of gradients are read before they are written",
         THREAD,
         REDUCE,
@@ -80,7 +80,7 @@ _BROKEN = (
         "  part.rows = inside * count;\n  part.split.plane = part.rows;\n",
     ),
     mutant(
-        "statistics-of-one-launch",
+        "saved-of-one-launch",
         "statistics of every launch in the place of the first rows",
         PLAIN,
         LAUNCHES,
