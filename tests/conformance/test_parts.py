@@ -1,20 +1,26 @@
 """Rows whose columns are split into parts: what the extension makes of the parts is the norm of
 whole rows, and its gradients.
-
-The parts are put together here as several processes would put them together.
 """
 
 from __future__ import annotations
 
 import itertools
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from conformance.gradients import Case, Gradients, case_of
-from conformance.gradients import check as check_gradients
+from conformance.gradients import case_of
+from conformance.parts import (
+    Native,
+    gradients,
+    kind_of,
+    make_and_check,
+    native_of,
+    run,
+    run_and_check,
+    statistics,
+)
 from conformance.support import (
     DTYPES,
     HEAD_LAYER,
@@ -24,135 +30,20 @@ from conformance.support import (
     Op,
     assert_same_bits,
     inputs_for,
+    needs_kernels,
     threads,
 )
-from devices import call_on
 from normkit._dispatch import natives
-from normkit.testing import Inputs, assert_accurate
+from normkit.testing import Inputs
 
 OPS = (RMS, LAYER, HEAD_RMS, HEAD_LAYER)
 COUNTS = (1, 2, 3, 4, 8)
 SIZES = (1, 2, 7, 64, 65, 130, 1000, 4100)  # of a part; the last is beyond one step of every lane
 
 
-class Native:
-    """The extension's functions for parts; a refusal fails the test that does not look for it."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def try_(self, function: str, *args: Any) -> Any:
-        served_by = getattr(natives[self.name].parts, function)
-        return call_on("cuda", served_by, *args) if self.name == "cuda" else served_by(*args)
-
-    def __call__(self, function: str, *args: Any) -> Any:
-        result = self.try_(function, *args)
-        assert not isinstance(result, str), result
-        return result
-
-
 @pytest.fixture(scope="session")
 def native(kernels: Any) -> Native:
-    if natives[kernels.name].parts is None:
-        pytest.skip(f"{kernels} has no kernels for parts")
-    return Native(kernels.name)
-
-
-class Made(NamedTuple):
-    y: Tensor
-    rstd: Tensor
-    mean: Tensor | None
-
-
-def kind_of(op: Op) -> int:
-    return int(op.kind == "layer") + 2 * op.per_head
-
-
-def chunks(t: Tensor | None, count: int) -> tuple[Tensor | None, ...]:
-    return (None,) * count if t is None else t.chunk(count, -1)
-
-
-def eps_of(op: Op, options: dict[str, Any]) -> float:
-    return options.get("eps", 1e-5 if op is LAYER else 1e-6)
-
-
-def statistics(native: Native, op: Op, x: Tensor, count: int, clamp_inf: bool = False) -> Tensor:
-    """Those of every part, as a collective gathers them."""
-    return torch.stack(
-        [native("part_statistics", kind_of(op), part, clamp_inf) for part in chunks(x, count)]
-    )
-
-
-def run(native: Native, op: Op, inputs: Inputs, count: int, **options: Any) -> Made:
-    """All parts of a norm, one after the other."""
-    clamp_inf = options.get("clamp_inf", False)
-    gathered = statistics(native, op, inputs.x, count, clamp_inf)
-    made = [
-        Made(
-            *native(
-                "part_apply",
-                kind_of(op),
-                x,
-                weight,
-                bias,
-                eps_of(op, options),
-                options.get("weight_offset", 0.0),
-                options.get("round_before_weight", False),
-                clamp_inf,
-                options.get("out_dtype"),
-                gathered,
-            )
-        )
-        for x, weight, bias in zip(*(chunks(t, count) for t in used(inputs)), strict=True)
-    ]
-    for part in made:  # every process has the same statistics of whole rows
-        assert_same_bits(part.rstd, made[0].rstd)
-        assert_same_bits(part.mean, made[0].mean)
-    return made[0]._replace(y=torch.cat([part.y for part in made], -1))
-
-
-def used(inputs: Inputs) -> tuple[Tensor | None, ...]:
-    return inputs.x, inputs.weight, inputs.bias
-
-
-def run_and_check(native: Native, op: Op, inputs: Inputs, count: int, **options: Any) -> Made:
-    made = run(native, op, inputs, count, **options)
-    assert made.y.dtype == (options.pop("out_dtype", None) or inputs.x.dtype)
-    options["eps"] = eps_of(op, options)
-    assert_accurate(made.y, *used(inputs), kind=op.kind, **options)
-    return made
-
-
-def gradients(native: Native, case: Case, count: int, x_dtype: torch.dtype | None) -> Gradients:
-    """All parts of a forward and a backward pass."""
-    op, inputs, options = case.op, case.inputs, case.options
-    made = run(native, op, inputs, count, **options)
-    offset = options.get("weight_offset", 0.0)
-    rounds = options.get("round_before_weight", False)
-    saved = made.rstd, made.mean
-    parts = list(zip(*(chunks(t, count) for t in (case.grad_y, *used(inputs))), strict=True))
-    gathered = torch.stack(
-        [
-            native("part_backward_statistics", kind_of(op), grad_y, x, weight, *saved, offset)
-            for grad_y, x, weight, _ in parts
-        ]
-    )
-    of_parts = [
-        native(
-            "part_backward_apply", kind_of(op), *part, *saved, offset, rounds, x_dtype, 3, gathered
-        )
-        for part in parts
-    ]
-    x, weight, bias = (
-        None if of[0] is None else torch.cat(of, -1) for of in zip(*of_parts, strict=True)
-    )
-    return Gradients(x, None, weight, bias)
-
-
-def make_and_check(native: Native, case: Case, count: int) -> Gradients:
-    made = gradients(native, case, count, case.inputs.x.dtype)
-    check_gradients(case, made)
-    return made
+    return native_of(kernels.name)
 
 
 # ------------------------------------------------------------------------------------- statistics
@@ -391,117 +282,22 @@ def test_a_tensor_of_one_row_has_no_outer_dimension(native: Native) -> None:
         make_and_check(native, case_of(op, inputs), 2)
 
 
-# --------------------------------------------------------------------------------------- refusals
-
-
-class Call(NamedTuple):
-    """The arguments of a call by name, in their order."""
-
-    function: str
-    arguments: dict[str, Any]
-
-    def but(self, **changed: Any) -> tuple[Any, ...]:
-        assert changed.keys() <= self.arguments.keys()
-        return self.function, *(self.arguments | changed).values()
-
-
-X = torch.ones(2, 3, 8)
-ROW = torch.ones(8)
-VALUES = torch.ones(2, 3)
-GATHERED = torch.ones(4, 2, 2, 3)
-STATISTICS = Call("part_statistics", {"kind": 1, "x": X, "clamp_inf": False})
-APPLY = Call(
-    "part_apply",
-    {"kind": 1, "x": X, "weight": ROW, "bias": ROW, "eps": 1e-5, "weight_offset": 0.0}
-    | {"round_before_weight": False, "clamp_inf": False, "out_dtype": None, "gathered": GATHERED},
-)
-GRADIENTS = {"kind": 1, "grad_y": X, "x": X, "weight": ROW}
-SAVED = {"rstd": VALUES, "mean": VALUES, "weight_offset": 0.0}
-BACKWARD_STATISTICS = Call("part_backward_statistics", GRADIENTS | SAVED)
-BACKWARD_APPLY = Call(
-    "part_backward_apply",
-    GRADIENTS
-    | {"bias": ROW}
-    | SAVED
-    | {"round_before_weight": False, "x_dtype": torch.float32, "wanted": 3, "gathered": GATHERED},
-)
-CALLS = (STATISTICS, APPLY, BACKWARD_STATISTICS, BACKWARD_APPLY)
-
-
-class Subclass(torch.Tensor):
-    pass
-
-
-# What is wrong with an argument of this name, whatever function it is of.
-WRONG: dict[str, list[Any]] = {
-    "x": [
-        None,
-        1.0,
-        torch.ones(()),
-        torch.ones(2, 3, 0),
-        torch.ones(2, 3, 8, dtype=torch.float64),
-        torch.ones(2, 3, 8, dtype=torch.int32),
-        torch.ones(2, 8, 3).transpose(1, 2),
-        torch.ones(2, 3, 8, device="meta"),
-        torch.ones(2, 3, 8).as_subclass(Subclass),
-    ],
-    "grad_y": [None, torch.ones(2, 3, 7), torch.ones(6, 8), torch.ones(2, 8, 3).transpose(1, 2)],
-    "weight": [torch.ones(7), torch.ones(3, 8), torch.ones(16)[::2], ROW.double()],
-    "bias": [torch.ones(7), torch.ones(3, 8), torch.ones(16)[::2], ROW.double()],
-    "rstd": [None, VALUES.half(), torch.ones(6), torch.ones(2, 4), torch.ones(3, 2).t()],
-    "mean": [None, VALUES.half(), torch.ones(6), torch.ones(2, 4), torch.ones(3, 2).t()],
-    "eps": ["1", -1.0, float("nan"), float("inf"), True],
-    "weight_offset": ["1", float("nan"), float("inf"), None],
-    "round_before_weight": [1, None],
-    "clamp_inf": [1, None],
-    "out_dtype": [torch.float64, torch.int8, "float32"],
-    "x_dtype": [torch.float64, torch.int8, "float32"],
-    "gathered": [
-        None,
-        GATHERED.half(),
-        GATHERED.double(),
-        torch.ones(0, 2, 2, 3),
-        torch.ones(4, 1, 2, 3),
-        torch.ones(4, 3, 2, 3),
-        torch.ones(4, 2, 6),
-        torch.ones(4, 2, 3, 2),
-        torch.ones(4, 2, 2, 3, 1),
-        torch.ones(2, 4, 2, 3).transpose(0, 1),
-        torch.ones(1, 2, 2, 3).expand(4, 2, 2, 3),
-        torch.ones(4, 2, 2, 3, device="meta"),
-        torch.ones(()),
-    ],
-}
-
-
-@pytest.mark.parametrize(
-    ("call", "name"),
-    [(call, name) for call in CALLS for name in call.arguments if name in WRONG],
-    ids=lambda v: v.function if isinstance(v, Call) else v,
-)
-def test_what_cannot_be_served_is_refused_by_name(native: Native, call: Call, name: str) -> None:
-    native(*call.but())
-    for wrong in WRONG[name]:
-        said = native.try_(*call.but(**{name: wrong}))
-        assert isinstance(said, str), (name, wrong)
-        # That x is another one may show in what has to fit it.
-        about = [name] if name != "x" else list(call.arguments)
-        assert any(said.startswith(f"{a} ") or f"or {a} " in said for a in about), (wrong, said)
-
-
-def test_an_rms_norm_has_no_mean_and_one_plane(native: Native) -> None:
-    one_plane = torch.ones(4, 1, 2, 3)
-    y, rstd, mean = native(*APPLY.but(kind=0, gathered=one_plane))
-    assert (y.shape, rstd.shape, mean) == (X.shape, (2, 3), None)
-    assert native.try_(*APPLY.but(kind=0)).startswith("gathered")
-    assert native.try_(*BACKWARD_STATISTICS.but(kind=0)).startswith("mean")
-    native(*BACKWARD_APPLY.but(kind=0, mean=None, gathered=one_plane))
-
-
-@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.function)
-def test_the_number_of_arguments_is_checked(native: Native, call: Call) -> None:
-    function, *arguments = call.but()
-    with pytest.raises(TypeError, match="positional arguments"):
-        native.try_(function, *arguments[:-1])
-    with pytest.raises(TypeError, match="positional arguments"):
-        native.try_(function, *arguments, None)
+@needs_kernels
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_every_instruction_set_gives_the_same_bits(op: Op) -> None:
+    """The processes of one norm may run on different processors."""
+    native, extension = Native("cpu"), natives["cpu"].parts
+    best = extension.cpu_instruction_set()
+    for dtype in DTYPES:
+        inputs = inputs_for(op, (5, 3), 2 * 1100, dtype)
+        made = []
+        try:
+            for name in extension.cpu_instruction_sets():
+                extension.use_cpu_instruction_set(name)
+                of_rows = gradients(native, case_of(op, inputs), 2, dtype)
+                made.append((*run(native, op, inputs, 2), *of_rows))
+        finally:
+            extension.use_cpu_instruction_set(best)
+        for other in made[1:]:
+            for got, expected in zip(other, made[0], strict=True):
+                assert_same_bits(got, expected)
