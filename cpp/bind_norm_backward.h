@@ -50,6 +50,22 @@ inline Refusal make_gradient(Tensor& gradient, nb::object& made, const Tensor& l
   return gradient.read(made.ptr());
 }
 
+inline void run_backward(const Backend& backend, const RowNormBackward& job, const Tensor& x) {
+  const int device = x.device.device_id;
+  nb::object workspace;
+  void* memory = nullptr;
+  if (const int64_t bytes = backend.backward_workspace(job, device)) {
+    workspace = new_empty(x, nb::make_tuple(bytes), torch_objects.uint8);
+    DLTensor view;
+    if (torch_objects.api->dltensor_from_py_object_no_sync(workspace.ptr(), &view))
+      throw nb::python_error();
+    memory = static_cast<char*>(view.data) + view.byte_offset;
+  }
+  void* stream = stream_for(backend, x.device);
+  run_job(backend.has_streams, job.rows * job.n,
+          [&] { backend.run_backward(job, device, stream, memory); });
+}
+
 inline nb::object norm_backward(PyObject* const* args) {
   BackwardArguments a;
   if (const Refusal no = read(a, args)) return refuse(false, no);
@@ -75,20 +91,7 @@ inline nb::object norm_backward(PyObject* const* args) {
     if (!no) no = check_rows(*t, a.x);
   if (no) return refuse(false, no);
 
-  const RowNormBackward job = row_norm_backward_of(a);
-  const int device = a.x.device.device_id;
-  nb::object workspace;
-  Tensor memory{"workspace"};
-  if (const int64_t bytes = backend->backward_workspace(job, device)) {
-    workspace = new_empty(a.x, nb::make_tuple(bytes), torch_objects.uint8);
-    DLTensor view;
-    if (torch_objects.api->dltensor_from_py_object_no_sync(workspace.ptr(), &view))
-      throw nb::python_error();
-    memory.data = static_cast<char*>(view.data) + view.byte_offset;
-  }
-  void* stream = stream_for(*backend, a.x.device);
-  run_job(backend->has_streams, job.rows * job.n,
-          [&] { backend->run_backward(job, device, stream, memory.data); });
+  run_backward(*backend, row_norm_backward_of(a), a.x);
   return nb::make_tuple(grad_x, grad_residual, grad_weight, grad_bias);
 }
 

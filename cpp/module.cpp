@@ -2,7 +2,7 @@
 #include "bind_norm.h"
 #include "bind_norm_backward.h"
 #include "bind_norm_tp.h"
-#include "parts.h"
+#include "bind_parts.h"
 
 using namespace nanobind::literals;
 
@@ -77,7 +77,8 @@ PyMethodDef methods[] = {
      "served.\n\n"
      "kind is as in norm(), without a residual.  weights, biases and outs are as long as xs, or "
      "None.\n"
-     "streams[0] is of the CPU and streams[1 + i] of CUDA device i: a handle, -1 for torch's current\n"
+     "streams[0] is of the CPU and streams[1 + i] of CUDA device i: a handle, -1 for torch's "
+     "current\n"
      "stream, or None where there must be nothing."},
     {nullptr, nullptr, 0, nullptr}};
 

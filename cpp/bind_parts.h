@@ -3,9 +3,8 @@
 #pragma once
 #include <vector>
 
-#include "binding.h"
+#include "bind_norm_backward.h"
 #include "checks.h"
-#include "checks_backward.h"
 
 namespace normkit {
 
@@ -76,7 +75,8 @@ inline nb::object part_statistics(PyObject* const* args) {
   job.split.plane = job.rows;
   nb::object statistics = new_statistics(a.x, a.statistic, job.split);
   void* stream = stream_for(*backend, a.x.device);
-  run_job(backend->has_streams, job.rows * job.n, [&] { backend->run(job, a.x.device.device_id, stream); });
+  run_job(backend->has_streams, job.rows * job.n,
+          [&] { backend->run(job, a.x.device.device_id, stream); });
   return statistics;
 }
 
@@ -132,7 +132,8 @@ inline nb::object part_apply(PyObject* const* args) {
   rstd = new_row_values(a.x, job.rstd);
   if (a.statistic == Statistic::kLayer) mean = new_row_values(a.x, job.mean);
   void* stream = stream_for(*backend, a.x.device);
-  run_job(backend->has_streams, job.rows * job.n, [&] { backend->run(job, a.x.device.device_id, stream); });
+  run_job(backend->has_streams, job.rows * job.n,
+          [&] { backend->run(job, a.x.device.device_id, stream); });
   return nb::make_tuple(y, rstd, mean);
 }
 
@@ -162,21 +163,6 @@ inline Refusal read_backward(BackwardArguments& a, Tensor* const (&tensors)[kTen
   if (!read_number(args[1 + kTensors], a.weight_offset))
     return {"weight_offset", "is not a number"};
   return {};
-}
-
-inline void run_backward(const Backend& backend, const RowNormBackward& job, const Tensor& x) {
-  const int device = x.device.device_id;
-  nb::object workspace;
-  void* memory = nullptr;
-  if (const int64_t bytes = backend.backward_workspace(job, device)) {
-    workspace = new_empty(x, nb::make_tuple(bytes), torch_objects.uint8);
-    DLTensor view;
-    if (torch_objects.api->dltensor_from_py_object_no_sync(workspace.ptr(), &view))
-      throw nb::python_error();
-    memory = static_cast<char*>(view.data) + view.byte_offset;
-  }
-  void* stream = stream_for(backend, x.device);
-  run_job(backend, job.rows * job.n, [&] { backend.run_backward(job, device, stream, memory); });
 }
 
 // part_backward_statistics(kind, grad_y, x, weight, rstd, mean, weight_offset)
