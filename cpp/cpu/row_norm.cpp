@@ -163,8 +163,9 @@ void run(Block& b, const Stages& s, const RowNorm& norm, int64_t row) {
   } else {
     add_up(b, s);
     if (norm.split.step == Step::kStatistics) return save_statistics(b, norm, row);
-    const float n = static_cast<float>(b.n);
-    for (int r = 0; r < b.rows; ++r) b.rstd[r] = 1.f / std::sqrt(b.sum[r] / n + norm.eps);
+    const double inverse_n = 1.0 / static_cast<double>(b.n);
+    for (int r = 0; r < b.rows; ++r)
+      b.rstd[r] = reciprocal_deviation(b.sum[r], inverse_n, norm.eps);
   }
   s.apply(b);
 }
