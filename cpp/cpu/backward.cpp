@@ -6,7 +6,7 @@
 #include "cursor.h"
 #include "memory.h"
 #include "row_norm.h"
-#include "split_rows.h"
+#include "statistics.h"
 #include "threads.h"
 
 namespace normkit::cpu {

@@ -9,7 +9,7 @@
 #include "affine.h"
 #include "cursor.h"
 #include "memory.h"
-#include "split_rows.h"
+#include "statistics.h"
 #include "threads.h"
 
 #if defined(__x86_64__) || defined(_M_X64)

@@ -1,4 +1,5 @@
-// What a part of a split row says to the others, and hears from them.
+// From sums to the statistics of a row; and of a row that is split, what its parts say to each
+// other.
 #pragma once
 #include <cmath>
 
