@@ -1,6 +1,7 @@
 // From sums to the statistics of a row; and of a row that is split, what its parts say to each
 // other.
 #pragma once
+#include <algorithm>
 #include <cmath>
 
 #include "kernels.h"
@@ -19,12 +20,21 @@ inline const float* gathered_plane(const Split& split, int planes, int64_t part,
   return split.gathered + (part * planes + plane) * split.plane + row;
 }
 
+// Planes of a block whose first row is `row`.
+template <class Norm>
+inline void save_planes(const Norm& norm, int64_t row, int rows, const float* first,
+                        const float* second) {
+  float* plane = norm.split.statistics + row;
+  std::copy_n(first, rows, plane);
+  if (norm.statistic == Statistic::kLayer) std::copy_n(second, rows, plane + norm.split.plane);
+}
+
 inline void save_statistics(const Block& b, const RowNorm& norm, int64_t row) {
-  float* squares = norm.split.statistics + row;
-  for (int r = 0; r < b.rows; ++r) squares[r] = b.sum[r];
-  if (norm.statistic != Statistic::kLayer) return;
-  float* mean = squares + norm.split.plane;
-  for (int r = 0; r < b.rows; ++r) mean[r] = b.mean[r];
+  save_planes(norm, row, b.rows, b.sum, b.mean);
+}
+
+inline void save_statistics(const BackwardBlock& b, const RowNormBackward& norm, int64_t row) {
+  save_planes(norm, row, b.rows, b.gx_mean, b.g_mean);
 }
 
 // The statistics of whole rows, added in the order of the parts.  In double, so that many parts
@@ -51,14 +61,6 @@ inline void combine(Block& b, const RowNorm& norm, int64_t row) {
     const float total = static_cast<float>(squares);  // infinite where that of a whole row is
     b.rstd[r] = reciprocal_deviation(total, 1.0 / (n * parts), norm.eps);
   }
-}
-
-inline void save_statistics(const BackwardBlock& b, const RowNormBackward& norm, int64_t row) {
-  float* gx_mean = norm.split.statistics + row;
-  for (int r = 0; r < b.rows; ++r) gx_mean[r] = b.gx_mean[r];
-  if (norm.statistic != Statistic::kLayer) return;
-  float* g_mean = gx_mean + norm.split.plane;
-  for (int r = 0; r < b.rows; ++r) g_mean[r] = b.g_mean[r];
 }
 
 inline void combine(BackwardBlock& b, const RowNormBackward& norm, int64_t row) {
