@@ -10,16 +10,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from normkit.parallel.devices import (
-    BroadcastType,
-    TPContext,
-    broadcast,
-    head_norm_tp,
-    layer_norm_tp,
-    replicate,
-    rms_norm_tp,
-    tp_split,
-)
+from normkit.parallel.context import BroadcastType, TPContext, broadcast, replicate, tp_split
+from normkit.parallel.devices import head_norm_tp, layer_norm_tp, rms_norm_tp
 from normkit.parallel.shards import sharded_layer_norm, sharded_rms_norm
 
 if TYPE_CHECKING:
