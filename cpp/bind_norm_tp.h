@@ -66,11 +66,9 @@ inline nb::object norm_tp(PyObject* const* args) {
   for (int l = 0; l < 4; ++l) {
     PyObject* const given = args[positions[l]];
     if (l > 0 && given == Py_None) continue;
+    if (!PyList_Check(given) && !PyTuple_Check(given)) return nb::none();
     lists[l] = nb::steal(PySequence_Tuple(given));
-    if (!lists[l].is_valid()) {
-      PyErr_Clear();
-      return nb::none();
-    }
+    if (!lists[l].is_valid()) throw nb::python_error();
     const Py_ssize_t size = PyTuple_Size(lists[l].ptr());
     if (l == 0) count = size;
     if (size != count) return nb::none();

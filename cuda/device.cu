@@ -96,15 +96,15 @@ DeviceGuard::~DeviceGuard() {
 }
 
 void let_wait(int index, void* later, void* earlier) {
-  // One event for each device and thread, since another thread's record would replace this one's.
-  // They are never destroyed: a thread may end after the driver has.
-  thread_local std::map<int, cudaEvent_t> events;
   const DeviceGuard guard(index);
-  cudaEvent_t& event = events[index];
-  cudaError_t error = cudaSuccess;
-  if (!event) error = cudaEventCreateWithFlags(&event, cudaEventDisableTiming);
-  if (error == cudaSuccess) error = cudaEventRecord(event, static_cast<cudaStream_t>(earlier));
-  if (error == cudaSuccess) error = cudaStreamWaitEvent(static_cast<cudaStream_t>(later), event, 0);
+  cudaEvent_t event;
+  cudaError_t error = cudaEventCreateWithFlags(&event, cudaEventDisableTiming);
+  if (error == cudaSuccess) {
+    error = cudaEventRecord(event, static_cast<cudaStream_t>(earlier));
+    if (error == cudaSuccess)
+      error = cudaStreamWaitEvent(static_cast<cudaStream_t>(later), event, 0);
+    cudaEventDestroy(event);  // the driver lets go of it once the wait is over
+  }
   if (error != cudaSuccess)
     throw std::runtime_error(std::string("streams could not be ordered: ") +
                              cudaGetErrorString(error));

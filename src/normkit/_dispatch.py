@@ -397,6 +397,13 @@ def explain_call(call: Call) -> Explanation:
     return Explanation(backend, plan, reason)
 
 
+def check_backend(call: Call) -> None:
+    """Raise if a backend that was asked for by name cannot serve a call, before anything runs."""
+    if _state.backend not in ("auto", "reference"):
+        with torch.no_grad():
+            _serve_natively(call, EXPLAIN)
+
+
 def _serve_natively(call: Call, mode: int) -> Any:
     wanted = _state.backend
     served = _ask_native(call, wanted, mode)

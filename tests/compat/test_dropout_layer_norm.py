@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -66,10 +68,12 @@ def test_arguments_are_those_of_the_extension(name: str, arguments: str) -> None
 
 # ---------------------------------------------------------------- the sum and its norm
 
+EVERY_MIX = list(itertools.product((FLOAT32, FLOAT16, BFLOAT16), repeat=3))
+
 
 @both_kinds
 @pytest.mark.parametrize("has_beta", [False, True], ids=["", "beta"])
-@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("dtypes", EVERY_MIX, ids=str)
 def test_z_is_rounded_once_and_x_is_the_rounded_sum(
     backend: Any, dtypes: tuple[torch.dtype, ...], has_beta: bool, is_rms_norm: bool
 ) -> None:
@@ -373,6 +377,14 @@ def test_a_device_without_kernels_is_served() -> None:
     made = forward(AUTO, *on_meta[:4], options)
     assert [tuple(t.shape) for t in made] == [(4, 40)] * 3 + [(4,)] * 2
     assert all(t.is_meta for t in made)
+
+
+@pytest.mark.parametrize("epsilon", [1, np.float32(1e-5), np.float64(1e-5)], ids=repr)
+def test_numbers_of_every_kind_are_taken(epsilon: Any) -> None:
+    x0, gamma = random(3, 8), random(8)
+    z, *_ = forward(AUTO, x0, None, gamma, None, Options(epsilon=epsilon))
+    expected, *_ = forward(AUTO, x0, None, gamma, None, Options(epsilon=float(epsilon)))
+    assert_same_bits(z, expected)
 
 
 def test_compiled_code_gives_the_same() -> None:

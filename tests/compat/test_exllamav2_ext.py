@@ -312,7 +312,7 @@ WRONG = [
     ("rms_norm", {"epsilon": "1e-6"}, TypeError, r"epsilon: .*str"),
     ("layer_norm", {"epsilon": -1.0}, ValueError, r"epsilon: .*-1\.0"),
     ("rms_norm", {"epsilon": math.nan}, ValueError, r"epsilon: .*nan"),
-    ("head_norm", {"rms": 1}, TypeError, r"rms: .*int"),
+    ("head_norm", {"rms": 1}, TypeError, r"rms: .*got 1"),
     ("rms_norm", {"y": half(4, 8).to("meta")}, ValueError, r"y: expected x's device cpu, got meta"),
     ("rms_norm", {"w": half(8).to("meta")}, ValueError, r"w: expected x's device cpu, got meta"),
     ("rms_norm", overlapping(), ValueError, r"y: expected x's memory or none of it"),

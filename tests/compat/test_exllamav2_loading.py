@@ -16,6 +16,7 @@ from compat.exllamav2_support import (
     loaded,
     make,
     make_model,
+    row_norms,
     rows_for,
     shape_of,
     values,
@@ -159,3 +160,23 @@ def test_weights_of_another_shape_are_errors(cls: Any, tmp_path: Path) -> None:
     norm = make(cls, tmp_path, values(4, 6))
     with pytest.raises(ValueError, match=r"model\.norm\.weight: expected shape .*\(4, 6\)"):
         norm.load()
+
+
+@row_norms
+def test_weights_of_another_model_are_errors(cls: Any, tmp_path: Path) -> None:
+    norm = make(cls, tmp_path, values(24))
+    norm.model.config.hidden_size = 32
+    with pytest.raises(ValueError, match=r"expected shape \(32,\), by hidden_size, got \(24,\)"):
+        norm.load()
+
+
+@all_norms
+def test_dtypes_that_no_norm_takes_are_errors_that_name_the_tensor(
+    cls: Any, tmp_path: Path
+) -> None:
+    norm = make(cls, tmp_path, values(*shape_of(cls), dtype=torch.float64))
+    with pytest.raises(
+        TypeError, match=r"model\.norm\.weight: expected float32.*got torch\.float64"
+    ):
+        norm.load()
+    assert norm.layernorm is None

@@ -151,9 +151,7 @@ def test_output_dtype_is_as_documented(cls: Any, tmp_path: Path, path: str) -> N
     norm = loaded(cls, tmp_path)
     for dtype in DTYPES:
         x = rows_for(norm, dtype)
-        expected = dtype
-        if cls is ExLlamaV2RMSNorm and dtype == torch.float32:
-            expected = torch.float16
+        expected = torch.float16 if cls is ExLlamaV2RMSNorm else dtype
         assert getattr(norm, path)(x).dtype == expected
         assert getattr(norm, path)(x, output_fp32=True).dtype == torch.float32
 

@@ -70,10 +70,11 @@ def run(backend: Any, layer: torch.nn.Module, *tensors: Tensor) -> Any:
 @both_kinds
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("weight_dtype", [None, torch.float32], ids=["", "float32 weight"])
 def test_the_sum_is_rounded_to_be_stored_only_at_every_size(
-    backend: Any, dtype: torch.dtype, n: int, kind: str
+    backend: Any, weight_dtype: torch.dtype | None, dtype: torch.dtype, n: int, kind: str
 ) -> None:
-    layer = layer_of(kind, n, dtype)
+    layer = layer_of(kind, n, weight_dtype or dtype)
     x, residual = random(3, n, dtype=dtype), random(3, n, dtype=dtype, seed=3)
     y, total = run(backend, layer, x, residual)
     assert y.dtype == dtype
@@ -105,6 +106,17 @@ def test_nothing_given_is_written(kind: str, n: int, has_residual: bool) -> None
     if has_residual:
         total.fill_(7)
     assert all(torch.equal(bits(t), old) for t, old in zip(given, before, strict=True))
+
+
+@both_kinds
+@pytest.mark.parametrize("n", SIZES)
+def test_a_layer_is_served_where_there_are_no_kernels(n: int, kind: str) -> None:
+    layer = layer_of(kind, n, torch.float16).to("meta")
+    x, residual = (torch.empty(3, n, dtype=torch.float16, device="meta") for _ in range(2))
+    y, total = layer(x, residual)
+    assert y.shape == total.shape == x.shape
+    assert total is not x
+    assert layer(x)[1] is x
 
 
 @both_kinds

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -119,25 +120,28 @@ def test_no_devices_make_no_tensors() -> None:
 
 
 def test_the_interpreter_is_free_meanwhile() -> None:
-    xs = [torch.randn(4096, 4096)] * 2
-    ticks, done = 0, threading.Event()
+    """Another thread runs in the middle of a call, not only before and after it."""
+    xs = [torch.zeros(8192, 4096)] * 2
+    outs = [torch.zeros_like(x) for x in xs]
+    stamps: list[float] = []
+    done = threading.Event()
 
     def tick() -> None:
-        nonlocal ticks
         while not done.is_set():
-            ticks += 1
+            stamps.append(time.perf_counter())
+            time.sleep(1e-4)
 
     thread = threading.Thread(target=tick)
     thread.start()
     try:
-        outs = [torch.empty_like(x) for x in xs]
-        before = ticks
-        for _ in range(3):
-            parallel.rms_norm_tp(xs, outs=outs, context=TPContext(["cpu"]))
-        assert ticks > before
+        begin = time.perf_counter()
+        parallel.rms_norm_tp(xs, outs=outs, context=TPContext(["cpu"]))
+        end = time.perf_counter()
     finally:
         done.set()
         thread.join()
+    margin = (end - begin) / 10
+    assert any(begin + margin < stamp < end - margin for stamp in stamps)
 
 
 @pytest.mark.parametrize("op", ["rms_norm", "layer_norm"])
@@ -249,6 +253,22 @@ def wrong_calls() -> dict[str, tuple[dict[str, Any], type[Exception], str]]:
     }
 
 
+def test_a_backend_that_cannot_serve_all_serves_none() -> None:
+    xs = [torch.randn(3, 8), torch.randn(3, 8, dtype=torch.float64)]
+    outs = [torch.full_like(x, 7.0) for x in xs]
+    with normkit.use_backend("cpu"), pytest.raises(ValueError, match="x is float64"):
+        parallel.rms_norm_tp(xs, outs=outs, context=TPContext(["cpu"]))
+    assert all((out == 7).all() for out in outs)
+
+
+@pytest.mark.parametrize(
+    "xs", [torch.ones(2, 4), iter([torch.ones(2, 4)]), {0: torch.ones(2, 4)}], ids=type
+)
+def test_what_is_no_list_is_not_taken_for_one(xs: Any) -> None:
+    with pytest.raises(TypeError, match="xs: expected a list of tensors"):
+        parallel.rms_norm_tp(xs, context=TPContext(["cpu"]))
+
+
 @pytest.mark.parametrize("wrong", wrong_calls())
 def test_errors_name_the_list_and_the_place_and_nothing_is_written(wrong: str) -> None:
     arguments, kind, message = wrong_calls()[wrong]
@@ -277,9 +297,15 @@ def test_a_context_has_to_be_one() -> None:
         ((["nowhere"],), "devices: expected devices of this machine, got 'nowhere'"),
         ((["meta"],), "devices: expected the CPU or CUDA devices, got meta"),
         ((["cuda:99"],), "CUDA devices, got cuda:99"),
+        ((["cuda"] if not torch.cuda.is_available() else ["cuda:99"],), "CUDA devices, got cuda"),
         ((["cpu", "cpu"], [None]), "streams: expected 2, one a device, got 1"),
-        ((["cpu"], None, {0: [1, 2]}), r"splits\[KV\]: expected a size for each of the 1 devices"),
+        (
+            (["cpu"], None, {0: [1, 2]}),
+            r"splits\[KV\]: expected a whole size for each of the 1 devices",
+        ),
         ((["cpu"], None, {9: [1]}), "9 is not a valid BroadcastType"),
+        ((["cpu"], None, {0: [0.5]}), r"splits\[KV\]: expected a whole size"),
+        ((["cpu"], None, {0: [float("nan")]}), r"splits\[KV\]: expected a whole size"),
     ],
 )
 def test_a_context_says_what_is_wrong_with_it(arguments: Any, message: str) -> None:
@@ -296,7 +322,7 @@ def test_a_stream_has_to_be_one() -> None:
 
 
 def test_a_context_is_made_of_devices_indices_and_names() -> None:
-    assert TPContext([-1, "cpu", torch.device("cpu")]).devices == (torch.device("cpu"),) * 3
+    assert TPContext([-1, "cpu", torch.device("cpu:0")]).devices == (torch.device("cpu"),) * 3
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.int64, torch.bool])

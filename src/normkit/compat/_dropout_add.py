@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Real
+
 import torch
 from torch import Tensor
 
@@ -41,6 +43,8 @@ def _check_tensor(name: str, t: Tensor, dtypes: tuple[torch.dtype, ...]) -> None
     if t.dtype not in dtypes:
         text = FLOATS_TEXT if dtypes is FLOATS else str(dtypes[0]).removeprefix("torch.")
         raise TypeError(f"{name}: expected {text}, got {t.dtype}")
+    if t.layout != torch.strided:
+        raise ValueError(f"{name}: expected a dense (strided) tensor, got {t.layout}")
 
 
 def check(
@@ -68,7 +72,7 @@ def check_floats(like: Tensor, *expected: tuple[str, Tensor | None, tuple[int, .
 def check_numbers(dropout_p: float, epsilon: float = 0.0) -> None:
     """Check what is no tensor."""
     for name, value in (("dropout_p", dropout_p), ("epsilon", epsilon)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p: expected a number from 0 to below 1, got {dropout_p}")
@@ -186,7 +190,7 @@ def norm(
     """Add and normalise in one pass over memory: z, the sum if there is one, mu and rsigma."""
     op = ("" if residual is None else "add_") + ("rms_norm" if is_rms_norm else "layer_norm")
     call = Call(
-        op, not is_rms_norm, False, summand, gamma, beta, epsilon, 0.0, False, False,
+        op, not is_rms_norm, False, summand, gamma, beta, float(epsilon), 0.0, False, False,
         out_dtype=z_dtype, residual=residual, round_sum=False,
     )  # fmt: skip
     z, x, rsigma, mu = _dispatch.save(call)

@@ -1,8 +1,9 @@
 """ExLlamaV2's norm modules, on normkit's.
 
 They take the place of `exllamav2.rmsnorm.ExLlamaV2RMSNorm` and its siblings: put them in the
-modules that import those (`exllamav2.model`, `attn`, `mlp`, `moe_mlp`, `parallel_decoder`) before a
-model is made.  A model is any object with what these read:
+modules that import those (`exllamav2.model`, `attn`, `mlp`, `moe_mlp`, `parallel_decoder`,
+`vlm.vision_tower`) before a model is made, and before its conversion scripts are imported.  A model
+is any object with what these read:
 
 - ``config.norm_eps``, ``config.hidden_size``, and ``config.tensor_file_map``: the safetensors file
   of each tensor by name;
@@ -71,6 +72,8 @@ class ExLlamaV2HeadNorm(NormModule):
         else LayerNorm
 
     The output is a new tensor: ExLlamaV2 overwrites its input, but only reads what it gets back.
+    ``layernorm`` is a `normkit.HeadNorm` with the stored weight, where ExLlamaV2 has a
+    `torch.nn.LayerNorm` with one that is repeated for every head.
 
     Args:
         model: as this module's documentation says.
@@ -179,9 +182,7 @@ class ExLlamaV2RMSNorm(NormModule):
         return [self._in_float16(replica, name) for replica in self._replicas]
 
     def _out_dtype(self, x: Any, output_fp32: bool) -> torch.dtype | None:
-        if output_fp32:
-            return torch.float32
-        return torch.bfloat16 if getattr(x, "dtype", None) == torch.bfloat16 else torch.float16
+        return torch.float32 if output_fp32 else torch.float16
 
     def scratch_space_tp(self) -> list[int]:
         """Return a 0 per device of the model's tp_context: no scratch memory is needed."""

@@ -8,7 +8,7 @@ of that extension stays as it is:
     from normkit.compat import exllamav2_ext
 
     for name in ("rms_norm", "rms_norm_", "rms_norm_tp", "layer_norm", "layer_norm_", "head_norm",
-                 "head_norm_"):
+                 "head_norm_", "tp_broadcast"):
         setattr(exllamav2.ext.exllamav2_ext, name, getattr(exllamav2_ext, name))
 
 Its modules look the functions up when they call them, so this may be done at any time.  The fused
@@ -74,7 +74,8 @@ def rms_norm(x: Tensor, w: Tensor, y: Tensor, epsilon: float) -> None:
         epsilon: added to the mean of squares.
 
     Raises:
-        TypeError: an argument is no tensor or number, or a tensor of another dtype.
+        TypeError: an argument is no tensor or number, or w or y is of another dtype; an x in
+            float64 is served by plain torch.
         ValueError: a shape, stride, device or memory overlap is wrong.
 
     y is rounded once, to its dtype.  Semantics: ExLlamaV2's `rms_norm`.
@@ -205,7 +206,7 @@ def head_norm(x: Tensor, w: Tensor, b: Tensor | None, y: Tensor, epsilon: float,
     if b is none_tensor or getattr(b, "is_meta", False):
         b = None
     if rms is not True and rms is not False:
-        raise TypeError(f"rms: expected True or False, got {type(rms).__name__}")
+        raise TypeError(f"rms: expected True or False, got {rms!r}")
     kind = 2 if rms else 3
     if (
         w is None

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from normkit import modules
+from normkit._checks import FLOATS, FLOATS_TEXT
 from normkit._dispatch import use_backend
 from normkit.checkpoint import StoredNorm, read_norm
 from normkit.compat._errors import raise_renamed
@@ -81,7 +82,8 @@ class NormModule:
 
         Raises:
             KeyError: tensor_file_map has no such weight.
-            TypeError: norm_eps is no number.
+            TypeError: norm_eps is no number, or what is stored is of another dtype than float32,
+                float16 and bfloat16.
             ValueError: a file lacks what the map says, or a shape is not that of such a norm.
             OSError: a file is missing or cannot be read.
         """
@@ -100,6 +102,9 @@ class NormModule:
             device=torch_device(self.device_idx),
         )
         self._check_shape(stored)
+        for name, t in (("weight", stored.weight), ("bias", stored.bias)):
+            if t is not None and t.dtype not in FLOATS:
+                raise TypeError(f"{stored.key}.{name}: expected {FLOATS_TEXT}, got {t.dtype}")
         self.unload()
         self.layernorm = self._module.from_stored(stored).requires_grad_(False)
         self.variance_epsilon = float(eps)
@@ -126,15 +131,21 @@ class NormModule:
         return "layer"
 
     def _check_shape(self, stored: StoredNorm) -> None:
-        if stored.weight.ndim != 1:
-            shape = tuple(stored.weight.shape)
-            raise ValueError(f"{stored.key}.weight: expected shape (hidden_size,), got {shape}")
+        expected, shape = (self.model.config.hidden_size,), tuple(stored.weight.shape)
+        if shape != expected:
+            raise ValueError(
+                f"{stored.key}.weight: expected shape {expected}, by hidden_size, got {shape}"
+            )
 
     # ------------------------------------------------------------------------------------ weights
 
     @property
     def weight(self) -> Exposed:
-        """The weight as ExLlamaV2's kernels read it; a list of one per device after tp_split."""
+        """The weight as ExLlamaV2's kernels read it; a list of one per device after tp_split.
+
+        Read only: unless float16 is stored and no constant is added, this is a copy.  What forward
+        uses is `layernorm.weight`.
+        """
         return self._expose("weight")
 
     @property
@@ -245,11 +256,11 @@ class NormModule:
 
         Returns:
             y, of hidden_states' shape: in float32 with output_fp32; else in hidden_states' dtype,
-            but for `ExLlamaV2RMSNorm`, which returns float16 for float32.
+            but for `ExLlamaV2RMSNorm`, which then returns float16 whatever it is given.
 
         Raises:
             RuntimeError: nothing is loaded.
-            TypeError: hidden_states is no tensor, or of another dtype.
+            TypeError: hidden_states is no tensor, or of a dtype that no norm takes.
             ValueError: a shape or a device does not fit.
 
         y is rounded once, when it is stored; infinities in float16 count as +-65504.

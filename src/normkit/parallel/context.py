@@ -76,9 +76,10 @@ class TPContext:
         self._stream_of = _by_device(self.devices, self.streams)
         self._splits = {BroadcastType(t): tuple(sizes) for t, sizes in (splits or {}).items()}
         for broadcast_type, sizes in self._splits.items():
-            if len(sizes) != len(self.devices) or min(sizes) < 0 or max(sizes) == 0:
+            whole = all(isinstance(size, int) and size >= 0 for size in sizes)
+            if len(sizes) != len(self.devices) or not whole or not any(sizes):
                 raise ValueError(
-                    f"splits[{broadcast_type.name}]: expected a size for each of the"
+                    f"splits[{broadcast_type.name}]: expected a whole size for each of the"
                     f" {len(self.devices)} devices, not all 0, got {list(sizes)}"
                 )
         self._handles = _handles(self._stream_of)
@@ -159,14 +160,14 @@ def _device(given: Device) -> torch.device:
         device = torch.device(given)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"devices: expected devices of this machine, got {given!r}") from error
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
-    if device.type == "cuda" and device.index >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        raise ValueError(f"devices: expected one of {count} CUDA devices, got {device}")
-    if device.type not in ("cpu", "cuda"):
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device.type != "cuda":
         raise ValueError(f"devices: expected the CPU or CUDA devices, got {device}")
-    return device
+    count = torch.cuda.device_count()
+    if (device.index or 0) >= count:
+        raise ValueError(f"devices: expected one of {count} CUDA devices, got {device}")
+    return torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
 
 
 def _new_stream(device: torch.device) -> torch.cuda.Stream | None:
@@ -230,8 +231,10 @@ def broadcast(x: Tensor, context: TPContext, broadcast_type: int | None = None) 
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
     devices = context.devices_of(broadcast_type)
-    # A copy to the host that does not block is not ordered with what the host does.
-    copies = {d: x.to(d, non_blocking=d.type == "cuda") for d in dict.fromkeys(devices)}
+    # What the host reads or writes next is not ordered with a copy that does not block.
+    copies = {
+        d: x.to(d, non_blocking=x.is_cuda and d.type == "cuda") for d in dict.fromkeys(devices)
+    }
     return [copies[d] for d in devices]
 
 

@@ -61,7 +61,7 @@ def rms_norm_tp(
     All is checked before anything runs.  The kernels are launched with the interpreter's lock
     released, each in its device's stream of the context, ordered with the device's current stream
     as `TPContext` says; the current device stays what it was.  Rounds where `normkit.rms_norm`
-    does.  Gradients, and calls that no kernel serves, go device by device.
+    does.  Gradients, and calls that no kernel serves, go device by device, in the current streams.
 
     Example:
         >>> import torch
@@ -218,7 +218,9 @@ def _norm_tp(
         for x, weight, bias, out in zip(*given.values(), strict=True)
     ]  # fmt: skip
     _check_all(calls, context)
-    return [_serve(call, context) for call in calls]
+    # Each in its device's current stream, which is ordered as well: what autograd and the allocator
+    # know of a tensor's stream stays true.
+    return [cast(Tensor, _ops.serve(call)) for call in calls]
 
 
 def _listed(name: str, of: Sequence[Any] | None, count: int | None) -> Sequence[Any]:
@@ -242,6 +244,7 @@ def _check_all(calls: list[Call], context: TPContext) -> None:
             name, colon, rest = str(error).partition(":")
             listed = f"{_PLURALS[name]}[{i}]" if name in _PLURALS else name
             raise type(error)(f"{listed}{colon}{rest}") from error
+        _dispatch.check_backend(call)
         if call.x.device not in context._stream_of:
             expected = ", ".join(map(str, context._stream_of))
             raise ValueError(
@@ -253,10 +256,3 @@ def _check_all(calls: list[Call], context: TPContext) -> None:
                 continue
             for name, t in other.tensors():
                 check_apart(f"outs[{i}]", call.out, f"{_PLURALS[name]}[{j}]", t)
-
-
-def _serve(call: Call, context: TPContext) -> Tensor:
-    if is_dynamo_compiling():
-        return cast(Tensor, _ops.serve(call))
-    with context._ordered(call.x.device):
-        return cast(Tensor, _ops.serve(call))
