@@ -208,3 +208,30 @@ def test_a_style_names_what_it_cannot_take(rank: int, world: int) -> None:
             norm(x)
     assert repr(SequenceParallel(0)) == "SequenceParallel(sequence_dim=0, use_local_output=False)"
     assert repr(HiddenParallel(True)) == "HiddenParallel(use_local_output=True)"
+
+
+def gradients_of(norm: nn.Module, leaves: list[Tensor], outputs: Any) -> list[Tensor]:
+    tensors = [t.to_local() if isinstance(t, DTensor) else t for t in as_tuple(outputs)]
+    loss = torch.stack([(t * (t + 1 + i)).sum() for i, t in enumerate(tensors)]).sum()
+    return list(torch.autograd.grad(loss, [*leaves, *norm.parameters()]))
+
+
+@on_ranks(2)
+def test_a_compiled_style_is_the_eager_one(rank: int, world: int) -> None:
+    for dim, style in ((1, SequenceParallel()), (-1, HiddenParallel(True))):
+        mesh, parts = _mesh_and_parts(rank, world, dim)
+        leaves = [t.detach().requires_grad_() for t in parts]
+        norm = parallelize_module(made("rms"), mesh, style)
+        eager = norm(*leaves)
+        forward = torch.compile(lambda *given: norm(*given), fullgraph=True, backend="aot_eager")
+        compiled = forward(*leaves)
+        for y, expected in zip(compiled, eager, strict=True):
+            assert type(y) is type(expected)
+            assert y.shape == expected.shape
+            torch.testing.assert_close(y, expected)
+        made_by = [gradients_of(norm, leaves, outputs) for outputs in (compiled, eager)]
+        for got, expected in zip(*made_by, strict=True):
+            assert got.shape == expected.shape
+            assert getattr(got, "placements", None) == getattr(expected, "placements", None)
+            torch.testing.assert_close(got, expected)
+        torch.compiler.reset()

@@ -7,6 +7,7 @@ here take the modules as they are called: with x alone, or with a residual, whic
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -68,9 +69,6 @@ class SequenceParallel(ParallelStyle):
         if not isinstance(module, norms):
             raise TypeError(_expected("a norm of normkit or torch", module))
         _distribute(module, device_mesh, lambda _: Replicate(), self.src_data_rank)
-        for p in module.parameters():
-            if p.requires_grad:
-                p.register_hook(_completed)  # type: ignore[no-untyped-call]
         _split_inputs(module, device_mesh, self._split, self.use_local_output)
         return module
 
@@ -134,9 +132,6 @@ class HiddenParallel(ParallelStyle):
             return Replicate() if per_head and p.ndim == 1 else Shard(0)
 
         _distribute(module, device_mesh, place, self.src_data_rank)
-        for p in module.parameters():
-            if p.requires_grad and place(p) == Replicate():
-                p.register_hook(_completed)  # type: ignore[no-untyped-call]
         behind = 2 if isinstance(module, HeadNorm) else len(module.normalized_shape)
         _split_inputs(module, device_mesh, lambda x: Shard(x.ndim - behind), self.use_local_output)
         return module
@@ -166,10 +161,15 @@ def _distribute(
         module.register_parameter(name, nn.Parameter(placed, requires_grad=p.requires_grad))
 
 
-def _completed(gradient: Any) -> Any:
-    """Add up a gradient over the ranks, each of which has that of its rows."""
-    whole = [Replicate()] * gradient.device_mesh.ndim
-    return gradient.redistribute(placements=whole)
+def _placed_as(gradient: Any, placements: tuple[Any, ...]) -> Any:
+    """Bring a gradient to its parameter; of one that all rows share, each rank has a summand."""
+    return gradient.redistribute(placements=placements)
+
+
+def _place_gradients(module: nn.Module) -> None:
+    for p in module.parameters(recurse=False):
+        if p.requires_grad:
+            p.register_hook(partial(_placed_as, placements=p.placements))  # type: ignore[no-untyped-call, attr-defined]
 
 
 def _split_inputs(module: nn.Module, mesh: DeviceMesh, split: Split, local_output: bool) -> None:
@@ -187,11 +187,14 @@ def _split_inputs(module: nn.Module, mesh: DeviceMesh, split: Split, local_outpu
         given = {name: as_distributed(value) for name, value in options.items()}
         return tuple(as_distributed(value) for value in args), given
 
-    def after(_: nn.Module, args: tuple[Any, ...], made: Any) -> Any:
-        if isinstance(made, tuple):
-            return tuple(t.to_local() for t in made)
-        return made.to_local()
+    def returned(t: Any) -> Any:
+        # What torch.compile runs is redistributed by DTensor.
+        t = t.redistribute(mesh, [split(t)])
+        return t.to_local() if local_output else t
 
+    def after(_: nn.Module, args: tuple[Any, ...], made: Any) -> Any:
+        return tuple(map(returned, made)) if isinstance(made, tuple) else returned(made)
+
+    _place_gradients(module)
     module.register_forward_pre_hook(before, with_kwargs=True)
-    if local_output:
-        module.register_forward_hook(after)
+    module.register_forward_hook(after)
