@@ -123,7 +123,7 @@ def serve(call: Call) -> Any:
         return _dispatch.explain_call(call)
     if ALWAYS_DISPATCH or torch._C._len_torch_dispatch_stack() > 0 or not _is_plain(call):
         check(call)
-        _sharding.register_once(_SHARDED)
+        _sharding.register_once(SHARDED)
         # A backend asked for by name has to say that it cannot serve these.
         dim = None if transformed else _sharding.split_columns(call)
         if dim is not None:
@@ -478,11 +478,11 @@ for _op in OPS.values():
 _register_backward()
 
 _GRADIENTS = ("grad_x", "grad_residual", "grad_weight", "grad_bias")
-_SHARDED = (
+SHARDED = (
     *((op.name, (*op.names, "out_dtype", "memory_efficient"), _outputs(op)) for op in OPS.values()),
     ("norm_backward", (*_FORMULA, *_WANTED, *_TENSORS), _GRADIENTS),
 )
-_sharding.register_once(_SHARDED)
+_sharding.register_once(SHARDED)
 
 _FORMS = {
     op.name + form: getattr(torch.ops.normkit, op.name + form).default

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -210,6 +213,44 @@ def test_a_style_names_what_it_cannot_take(rank: int, world: int) -> None:
     assert repr(HiddenParallel(True)) == "HiddenParallel(use_local_output=True)"
 
 
+@on_ranks(2)
+def test_parameters_may_be_cast_copied_thawed_or_loaded(rank: int, world: int) -> None:
+    def loaded(norm: nn.Module) -> nn.Module:
+        state = {name: t.clone() for name, t in norm.state_dict().items()}
+        norm.load_state_dict(state, assign=True)
+        return norm
+
+    def used(norm: nn.Module) -> nn.Module:
+        norm(x).to_local().sum().backward()
+        norm.zero_grad()
+        return norm
+
+    def emptied(norm: nn.Module) -> nn.Module:
+        return norm.to("meta").to_empty(device="cpu").requires_grad_()
+
+    changes: dict[str, Any] = {
+        "cast": lambda norm: norm.double(),
+        "used and cast": lambda norm: used(norm).double(),
+        "copied": deepcopy,
+        "thawed": lambda norm: norm.requires_grad_(False).requires_grad_(),
+        "loaded": loaded,
+        "emptied": emptied,
+    }
+    mesh, (x, _) = _mesh_and_parts(rank, world, 1)
+    whole_x = rows("", world)[0]
+    for name, change in changes.items():
+        given = made("rms").requires_grad_(name != "thawed")
+        norm = change(parallelize_module(given, mesh, SequenceParallel()))
+        dtype = next(norm.parameters()).dtype
+        alone = made("rms").to(dtype)
+        with torch.no_grad():
+            for p, plain in zip(norm.parameters(), alone.parameters(), strict=True):
+                p.copy_(distribute_tensor(plain.detach(), mesh, [Replicate()]))
+        norm(x.to(dtype)).to_local().square().sum().backward()
+        alone(whole_x.to(dtype)).square().sum().backward()
+        check_whole_gradients(norm, alone)
+
+
 def gradients_of(norm: nn.Module, leaves: list[Tensor], outputs: Any) -> list[Tensor]:
     tensors = [t.to_local() if isinstance(t, DTensor) else t for t in as_tuple(outputs)]
     loss = torch.stack([(t * (t + 1 + i)).sum() for i, t in enumerate(tensors)]).sum()
@@ -235,3 +276,20 @@ def test_a_compiled_style_is_the_eager_one(rank: int, world: int) -> None:
             assert getattr(got, "placements", None) == getattr(expected, "placements", None)
             torch.testing.assert_close(got, expected)
         torch.compiler.reset()
+
+
+def test_a_style_needs_no_eager_call_before_a_compiled_one() -> None:
+    """Which runs the operators on DTensors, that may have been imported after normkit."""
+    code = """
+import normkit, torch, torch.distributed as dist
+from normkit.parallel import HiddenParallel
+from torch.distributed.tensor import Replicate, distribute_tensor
+from torch.distributed.tensor.parallel import parallelize_module
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+mesh = dist.init_device_mesh("cpu", (1,))
+parallelize_module(normkit.RMSNorm(8), mesh, HiddenParallel())
+x = distribute_tensor(torch.ones(2, 8), mesh, [Replicate()])
+print(torch.ops.normkit.rms_norm(x)[0].placements)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "(Replicate(),)", done.stderr

@@ -10,11 +10,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
+from normkit import _ops, _sharding
 from normkit.modules import HeadNorm, LayerNorm, RMSNorm
 
 Split = Callable[[Tensor], Shard]
@@ -156,6 +158,7 @@ def _distribute(
     place: Callable[[Tensor], Shard | Replicate],
     source: int | None,
 ) -> None:
+    _sharding.register_once(_ops.SHARDED)
     for name, p in list(module.named_parameters(recurse=False)):
         placed = distribute_tensor(p.detach(), mesh, [place(p)], src_data_rank=source)
         module.register_parameter(name, nn.Parameter(placed, requires_grad=p.requires_grad))
@@ -167,9 +170,19 @@ def _placed_as(gradient: Any, placements: tuple[Any, ...]) -> Any:
 
 
 def _place_gradients(module: nn.Module) -> None:
+    # Parameters that were cast, copied or loaded have lost the hook, or only look as if they had it.
     for p in module.parameters(recurse=False):
-        if p.requires_grad:
-            p.register_hook(partial(_placed_as, placements=p.placements))  # type: ignore[no-untyped-call, attr-defined]
+        hooks = p._backward_hooks or {}
+        for key in [key for key, hook in hooks.items() if _is_ours(hook)]:
+            del hooks[key]
+        if not hooks:
+            p._backward_hooks = None
+        if p.requires_grad and isinstance(p, DTensor):
+            p.register_hook(partial(_placed_as, placements=p.placements))
+
+
+def _is_ours(hook: Any) -> bool:
+    return isinstance(hook, partial) and hook.func is _placed_as
 
 
 def _split_inputs(module: nn.Module, mesh: DeviceMesh, split: Split, local_output: bool) -> None:
@@ -183,7 +196,9 @@ def _split_inputs(module: nn.Module, mesh: DeviceMesh, split: Split, local_outpu
             return value.redistribute(mesh, placements)
         return DTensor.from_local(value, mesh, placements, run_check=False)
 
-    def before(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    def before(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        if not torch.compiler.is_compiling():
+            _place_gradients(module)
         given = {name: as_distributed(value) for name, value in options.items()}
         return tuple(as_distributed(value) for value in args), given
 
