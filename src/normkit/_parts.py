@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from normkit import _dispatch, reference
 from normkit._checks import Call
@@ -31,6 +32,11 @@ class Formula(NamedTuple):
 
 def serve(call: Call, ranks: Ranks) -> Tensor:
     """Serve a call that has been checked, of the part of this rank."""
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        raise RuntimeError(
+            f"{ranks.op}: torch.func and forward-mode AD cannot cross ranks; expected a call outside"
+            " of both"
+        )
     if (
         torch.compiler.is_compiling()
         or _dispatch.ALWAYS_DISPATCH

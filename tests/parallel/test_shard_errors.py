@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.autograd import forward_ad
 
 if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("torch without gloo", allow_module_level=True)
@@ -81,7 +84,10 @@ def test_wrong_arguments_raise_before_anything_is_sent(rank: int, world: int) ->
         (ValueError, "eps: expected a number >= 0, got -1.0", {"eps": -1.0}),
         (TypeError, "clamp_inf: expected True or False", {"clamp_inf": 1}),
         (TypeError, "timeout: expected seconds or a timedelta, got str", {"timeout": "2"}),
-        (ValueError, "timeout: expected more than 0 seconds, got 0", {"timeout": 0}),
+        (ValueError, "timeout: expected 0.001 to 1e9 seconds, got 0", {"timeout": 0}),
+        (ValueError, "timeout: .* got 0.0009", {"timeout": 9e-4}),
+        (ValueError, r"timeout: .* got 1e\+300", {"timeout": 1e300}),
+        (ValueError, "timeout: .* got nan", {"timeout": float("nan")}),
         (ValueError, "group: expected a process group .* got 'tp'", {"group": "tp"}),
     ]
     with counted() as made:
@@ -94,7 +100,7 @@ def test_wrong_arguments_raise_before_anything_is_sent(rank: int, world: int) ->
         ):
             sharded_rms_norm(x)
     assert made == []
-    dist.barrier()
+    sharded_rms_norm(x, timeout=1e9)
 
 
 @on_ranks(2)
@@ -108,6 +114,27 @@ def test_a_backend_asked_for_by_name_serves_or_raises(rank: int, world: int) -> 
                 sharded_rms_norm(x.double())
     with normkit.use_backend("triton"), pytest.raises(ValueError, match="no kernels for rows that"):
         sharded_rms_norm(x)
+
+
+@on_ranks(2)
+def test_transforms_that_do_not_cross_ranks_raise_before_anything_is_sent(
+    rank: int, world: int
+) -> None:
+    x = torch.ones(2, 8)
+    said = "sharded_rms_norm: torch.func and forward-mode AD cannot cross ranks"
+    calls: list[Callable[[], Any]] = [
+        lambda: torch.func.vmap(sharded_rms_norm)(x),
+        lambda: torch.func.grad(lambda x: sharded_rms_norm(x).sum())(x),
+        lambda: torch.func.jvp(sharded_rms_norm, (x,), (x,)),
+    ]
+    with counted() as made, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what torch itself says of its forward mode
+        for call in calls:
+            with pytest.raises(RuntimeError, match=said):
+                call()
+        with forward_ad.dual_level(), pytest.raises(RuntimeError, match=said):
+            sharded_rms_norm(forward_ad.make_dual(x, x))
+    assert made == []
 
 
 def test_without_a_process_group_it_says_how_to_get_one() -> None:

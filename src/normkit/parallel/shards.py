@@ -13,7 +13,6 @@ eager call.
 
 from __future__ import annotations
 
-import math
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -217,6 +216,7 @@ def _seconds(timeout: float | timedelta | None) -> float | None:
     seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
         raise TypeError(f"timeout: expected seconds or a timedelta, got {type(timeout).__name__}")
-    if not 0 < seconds < math.inf:
-        raise ValueError(f"timeout: expected more than 0 seconds, got {timeout}")
+    # Groups count in whole milliseconds, of which 0 are no limit, and clocks in 64-bit nanoseconds.
+    if not 1e-3 <= seconds <= 1e9:
+        raise ValueError(f"timeout: expected 0.001 to 1e9 seconds, got {timeout}")
     return float(seconds)
