@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 _BYTES = 16384
 _DESCRIBED = ("n", "rows", "planes", "bytes", "pass")
 
-# Which sizes of parts the ranks of a group have told each other where messages are not looked at.
-_agreed: WeakKeyDictionary[ProcessGroup, set[int]] = WeakKeyDictionary()
+# Those in which this rank did not wait for a message, so that the next one might be taken for it.
+_out_of_step: WeakSet[ProcessGroup] = WeakSet()
 
 
 class Ranks(NamedTuple):
@@ -44,8 +44,9 @@ def gather(planes: Tensor, n: int, ranks: Ranks, *, backward: bool) -> Tensor:
     """Return the planes (planes, ...) of all ranks, (ranks, planes, ...) in their order.
 
     Raises:
-        ValueError: the ranks have parts of different sizes; on CPUs also different rows, or calls.
-        RuntimeError: a rank is gone or does not come.
+        ValueError: on CPUs: the ranks have parts of different sizes, other rows, or other calls.
+        RuntimeError: a rank is gone, does not come, or has not come before; or on other devices,
+            when they get there: the ranks have parts of different sizes.
     """
     world = ranks.group.size()
     made = planes.new_empty((world, *planes.shape))
@@ -57,19 +58,14 @@ def gather(planes: Tensor, n: int, ranks: Ranks, *, backward: bool) -> Tensor:
         description = (
             n, values.numel() // len(planes), len(planes), planes.element_size(), int(backward)
         )  # fmt: skip
-        done = _exchange(description, values, rows, ranks)
+        _exchange(description, values, rows, ranks)
     else:
-        _agree(n, planes.device, ranks)
-        done = 0
-    if done < values.numel():
-        rest = values.new_empty(world * (values.numel() - done))
-        _all_gather(rest, values[done:], ranks)
-        rows[:, done:] = rest.view(world, -1)
+        _exchange_on_device(n, values, rows, ranks)
     return made
 
 
-def _exchange(description: tuple[int, ...], values: Tensor, rows: Tensor, ranks: Ranks) -> int:
-    """Gather descriptions and the first of the values into rows; return how many those are."""
+def _exchange(description: tuple[int, ...], values: Tensor, rows: Tensor, ranks: Ranks) -> None:
+    """Gather descriptions and values, and look at the descriptions."""
     head = torch.tensor(description).view(values.dtype)
     size = _BYTES // values.element_size()
     done = min(size - len(head), len(values))
@@ -81,7 +77,24 @@ def _exchange(description: tuple[int, ...], values: Tensor, rows: Tensor, ranks:
     received = received.view(len(rows), size)
     _compare(received[:, :begin].view(torch.int64).tolist(), ranks)
     rows[:, :done] = received[:, begin:end]
-    return done
+    if done < len(values):
+        rest = values.new_empty(len(rows) * (len(values) - done))
+        _all_gather(rest, values[done:], ranks)
+        rows[:, done:] = rest.view(len(rows), -1)
+
+
+def _exchange_on_device(n: int, values: Tensor, rows: Tensor, ranks: Ranks) -> None:
+    """Gather n and values, and have the device compare the first: the host waits for nothing."""
+    head = torch.full((1,), n, dtype=torch.int64, device=values.device).view(values.dtype)
+    message = torch.cat((head, values))
+    received = values.new_empty(len(rows) * len(message))
+    _all_gather(received, message, ranks)
+    received = received.view(len(rows), -1)
+    told = received[:, : len(head)].contiguous().view(torch.int64)
+    torch._assert_async(
+        (told == n).all(), f"{ranks.op}: expected a part of the same size on every rank, got others"
+    )
+    rows.copy_(received[:, len(head) :])
 
 
 def _compare(descriptions: Sequence[Sequence[int]], ranks: Ranks) -> None:
@@ -101,34 +114,31 @@ def _listed(told: Sequence[int]) -> str:
     return f"{', '.join(map(str, told))} on ranks 0 to {len(told) - 1}"
 
 
-def _agree(n: int, device: torch.device, ranks: Ranks) -> None:
-    """Compare n with the other ranks', once: this waits for the device."""
-    known = _agreed.setdefault(ranks.group, set())
-    if n in known:
-        return
-    told = torch.empty(ranks.group.size(), dtype=torch.int64, device=device)
-    _all_gather(told, torch.tensor([n], device=device), ranks)
-    sizes = told.tolist()
-    if len(set(sizes)) > 1:
-        raise ValueError(
-            f"x: expected a part of the same size on every rank, got n = {_listed(sizes)}"
-        )
-    known.add(n)
-
-
 def _all_gather(out: Tensor, given: Tensor, ranks: Ranks) -> None:
     # The second is the name before torch 2.13, where it warns.
     all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    begin = time.monotonic()
+    group, begin = ranks.group, time.monotonic()
+    if group in _out_of_step:
+        raise RuntimeError(
+            f"{ranks.op}: expected a group whose ranks are in step, got {group.group_name!r}, which"
+            " lost a message; make a new group"
+        )
     try:
-        work = all_gather(out, given, group=ranks.group, async_op=True)
-        if ranks.timeout is None:
-            work.wait()
-        else:
-            work.wait(timedelta(seconds=ranks.timeout))
+        _wait(all_gather(out, given, group=group, async_op=True), ranks)
     except RuntimeError as error:
-        group, waited = ranks.group, time.monotonic() - begin
+        waited = time.monotonic() - begin
         raise RuntimeError(
             f"{ranks.op}: rank {group.rank()} of the {group.size()} of group"
             f" {group.group_name!r} did not hear from all others within {waited:.1f} s: {error}"
         ) from error
+
+
+def _wait(work: dist.Work, ranks: Ranks) -> None:
+    try:
+        if ranks.timeout is None:
+            work.wait()
+        else:
+            work.wait(timedelta(seconds=ranks.timeout))
+    except BaseException:
+        _out_of_step.add(ranks.group)
+        raise

@@ -57,16 +57,23 @@ def test_different_calls_are_an_error_on_every_rank(rank: int, world: int) -> No
 
 
 @on_ranks(2)
-def test_where_messages_are_not_looked_at_sizes_are_compared_once(rank: int, world: int) -> None:
+def test_where_messages_are_not_looked_at_every_one_says_its_size(rank: int, world: int) -> None:
     ranks = _gather.Ranks("sharded_rms_norm", dist.new_group(), None)
-    cpu = torch.device("cpu")
-    for _ in range(2):
-        with pytest.raises(ValueError, match="n = 4, 5 on ranks 0 to 1"):
-            _gather._agree(4 + rank, cpu, ranks)
+
+    def exchange(n: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        values = torch.tensor([1.0, 2.0, 3.0], dtype=dtype) + 10 * rank
+        rows = torch.zeros(world, 3, dtype=dtype)
+        _gather._exchange_on_device(n, values, rows, ranks)
+        return rows
+
+    for dtype in (torch.float32, torch.float64):
+        assert exchange(8, dtype).tolist() == [[1, 2, 3], [11, 12, 13]]
     with counted() as made:
-        for _ in range(3):
-            _gather._agree(8, cpu, ranks)
-    assert made == GATHER
+        for n in (8 + rank, 9 - rank, 2**24 + rank):  # one of which each rank has seen before
+            with pytest.raises(RuntimeError, match="expected a part of the same size on every"):
+                exchange(n)
+    assert made == GATHER * 3
+    assert exchange(8).tolist() == [[1, 2, 3], [11, 12, 13]]
 
 
 @on_ranks(2)
@@ -159,6 +166,20 @@ def test_a_rank_that_does_not_come_is_an_error_within_the_timeout(rank: int, wor
         dist.barrier()
 
 
+@on_ranks(2)
+def test_a_group_that_lost_a_message_is_not_used_again(rank: int, world: int) -> None:
+    """A late rank would take the next message for the one before."""
+    group, x = dist.new_group(), torch.ones(2, 4)
+    if rank == 0:
+        with pytest.raises(RuntimeError, match="did not hear from all others"):
+            sharded_rms_norm(x, group=group, timeout=0.2)
+        with counted() as made, pytest.raises(RuntimeError, match="lost a message"):
+            sharded_rms_norm(2 * x, group=group, timeout=0.2)
+        assert made == []
+    dist.barrier()
+    assert_same_bits(sharded_rms_norm(x, group=dist.new_group()), sharded_rms_norm(x))
+
+
 def lose_a_rank(rank: int, world: int, folder: str) -> None:
     join(rank, world, folder)
     x = torch.ones(2, 4, requires_grad=True)
@@ -168,9 +189,12 @@ def lose_a_rank(rank: int, world: int, folder: str) -> None:
     begin = time.monotonic()
     with pytest.raises(RuntimeError, match="did not hear from all others"):
         y.sum().backward()
-    with pytest.raises(RuntimeError, match="sharded_layer_norm: rank"):
+    with pytest.raises(
+        RuntimeError, match="sharded_layer_norm: expected a group .* lost a message"
+    ):
         sharded_layer_norm(x)
     assert time.monotonic() - begin < 10
+    os._exit(0)  # gloo may abort when a process ends that has lost another
 
 
 @pytest.mark.parametrize("world", [3])

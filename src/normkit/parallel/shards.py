@@ -5,8 +5,9 @@ message per pass goes round: a float32 number per row and rank, or two for a lay
 combine them in the order of their numbers, so that all get the same statistics, bit for bit, and a
 row's bits do not depend on the number of rows.
 
-On the CPU that message describes itself, so that calls which do not fit each other raise on every
-rank; beyond some 4000 rows (2000 of a layer norm) it takes two.  Under torch.compile a pass is one
+On the CPU that message describes itself, so that ranks which differ in n, rows, eps or what they
+call raise together; beyond some 4000 rows (2000 of a layer norm) it takes two.  On other devices it
+has n, which the device compares.  Under torch.compile a pass is one
 operator, `sharded_norm` or `sharded_norm_backward` in `torch.ops.normkit`, with the bits of an
 eager call.
 """
@@ -66,8 +67,10 @@ def sharded_rms_norm(
         round_before_weight: round xhat to x's dtype before the weight multiplies it.
         clamp_inf: count +-inf in a float16 x as +-65504.
         out_dtype: dtype of the result; None for x's.
-        timeout: seconds, or a timedelta, to wait for the other ranks; on CUDA the host then waits
-            with the device.  None: the group's own, and on CUDA no wait of the host.
+        timeout: seconds, or a timedelta, to wait for the other ranks, from 0.001 to 1e9; on CUDA
+            the host then waits with the device.  None: the group's own, and on CUDA no wait of the
+            host.  A group whose message did not come in time is not used again: the next calls
+            raise, and a new group is needed.
 
     Returns:
         The columns of y that belong to those of x, of x's shape, in out_dtype.
@@ -75,12 +78,14 @@ def sharded_rms_norm(
     Raises:
         TypeError: an argument is no tensor, a DTensor (`normkit.rms_norm` takes those), or of the
             wrong dtype.
-        ValueError: an argument is wrong on this rank, before anything is sent; or, on every rank
-            and naming what each has, n differs between ranks, or the number of rows does.  On the
-            CPU every call compares them; on other devices the first of each n compares n, which
-            waits for the device, and that the rows are the same is up to the caller.
-        RuntimeError: there is no process group; a rank is gone, or did not come in time; or the
-            gradient is to be differentiated again.
+        ValueError: an argument is wrong on this rank, before anything is sent: the others, whose
+            arguments are right, wait for it until their timeout.  Or, on the CPU, on every rank and
+            naming what each has: the ranks differ in n, the number of rows, eps or what they call.
+        RuntimeError: there is no process group; a rank is gone, or did not come in time, or has
+            not come before; the gradient is to be differentiated again; or torch.func or
+            forward-mode AD, which cannot cross ranks, is on.  On other devices than the CPU also
+            if n differs between ranks, when the device gets there; that the ranks have the same
+            rows and options is up to the caller there.
 
     y is rounded to out_dtype, and xhat where round_before_weight says so.  A norm of each head
     needs nothing from other ranks, however the heads are split: that is `normkit.head_norm`.
@@ -137,8 +142,10 @@ def sharded_layer_norm(
         round_before_weight: round xhat to x's dtype before the weight multiplies it.
         clamp_inf: count +-inf in a float16 x as +-65504.
         out_dtype: dtype of the result; None for x's.
-        timeout: seconds, or a timedelta, to wait for the other ranks; on CUDA the host then waits
-            with the device.  None: the group's own, and on CUDA no wait of the host.
+        timeout: seconds, or a timedelta, to wait for the other ranks, from 0.001 to 1e9; on CUDA
+            the host then waits with the device.  None: the group's own, and on CUDA no wait of the
+            host.  A group whose message did not come in time is not used again: the next calls
+            raise, and a new group is needed.
 
     Returns:
         The columns of y that belong to those of x, of x's shape, in out_dtype.
@@ -146,12 +153,14 @@ def sharded_layer_norm(
     Raises:
         TypeError: an argument is no tensor, a DTensor (`normkit.layer_norm` takes those), or of
             the wrong dtype.
-        ValueError: an argument is wrong on this rank, before anything is sent; or, on every rank
-            and naming what each has, n differs between ranks, or the number of rows does.  On the
-            CPU every call compares them; on other devices the first of each n compares n, which
-            waits for the device, and that the rows are the same is up to the caller.
-        RuntimeError: there is no process group; a rank is gone, or did not come in time; or the
-            gradient is to be differentiated again.
+        ValueError: an argument is wrong on this rank, before anything is sent: the others, whose
+            arguments are right, wait for it until their timeout.  Or, on the CPU, on every rank and
+            naming what each has: the ranks differ in n, the number of rows, eps or what they call.
+        RuntimeError: there is no process group; a rank is gone, or did not come in time, or has
+            not come before; the gradient is to be differentiated again; or torch.func or
+            forward-mode AD, which cannot cross ranks, is on.  On other devices than the CPU also
+            if n differs between ranks, when the device gets there; that the ranks have the same
+            rows and options is up to the caller there.
 
     y is rounded to out_dtype, and xhat where round_before_weight says so.  Semantics:
     `normkit.layer_norm` of the whole rows.
