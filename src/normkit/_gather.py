@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # it says, since gloo ends the process that gets more bytes than it expects.  Up to 16 KiB take as
 # long as a single byte.  Longer statistics take a second message for the rest.
 _BYTES = 16384
-_DESCRIBED = ("n", "rows", "planes", "bytes", "pass")
+_DESCRIBED = ("n", "rows", "planes", "bytes", "pass", "eps")
 
 # Those in which this rank did not wait for a message, so that the next one might be taken for it.
 _out_of_step: WeakSet[ProcessGroup] = WeakSet()
@@ -40,8 +40,10 @@ class Ranks(NamedTuple):
     timeout: float | None
 
 
-def gather(planes: Tensor, n: int, ranks: Ranks, *, backward: bool) -> Tensor:
+def gather(planes: Tensor, n: int, ranks: Ranks, *, backward: bool, eps: float = 0.0) -> Tensor:
     """Return the planes (planes, ...) of all ranks, (ranks, planes, ...) in their order.
+
+    eps is only compared.
 
     Raises:
         ValueError: on CPUs: the ranks have parts of different sizes, other rows, or other calls.
@@ -55,18 +57,17 @@ def gather(planes: Tensor, n: int, ranks: Ranks, *, backward: bool) -> Tensor:
     values = planes.reshape(-1)
     rows = made.view(world, values.numel())
     if planes.is_cpu:
-        description = (
-            n, values.numel() // len(planes), len(planes), planes.element_size(), int(backward)
-        )  # fmt: skip
+        described = len(planes), planes.element_size(), int(backward), eps
+        description = n, values.numel() // len(planes), *described
         _exchange(description, values, rows, ranks)
     else:
         _exchange_on_device(n, values, rows, ranks)
     return made
 
 
-def _exchange(description: tuple[int, ...], values: Tensor, rows: Tensor, ranks: Ranks) -> None:
+def _exchange(description: tuple[float, ...], values: Tensor, rows: Tensor, ranks: Ranks) -> None:
     """Gather descriptions and values, and look at the descriptions."""
-    head = torch.tensor(description).view(values.dtype)
+    head = torch.tensor(description, dtype=torch.float64).view(values.dtype)
     size = _BYTES // values.element_size()
     done = min(size - len(head), len(values))
     begin, end = len(head), len(head) + done
@@ -75,7 +76,7 @@ def _exchange(description: tuple[int, ...], values: Tensor, rows: Tensor, ranks:
     received = values.new_empty(len(rows) * size)
     _all_gather(received, message, ranks)
     received = received.view(len(rows), size)
-    _compare(received[:, :begin].view(torch.int64).tolist(), ranks)
+    _compare(received[:, :begin].view(torch.float64).tolist(), ranks)
     rows[:, :done] = received[:, begin:end]
     if done < len(values):
         rest = values.new_empty(len(rows) * (len(values) - done))
@@ -97,10 +98,12 @@ def _exchange_on_device(n: int, values: Tensor, rows: Tensor, ranks: Ranks) -> N
     rows.copy_(received[:, len(head) :])
 
 
-def _compare(descriptions: Sequence[Sequence[int]], ranks: Ranks) -> None:
+def _compare(descriptions: Sequence[Sequence[float]], ranks: Ranks) -> None:
     for name, told in zip(_DESCRIBED, zip(*descriptions, strict=True), strict=True):
         if len(set(told)) == 1:
             continue
+        if name == "eps":
+            raise ValueError(f"eps: expected the same on every rank, got {_listed(told)}")
         expected = {"n": "a part of the same size", "rows": "the same number of rows"}.get(name)
         if expected is None:
             raise ValueError(
@@ -110,8 +113,9 @@ def _compare(descriptions: Sequence[Sequence[int]], ranks: Ranks) -> None:
         raise ValueError(f"x: expected {expected} on every rank, got {name} = {_listed(told)}")
 
 
-def _listed(told: Sequence[int]) -> str:
-    return f"{', '.join(map(str, told))} on ranks 0 to {len(told) - 1}"
+def _listed(told: Sequence[float]) -> str:
+    numbers = (int(number) if number.is_integer() else number for number in told)
+    return f"{', '.join(map(str, numbers))} on ranks 0 to {len(told) - 1}"
 
 
 def _all_gather(out: Tensor, given: Tensor, ranks: Ranks) -> None:

@@ -120,7 +120,8 @@ def serve(call: Call) -> Any:
     transformed = transformed or torch._C._is_tracing()
     if _dispatch.is_explaining():
         check(call)
-        return _dispatch.explain_call(call)
+        dim = None if transformed else _sharding.split_columns(call)
+        return _dispatch.explain_call(call if dim is None else _sharding.part_of_rank(call, dim)[0])
     if ALWAYS_DISPATCH or torch._C._len_torch_dispatch_stack() > 0 or not _is_plain(call):
         check(call)
         _sharding.register_once(SHARDED)

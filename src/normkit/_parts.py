@@ -34,8 +34,8 @@ def serve(call: Call, ranks: Ranks) -> Tensor:
     """Serve a call that has been checked, of the part of this rank."""
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         raise RuntimeError(
-            f"{ranks.op}: torch.func and forward-mode AD cannot cross ranks; expected a call outside"
-            " of both"
+            f"{ranks.op}: torch.func and forward-mode AD cannot cross ranks; expected a call"
+            " outside of both"
         )
     if (
         torch.compiler.is_compiling()
@@ -54,7 +54,9 @@ def _forward(call: Call, ranks: Ranks) -> Made:
     planes = _ask(ranks.op, backend, "part_statistics", call.layer, x, clamp_inf)
     if planes is None:
         planes = reference.part_statistics(x, kind=call.kind, clamp_inf=clamp_inf)
-    gathered = gather(planes, x.shape[-1], ranks, backward=False)
+    # What None means: the computing dtype's.
+    eps = torch.finfo(planes.dtype).eps if call.eps is None else call.eps
+    gathered = gather(planes, x.shape[-1], ranks, backward=False, eps=eps)
     made = _ask(
         ranks.op, backend, "part_apply", call.layer, x, weight, bias, call.eps, call.weight_offset,
         call.round_before_weight, clamp_inf, call.out_dtype, gathered,
@@ -193,11 +195,6 @@ def _ranks(op: str, group: str, timeout: float | None) -> Ranks:
     return Ranks(op, _resolve_process_group(group), timeout)  # type: ignore[arg-type]
 
 
-def _row_values(x: Tensor) -> Tensor:
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return x.new_empty(x.shape[:-1], dtype=wide)
-
-
 def _sharded_norm(*values: Any) -> tuple[Tensor, Tensor, Tensor]:
     formula, ranks = Formula(*values[:_TAKEN]), _ranks(*values[_TAKEN : _TAKEN + 3])
     x, weight, bias, eps, out_dtype = values[_TAKEN + 3 :]
@@ -209,7 +206,8 @@ def _sharded_norm(*values: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _fake_norm(*values: Any) -> tuple[Tensor, Tensor, Tensor]:
     x, _, _, _, out_dtype = values[_TAKEN + 3 :]
     y = x.new_empty(x.shape, dtype=out_dtype or x.dtype)
-    rstd = _row_values(x)
+    planes = reference.part_statistics(x, kind="layer" if values[0] else "rms")
+    rstd = planes.new_empty(x.shape[:-1])
     return y, rstd, torch.empty_like(rstd) if values[0] else rstd.new_empty(0)
 
 

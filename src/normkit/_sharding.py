@@ -151,14 +151,22 @@ def norm_split_columns(call: Call, dim: int) -> Any:
             part.contiguous(), mesh, placements, run_check=False, shape=x.shape, stride=strides
         )
 
+    part, residual_out = part_of_rank(call, dim)
+    y = whole(_parts.serve(part, Ranks(call.op, mesh.get_group(dim), None)))
+    return y if residual_out is None else (y, whole(residual_out))
+
+
+def part_of_rank(call: Call, dim: int) -> tuple[Call, torch.Tensor | None]:
+    """Return the norm of this rank's columns, and the sum that it normalises if call adds one."""
+    x: Any = call.x
     part, residual_out = x.to_local(), None
     if call.residual is not None:
         residual: Any = call.residual
-        residual = residual.redistribute(mesh, placements).to_local()
+        residual = residual.redistribute(x.device_mesh, x.placements).to_local()
         total = reference.added(part, residual, clamp_inf=call.clamp_inf)
         residual_out = total.to(residual.dtype)
         part = residual_out if call.round_sum else total
-    of_part = Call(
+    norm = Call(
         call.op,
         call.layer,
         False,
@@ -171,8 +179,7 @@ def norm_split_columns(call: Call, dim: int) -> Any:
         call.clamp_inf,
         call.out_dtype or x.dtype,
     )
-    y = whole(_parts.serve(of_part, Ranks(call.op, mesh.get_group(dim), None)))
-    return y if residual_out is None else (y, whole(residual_out))
+    return norm, residual_out
 
 
 def _columns_of_rank(t: Any, x: Any, dim: int) -> torch.Tensor | None:

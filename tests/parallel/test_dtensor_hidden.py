@@ -252,6 +252,32 @@ def test_a_backend_asked_for_by_name_serves_the_parts(rank: int, world: int) -> 
 
 
 @on_ranks(2)
+def test_a_gradient_of_columns_is_not_differentiated_again(rank: int, world: int) -> None:
+    mesh = init_device_mesh("cpu", (world,))
+    x = distribute_tensor(torch.randn(4, 16), mesh, [Shard(1)]).requires_grad_()
+    with pytest.raises(RuntimeError, match="rms_norm: its gradient cannot be differentiated again"):
+        torch.autograd.grad(normkit.rms_norm(x).to_local().sum(), x, create_graph=True)
+
+
+@on_ranks(2)
+def test_explain_speaks_of_the_columns_of_this_rank(rank: int, world: int) -> None:
+    mesh = init_device_mesh("cpu", (world,))
+    inputs = make_inputs((4, 16))
+    for op in ROWS:
+        leaves = distributed(op, inputs, mesh, [Shard(1)], [Replicate()])
+        parts = [t.to_local() for t in leaves[: 1 + op.adds]]
+        affine = [t.to_local().chunk(world)[rank] for t in leaves[1 + op.adds :]]
+        with counted() as sent:
+            said = normkit.explain(getattr(normkit, op.name), *leaves)
+        alone = RMS if op.kind == "rms" else LAYER
+        expected = normkit.explain(getattr(normkit, alone.name), parts[0].detach(), *affine)
+        assert sent == []
+        assert said.backend == expected.backend
+        if normkit.backends()["cpu"].usable:
+            assert said.backend == "cpu"
+
+
+@on_ranks(2)
 def test_compiled_calls_give_the_norm(rank: int, world: int) -> None:
     """There, columns are redistributed."""
     mesh = init_device_mesh("cpu", (world,))

@@ -264,8 +264,11 @@ def test_a_compiled_style_is_the_eager_one(rank: int, world: int) -> None:
         leaves = [t.detach().requires_grad_() for t in parts]
         norm = parallelize_module(made("rms"), mesh, style)
         eager = norm(*leaves)
-        forward = torch.compile(lambda *given: norm(*given), fullgraph=True, backend="aot_eager")
-        compiled = forward(*leaves)
+
+        def called(*given: Tensor, norm: nn.Module = norm) -> Any:
+            return norm(*given)
+
+        compiled = torch.compile(called, fullgraph=True, backend="aot_eager")(*leaves)
         for y, expected in zip(compiled, eager, strict=True):
             assert type(y) is type(expected)
             assert y.shape == expected.shape

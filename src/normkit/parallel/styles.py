@@ -97,7 +97,8 @@ class HiddenParallel(ParallelStyle):
 
     x and residual may be plain tensors, this rank's part, or DTensors, which are redistributed if
     they are split otherwise.  Parameters are taken from the mesh's first rank, and each rank keeps
-    its part; a weight that all heads share is on every rank, and its gradient is whole there.
+    its part; a weight that all heads share is on every rank, and its gradient is whole there.  How
+    long a rank waits for the others is the timeout of the mesh's process group.
 
     Raises:
         TypeError: from parallelize_module: the module is no norm of normkit.
@@ -170,7 +171,7 @@ def _placed_as(gradient: Any, placements: tuple[Any, ...]) -> Any:
 
 
 def _place_gradients(module: nn.Module) -> None:
-    # Parameters that were cast, copied or loaded have lost the hook, or only look as if they had it.
+    # Parameters that were cast, copied or loaded have lost the hook, or seem to have it.
     for p in module.parameters(recurse=False):
         hooks = p._backward_hooks or {}
         for key in [key for key, hook in hooks.items() if _is_ours(hook)]:
@@ -178,7 +179,8 @@ def _place_gradients(module: nn.Module) -> None:
         if not hooks:
             p._backward_hooks = None
         if p.requires_grad and isinstance(p, DTensor):
-            p.register_hook(partial(_placed_as, placements=p.placements))
+            placed = partial(_placed_as, placements=p.placements)
+            p.register_hook(placed)  # type: ignore[no-untyped-call]
 
 
 def _is_ours(hook: Any) -> bool:
