@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 import tempfile
 import time
@@ -156,4 +157,4 @@ def _run_all(rank: int, world: int, keys: tuple[str, ...], folder: str) -> None:
         if said[key] != "passed":  # the others may wait for us now: what follows means nothing
             sys.exit(1)
         dist.barrier()
-    dist.destroy_process_group()
+    os._exit(0)  # gloo may abort a process that shuts down and has lost another

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 from functools import partial
 
@@ -50,6 +51,12 @@ def initialised(n: int) -> Model:
     return Model(n)
 
 
+def leave() -> None:
+    """End the process when all are done: gloo may abort one that shuts down and has lost another."""
+    dist.barrier()
+    os._exit(0)
+
+
 def shard_and_train(rank: int, world: int, n: int, folder: str) -> None:
     """Be one process of FSDP; the first saves what it trained, and how precisely."""
     torch.set_num_threads(1)
@@ -60,23 +67,21 @@ def shard_and_train(rank: int, world: int, n: int, folder: str) -> None:
         world_size=world,
         timeout=timedelta(seconds=60),
     )
-    try:
-        mesh = init_device_mesh("cpu", (world,))
-        for precision in (torch.float32, torch.bfloat16):
-            model = initialised(n)
-            shard = partial(
-                fully_shard, mesh=mesh, mp_policy=MixedPrecisionPolicy(precision, torch.float32)
-            )
-            for block in (model.first, model.second):
-                for part in block.values():
-                    shard(part)
-            shard(model)
-            train(model, data(rank, world, n))
-            whole = {name: p.full_tensor() for name, p in model.state_dict().items()}
-            if rank == 0:
-                torch.save(whole, f"{folder}/{precision}.pt")
-    finally:
-        dist.destroy_process_group()
+    mesh = init_device_mesh("cpu", (world,))
+    for precision in (torch.float32, torch.bfloat16):
+        model = initialised(n)
+        shard = partial(
+            fully_shard, mesh=mesh, mp_policy=MixedPrecisionPolicy(precision, torch.float32)
+        )
+        for block in (model.first, model.second):
+            for part in block.values():
+                shard(part)
+        shard(model)
+        train(model, data(rank, world, n))
+        whole = {name: p.full_tensor() for name, p in model.state_dict().items()}
+        if rank == 0:
+            torch.save(whole, f"{folder}/{precision}.pt")
+    leave()
 
 
 AFFINE = {"rms_norm": False, "layer_norm": False, "head_norm": True}
@@ -105,26 +110,24 @@ def split_rows(rank: int, world: int, folder: str) -> None:
         world_size=world,
         timeout=timedelta(seconds=60),
     )
-    try:
-        mesh = init_device_mesh("cpu", (world,))
-        found = {}
-        for name, per_head in AFFINE.items():
-            for dim in range(3):
-                (x, weight, bias, grad_y), options = split_calls(name)
-                place = [Shard(dim)]
-                affine = [Shard(0)] if per_head and dim == 2 else [Replicate()]
-                leaves = [
-                    distribute_tensor(t, mesh, where).requires_grad_()
-                    for t, where in ((x, place), (weight, affine), (bias, affine))
-                ]
-                y = getattr(normkit, name)(*leaves, **options)
-                y.backward(distribute_tensor(grad_y, mesh, place))
-                assert y.placements == tuple(place)
-                found[name, dim] = [y.full_tensor(), *(t.grad.full_tensor() for t in leaves)]
-                inside = distribute_tensor(x.clone(), mesh, place)
-                getattr(normkit, f"{name}_")(inside, *(t.detach() for t in leaves[1:]), **options)
-                found[name, dim].append(inside.full_tensor())
-        if rank == 0:
-            torch.save(found, f"{folder}/rows.pt")
-    finally:
-        dist.destroy_process_group()
+    mesh = init_device_mesh("cpu", (world,))
+    found = {}
+    for name, per_head in AFFINE.items():
+        for dim in range(3):
+            (x, weight, bias, grad_y), options = split_calls(name)
+            place = [Shard(dim)]
+            affine = [Shard(0)] if per_head and dim == 2 else [Replicate()]
+            leaves = [
+                distribute_tensor(t, mesh, where).requires_grad_()
+                for t, where in ((x, place), (weight, affine), (bias, affine))
+            ]
+            y = getattr(normkit, name)(*leaves, **options)
+            y.backward(distribute_tensor(grad_y, mesh, place))
+            assert y.placements == tuple(place)
+            found[name, dim] = [y.full_tensor(), *(t.grad.full_tensor() for t in leaves)]
+            inside = distribute_tensor(x.clone(), mesh, place)
+            getattr(normkit, f"{name}_")(inside, *(t.detach() for t in leaves[1:]), **options)
+            found[name, dim].append(inside.full_tensor())
+    if rank == 0:
+        torch.save(found, f"{folder}/rows.pt")
+    leave()
