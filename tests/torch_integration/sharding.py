@@ -52,7 +52,7 @@ def initialised(n: int) -> Model:
 
 
 def leave() -> None:
-    """End the process when all are done: gloo may abort one that shuts down and has lost another."""
+    """End the process when all are done: gloo may abort one that shuts down without another."""
     dist.barrier()
     os._exit(0)
 
