@@ -25,7 +25,7 @@ def operands(count: int, seed: int = 0) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def warmed_up(context: TPContext) -> TPContext:
-    """Load the kernels and make the events: the first time may wait for the device."""
+    """Load the kernels: the first time may wait for the device."""
     rms_norm_tp(*operands(len(context.devices)), context=context)
     torch.cuda.synchronize()
     return context

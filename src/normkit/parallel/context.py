@@ -35,7 +35,7 @@ class TPContext:
 
     A call on these devices is put into their streams: after what the device's current stream holds
     then, and before what it gets later.  Inside of `with context.use_streams():`, where the
-    context's streams are the current ones, that is free; elsewhere it takes two events a device.
+    context's streams are the current ones, that takes no event; elsewhere two a device.
 
     Args:
         devices: of the process: `torch.device`, "cuda:1", or the index of a CUDA device, -1 for the
@@ -129,7 +129,7 @@ class TPContext:
         """Make the context's streams the current ones of their devices, in this thread.
 
         What comes inside follows what the streams that were current have, and is followed by what
-        they get afterwards.  Calls inside are ordered by their streams alone, which is free.
+        they get afterwards.  Calls inside are ordered by their streams alone, without events.
         """
         with ExitStack() as stack:
             for device in self._stream_of:
