@@ -125,7 +125,7 @@ class ExLlamaV2HeadNorm(NormModule):
             return made
         return Parameter(made.data.repeat(self.num_heads, 1), requires_grad=False)
 
-    def _normalised(self, x: Any, output_fp32: bool, **options: Any) -> Tensor:
+    def _normalised(self, x: Any, output_fp32: bool, **options: Any) -> Any:
         options["kind"] = self._loaded().kind
         heads = (self.num_heads, self.head_dim)
         if not isinstance(x, Tensor) or tuple(x.shape[-2:]) == heads:
@@ -215,27 +215,6 @@ class ExLlamaV2RMSNorm(NormModule):
         self.is_tp = True
         self.broadcast_type = broadcast_type
 
-    def forward(
-        self,
-        hidden_states: Any,
-        cache: Any = None,
-        attn_params: Any = None,
-        past_len: Any = None,
-        intermediates: bool = False,
-        loras: Any = None,
-        output_fp32: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        """Normalise hidden_states, which are left as they are; after tp_split as `forward_tp`.
-
-        The arguments are those of the other norms' forward.
-        """
-        if self.is_tp:
-            return self.forward_tp(
-                hidden_states, intermediates=intermediates, output_fp32=output_fp32
-            )
-        return self._result(self._normalised(hidden_states, output_fp32), intermediates)
-
     def forward_tp(
         self,
         hidden_states: Any,
@@ -271,14 +250,19 @@ class ExLlamaV2RMSNorm(NormModule):
         """
         if not self.is_tp:
             raise RuntimeError(f"{self.key}: expected tp_split() before this")
+        return self.forward(hidden_states, intermediates=intermediates, output_fp32=output_fp32)
+
+    def _normalised(self, x: Any, output_fp32: bool, **options: Any) -> Any:
+        if not self.is_tp:
+            return super()._normalised(x, output_fp32, **options)
         context = self._split_context()
-        if isinstance(hidden_states, Tensor):
-            xs = parallel.broadcast(hidden_states, context)
+        if isinstance(x, Tensor):
+            xs = parallel.broadcast(x, context)
         else:
-            xs = _checked_list(hidden_states, len(self._replicas))
+            xs = _checked_list(x, len(self._replicas))
         biases = [replica.bias for replica in self._replicas]
         try:
-            ys = parallel.rms_norm_tp(
+            return parallel.rms_norm_tp(
                 xs,
                 [replica.weight for replica in self._replicas],
                 None if biases[0] is None else biases,
@@ -291,7 +275,6 @@ class ExLlamaV2RMSNorm(NormModule):
         except (TypeError, ValueError) as error:
             names = {"xs": "hidden_states", "x": "hidden_states", "eps": "variance_epsilon"}
             raise_renamed(error, names)
-        return self._result(ys, intermediates)
 
     def _split_context(self) -> parallel.TPContext:
         if self._context is None:

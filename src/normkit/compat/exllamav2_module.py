@@ -256,7 +256,8 @@ class NormModule:
 
         Returns:
             y, of hidden_states' shape: in float32 with output_fp32; else in hidden_states' dtype,
-            but for `ExLlamaV2RMSNorm`, which then returns float16 whatever it is given.
+            but for `ExLlamaV2RMSNorm`, which then returns float16 whatever it is given, and after
+            tp_split a list, as forward_tp does.
 
         Raises:
             RuntimeError: nothing is loaded.
@@ -282,7 +283,7 @@ class NormModule:
         with use_backend("reference"):
             return self.forward(hidden_states, intermediates=intermediates, output_fp32=output_fp32)
 
-    def _normalised(self, x: Any, output_fp32: bool, **options: Any) -> Tensor:
+    def _normalised(self, x: Any, output_fp32: bool, **options: Any) -> Any:
         module = self._loaded()
         stored = module._parameters  # module.weight takes ten times as long
         try:
