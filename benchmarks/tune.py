@@ -185,7 +185,7 @@ def load(path: Path) -> ModuleType:
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
-    _dispatch.bind(module)
+    module.bind_torch(torch)
     return module
 
 

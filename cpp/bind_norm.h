@@ -48,6 +48,20 @@ inline Refusal check_recorders(const Arguments& a) {
   return {};
 }
 
+// Outside of inference mode torch writes to no tensor that was made in it: it has no version counter.
+inline Refusal check_inference(const Arguments& a) {
+  for (const Tensor* t : {&a.out, &a.residual_out}) {
+    if (!*t) continue;
+    PyObject* const answer = torch_objects.is_inference(t->object, nullptr);
+    if (!answer) throw nb::python_error();
+    Py_DECREF(answer);  // True and False live for ever
+    if (answer == Py_True &&
+        call(torch_objects.is_inference_mode_enabled, nullptr).is(nb::handle(Py_False)))
+      return {t->name, "is an inference tensor"};
+  }
+  return {};
+}
+
 // The arguments of norm(), by position.
 enum Position {
   kKind,
@@ -126,16 +140,14 @@ inline Refusal prepare(Prepared& p, PyObject* const* args, bool quick) {
   if (quick && autocasts(a, *p.backend, args[kOutDtype])) return {"autocast", "is on"};
   if (const Refusal no = check(a, !quick)) return no;
   if (const Refusal no = check_recorders(a)) return no;
+  if (const Refusal no = check_inference(a)) return no;
 
   p.writes_out = bool(a.out), p.writes_residual_out = bool(a.residual_out);
-  if (!a.out) {
-    p.made = empty_like(a.x, args[kOutDtype]);
-    if (const Refusal no = a.out.read(p.made.ptr())) return no;
-  }
-  if (a.residual && !a.residual_out) {
-    p.made_residual = empty_like(a.residual, nb::none());
-    if (const Refusal no = a.residual_out.read(p.made_residual.ptr())) return no;
-  }
+  if (!a.out)
+    if (const Refusal no = make_output(a.x, args[kOutDtype], p.made, a.out)) return no;
+  if (a.residual && !a.residual_out)
+    if (const Refusal no = make_output(a.residual, nb::none(), p.made_residual, a.residual_out))
+      return no;
   p.job = row_norm_of(a);
   p.device = a.x.device.device_id;
   return {};

@@ -46,8 +46,7 @@ inline Refusal read(BackwardArguments& a, PyObject* const* args) {
 inline Refusal make_gradient(Tensor& gradient, nb::object& made, const Tensor& like,
                              PyObject* dtype) {
   if (dtype == torch_objects.dtypes[int(like.dtype)]) dtype = Py_None;  // which is quicker
-  made = empty_like(like, nb::handle(dtype));
-  return gradient.read(made.ptr());
+  return make_output(like, nb::handle(dtype), made, gradient);
 }
 
 inline void run_backward(const Backend& backend, const RowNormBackward& job, const Tensor& x) {
@@ -87,8 +86,6 @@ inline nb::object norm_backward(PyObject* const* args) {
   if (!no && (wanted & 1) && a.weight)
     no = make_gradient(a.grad_weight, grad_weight, a.weight, Py_None);
   if (!no && (wanted & 2) && a.bias) no = make_gradient(a.grad_bias, grad_bias, a.bias, Py_None);
-  for (const Tensor* t : {&a.grad_x, &a.grad_residual})
-    if (!no) no = check_rows(*t, a.x);
   if (no) return refuse(false, no);
 
   run_backward(*backend, row_norm_backward_of(a), a.x);

@@ -43,9 +43,7 @@ inline Split split_of(const Tensor& gathered, int64_t rows) {
 inline Refusal make_like(const Tensor& x, nb::handle dtype, const char* name, nb::object& made,
                          Tensor& t) {
   if (!dtype_of(dtype.ptr())) return {name, "is not float32, float16 or bfloat16"};
-  made = empty_like(x, dtype);
-  if (const Refusal no = t.read(made.ptr())) return no;
-  return check_rows(t, x);
+  return make_output(x, dtype, made, t);
 }
 
 template <class Arguments>
@@ -199,15 +197,12 @@ inline nb::object part_backward_apply(PyObject* const* args) {
   if (const Refusal no = check_gathered(gathered, a.x, a.statistic)) return refuse(false, no);
 
   nb::object grad_x = nb::none(), grad_weight = nb::none(), grad_bias = nb::none();
-  const auto like = [](Tensor& gradient, nb::object& made, const Tensor& t) {
-    made = empty_like(t, nb::none());
-    return gradient.read(made.ptr());
-  };
   Refusal no;
   if (args[kPartXDtype] != Py_None)
     no = make_like(a.x, args[kPartXDtype], "x_dtype", grad_x, a.grad_x);
-  if (!no && (wanted & 1) && a.weight) no = like(a.grad_weight, grad_weight, a.weight);
-  if (!no && (wanted & 2) && a.bias) no = like(a.grad_bias, grad_bias, a.bias);
+  if (!no && (wanted & 1) && a.weight)
+    no = make_output(a.weight, nb::none(), grad_weight, a.grad_weight);
+  if (!no && (wanted & 2) && a.bias) no = make_output(a.bias, nb::none(), grad_bias, a.grad_bias);
   if (no) return refuse(false, no);
   RowNormBackward job = row_norm_backward_of(a);
   job.split = split_of(gathered, job.rows);

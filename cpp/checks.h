@@ -32,6 +32,17 @@ inline bool is_dense(const Tensor& t) {
   return true;
 }
 
+// Whether every stride is that of a new tensor, also of dimensions of size 1, which is_dense()
+// skips.
+inline bool is_packed(const Tensor& t) {
+  int64_t packed = 1;
+  for (int d = t.ndim - 1; d >= 0; --d) {
+    if (t.strides[d] != packed) return false;
+    packed *= t.shape[d] > 0 ? t.shape[d] : 1;  // as torch counts
+  }
+  return true;
+}
+
 inline Refusal check_rows(const Tensor& t, const Tensor& x) {
   if (!t) return {};
   if (!same_shape(t, x)) return {t.name, "does not have x's shape"};

@@ -16,7 +16,10 @@ struct Torch {
   PyTypeObject* parameter = nullptr;
   const DLPackExchangeAPI* api = nullptr;
   PyObject* empty_like = nullptr;
+  PyObject* contiguous_format = nullptr;
   PyObject* is_grad_enabled = nullptr;
+  PyCFunction is_inference = nullptr;  // of a tensor
+  PyObject* is_inference_mode_enabled = nullptr;
   PyObject* increment_version = nullptr;
   PyObject* forward_ad = nullptr;     // the dict of torch.autograd.forward_ad
   PyObject* current_level = nullptr;  // "_current_level"

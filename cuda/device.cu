@@ -61,9 +61,22 @@ KnownDevice ask(int index) {
 
 }  // namespace
 
+// The runtime calls a missing driver an insufficient one, and sends people looking for an update.
+std::string why_insufficient() {
+  int driver = 0, runtime = 0;
+  if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) return "no NVIDIA driver";
+  cudaRuntimeGetVersion(&runtime);
+  const auto text = [](int version) {
+    return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+  };
+  return "the NVIDIA driver is for CUDA " + text(driver) + " at most, and this build needs CUDA " +
+         text(runtime);
+}
+
 Devices devices() {
   int count = 0;  // untouched by a failing query
   const cudaError_t error = cudaGetDeviceCount(&count);
+  if (error == cudaErrorInsufficientDriver) return {0, why_insufficient()};
   if (error != cudaSuccess) return {0, cudaGetErrorString(error)};
   return {count, count == 0 ? "no CUDA device" : ""};
 }

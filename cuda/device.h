@@ -8,7 +8,7 @@ namespace normkit::cuda {
 
 struct Devices {
   int count;
-  const char* message;  // why there are none; empty if there are some
+  std::string message;  // why there are none; empty if there are some
 };
 
 Devices devices();

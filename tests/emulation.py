@@ -10,6 +10,8 @@ from importlib.machinery import ExtensionFileLoader
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from normkit import _dispatch
 
 ROOT = Path(__file__).parents[1]
@@ -27,7 +29,7 @@ def extension() -> Any:
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
-    _dispatch.bind(module)
+    module.bind_torch(torch)
     _dispatch.natives["emu"] = _dispatch.Native(module.norm, module.norm_backward, module)
     return module
 

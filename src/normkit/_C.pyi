@@ -1,21 +1,7 @@
 # The private extension; docs are in the module itself and in cpp/module.cpp.
 from typing import Any
 
-def bind_torch(
-    tensor: object,
-    parameter: object,
-    empty_like: object,
-    is_grad_enabled: object,
-    increment_version: object,
-    forward_ad: object,
-    float32: object,
-    float16: object,
-    bfloat16: object,
-    uint8: object,
-    is_autocast_enabled: object,
-    is_tracing: object,
-    modes: object,
-) -> None: ...
+def bind_torch(torch: object) -> None: ...
 def norm(*arguments: Any) -> Any: ...
 def norm_backward(*arguments: Any) -> Any: ...
 def norm_tp(*arguments: Any) -> Any: ...

@@ -42,18 +42,25 @@ class Call:
         """The norm in words."""
         return "layer" if self.layer else "rms"
 
+    @property
+    def in_place(self) -> bool:
+        """Whether x is the output as well, and the residual that of the sum."""
+        return self.op.endswith("_")
+
     def tensors(self) -> list[tuple[str, Tensor]]:
         """The tensors that were given, by name."""
-        names = ("x", "residual", "weight", "bias", "out", "residual_out")
-        return [(name, t) for name in names if (t := getattr(self, name)) is not None]
+        return self.inputs() if self.in_place else self.inputs() + self.written()
 
     def inputs(self) -> list[tuple[str, Tensor]]:
-        """Those of them that the call reads only, or writes because they are outputs as well."""
-        return [(name, t) for name, t in self.tensors() if name not in ("out", "residual_out")]
+        """Those that the call reads."""
+        return self._given("x", "residual", "weight", "bias")
 
     def written(self) -> list[tuple[str, Tensor]]:
-        """Those of them that the call writes."""
-        return [(name, t) for name, t in self.tensors() if name in ("out", "residual_out")]
+        """Those that the call writes, under the names that its caller knows."""
+        return self._given("x", "residual") if self.in_place else self._given("out", "residual_out")
+
+    def _given(self, *names: str) -> list[tuple[str, Tensor]]:
+        return [(name, t) for name in names if (t := getattr(self, name)) is not None]
 
     def needs_gradient(self) -> str | None:
         """The name of a tensor for which autograd wants a gradient, if there is one."""
@@ -96,6 +103,8 @@ def _check_types(call: Call) -> None:
             continue
         if not isinstance(value, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {_type_name(value)}")
+        if value.is_nested:
+            raise ValueError(f"{name}: expected a dense tensor, got a nested one")
         allowed = (*FLOATS, torch.float64) if call.x.dtype == torch.float64 else FLOATS
         if name != "x" and value.dtype not in allowed:
             extra = ", since x is float64: or float64" if len(allowed) > len(FLOATS) else ""
@@ -182,24 +191,32 @@ def _check_places(call: Call) -> None:
         if t.device != call.x.device:
             raise ValueError(f"{name}: expected x's device {call.x.device}, got {t.device}")
     for name, t in call.written():
-        if not torch.compiler.is_compiling() and t.is_neg():
-            raise ValueError(
-                f"{name}: expected a tensor without the negative bit in what is written"
-            )
+        if not torch.compiler.is_compiling():
+            _check_writable(name, t)
         if t.shape[-1] > 1 and t.stride(-1) != 1:
             raise ValueError(
                 f"{name}: expected a last stride of 1 in what is written, got {t.stride(-1)}"
             )
 
 
+def _check_writable(name: str, t: Tensor) -> None:
+    if t.is_neg():
+        raise ValueError(f"{name}: expected a tensor without the negative bit in what is written")
+    if t.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"{name}: expected a normal tensor to write to outside of inference mode,"
+            " got an inference tensor; a clone of it is a normal one"
+        )
+
+
 def _check_gradients(call: Call) -> None:
     name = call.needs_gradient()
     if name is None or not call.written():
         return
-    instead = call.op.rstrip("_")
+    instead = call.op.rstrip("_") if call.in_place else "it without out= and residual_out="
     raise RuntimeError(
         f"{name}: a gradient is needed, and {call.op} would write over what autograd keeps;"
-        f" use {instead} without out= or residual_out="
+        f" use {instead}"
     )
 
 
@@ -266,9 +283,7 @@ def _check_memory(call: Call) -> None:
     for name, t in written:
         if _covers_itself(t):
             raise ValueError(f"{name}: expected rows of their own, got rows that share memory")
-        for other_name, other in call.tensors():
-            if other_name in ("out", "residual_out"):
-                continue
+        for other_name, other in call.inputs():
             same = (
                 t.data_ptr() == other.data_ptr()
                 and t.dtype == other.dtype
@@ -280,7 +295,7 @@ def _check_memory(call: Call) -> None:
                     f"{name}: expected {other_name}'s memory or none of it, got a partial overlap"
                 )
     if len(written) == 2:
-        check_apart("out", written[0][1], "residual_out", written[1][1])
+        check_apart(*written[0], *written[1])
 
 
 def check_apart(name: str, written: Tensor, other_name: str, other: Tensor) -> None:

@@ -22,32 +22,13 @@ from normkit import _triton, reference
 from normkit._checks import Call, check
 
 
-def bind(extension: Any) -> None:
-    """Hand over to the extension what it needs of torch."""
-    extension.bind_torch(
-        torch.Tensor,
-        torch.nn.Parameter,
-        torch.empty_like,
-        torch.is_grad_enabled,
-        torch._C._increment_version,
-        torch.autograd.forward_ad.__dict__,
-        torch.float32,
-        torch.float16,
-        torch.bfloat16,
-        torch.uint8,
-        torch.is_autocast_enabled,
-        torch._C._is_tracing,
-        torch.utils._python_dispatch.__dict__,
-    )
-
-
 try:
     from normkit import _C
-
-    bind(_C)
-    _missing = ""
-except (ImportError, AttributeError) as error:
+except ImportError as error:
     _missing = f"the extension could not be loaded: {error}"
+else:
+    _missing = ""
+    _C.bind_torch(torch)
 
 
 Result = Tensor | tuple[Tensor, Tensor]
@@ -366,8 +347,8 @@ def backward_by_reference(
     if formula.clamp_inf and x.dtype == torch.float16:  # what was clamped is a constant
         of_x = torch.where(x.isinf(), 0.0, of_sum)
     return (
-        None if wanted.x is None else of_x.to(wanted.x),
-        None if wanted.residual is None else of_sum.to(wanted.residual),
+        None if wanted.x is None else packed(of_x.to(wanted.x)),
+        None if wanted.residual is None else packed(of_sum.to(wanted.residual)),
         _as_wanted(of_weight, weight, wanted.weight),
         _as_wanted(of_bias, bias, wanted.bias),
     )
@@ -376,7 +357,7 @@ def backward_by_reference(
 def _as_wanted(gradient: Tensor | None, like: Tensor | None, wanted: bool) -> Tensor | None:
     if gradient is None or like is None or not wanted:
         return None
-    return gradient.to(like.dtype)
+    return packed(gradient.to(like.dtype))
 
 
 def explain_call(call: Call) -> Explanation:
@@ -444,7 +425,7 @@ def _with_copies(
     first = tensors[0]
     made = ""
     # Of rows of one element the extension cannot tell whether they are lazily negated.
-    if first is not None and first.shape[-1] > 1:
+    if first is not None and first.shape[-1:] != (1,):
         made = native(kind, *tensors, *options)
         if type(made) is not str:
             return made
@@ -455,13 +436,13 @@ def _with_copies(
 
 def as_kernels_read_it(t: Tensor) -> Tensor:
     """The tensor itself, or a copy with a last stride of 1 and its signs in its memory."""
-    if t.shape[-1] > 1 and t.stride(-1) != 1:
+    if t.ndim > 0 and t.shape[-1] > 1 and t.stride(-1) != 1:
         t = t.contiguous()
     return t.resolve_neg()
 
 
 def serve_by_reference(call: Call) -> Result:
-    """Serve a call that has been checked in plain torch."""
+    """Serve a call that has been checked in plain torch; what it makes is packed."""
     options: dict[str, Any] = {
         "kind": call.kind,
         "weight_offset": call.weight_offset,
@@ -472,10 +453,24 @@ def serve_by_reference(call: Call) -> Result:
     affine = (call.weight, call.bias, call.eps)
     if call.residual is None:
         y = reference.norm(call.x, *affine, **options)
-        return y if call.out is None else call.out.copy_(y)
+        return packed(y) if call.out is None else call.out.copy_(y)
     y, residual_out = reference.add_norm(
         call.x, call.residual, *affine, round_sum=call.round_sum, **options
     )
     if call.residual_out is not None:
         residual_out = call.residual_out.copy_(residual_out)
-    return (y if call.out is None else call.out.copy_(y)), residual_out
+    else:
+        residual_out = packed(residual_out)
+    return (packed(y) if call.out is None else call.out.copy_(y)), residual_out
+
+
+def packed(t: Tensor) -> Tensor:
+    """The tensor itself, or a copy with the strides of a new one, also of dimensions of size 1."""
+    if torch.compiler.is_compiling():  # where strides may be symbols, which a comparison would fix
+        return t.contiguous()
+    expected = 1
+    for size, stride in zip(reversed(t.shape), reversed(t.stride()), strict=True):
+        if stride != expected:
+            return t.clone(memory_format=torch.contiguous_format)
+        expected *= max(size, 1)
+    return t

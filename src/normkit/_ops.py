@@ -263,18 +263,8 @@ _library = torch.library.Library("normkit", "DEF")  # type: ignore[no-untyped-ca
 
 
 def _empty_like(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Make an output as the kernels make it for an input."""
-    unit = t.shape[-1] <= 1 or t.stride(-1) == 1
-    layout = torch.preserve_format if unit else torch.contiguous_format
-    return torch.empty_like(t, dtype=dtype, memory_format=layout)
-
-
-def _laid_out_like(made: Tensor, t: Tensor) -> Tensor:
-    """Give what plain torch made the strides that were announced for it."""
-    if made.is_contiguous() and t.is_contiguous():
-        return made
-    announced = _empty_like(t, made.dtype)
-    return made if announced.stride() == made.stride() else announced.copy_(made)
+    """Make an output for an input: packed, whatever the input's strides are."""
+    return torch.empty_like(t, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def _row_values(x: Tensor) -> Tensor:
@@ -320,9 +310,7 @@ def _register_functional(op: Op) -> None:
     def forward(*values: Any) -> tuple[Tensor, ...]:
         call = call_of(values)
         y, residual_out, rstd, mean = _dispatch.save(call)
-        made = [_laid_out_like(y, call.x)]
-        if residual_out is not None and call.residual is not None:
-            made.append(_laid_out_like(residual_out, call.residual))
+        made = [y] if residual_out is None else [y, residual_out]
         made.append(rstd)
         if has_mean:
             made.append(rstd.new_empty(0) if mean is None else mean)
@@ -430,15 +418,12 @@ def _register_backward() -> None:
 
     def backward(*values: Any) -> tuple[Tensor, ...]:
         formula, wanted, tensors = parts(values)
-        grad_y, _, x, _, weight, bias, _, _ = tensors
+        grad_y, x = tensors[0], tensors[2]
         of_x, of_residual, *of_affine = _dispatch.backward(
             formula, wanted, _dispatch.wanted_backend(), *tensors
         )
         made = of_x, None if of_residual is of_x else of_residual, *of_affine
-        listed = [
-            _laid_out_like(t, like) if t is not None else x.new_empty(0)
-            for t, like in zip(made, (x, x, weight, bias), strict=True)
-        ]
+        listed = [x.new_empty(0) if t is None else t for t in made]
         return tuple(t.clone() if t is grad_y else t for t in listed)
 
     def fake(*values: Any) -> tuple[Tensor, ...]:

@@ -75,7 +75,7 @@ def _forward(call: Call, ranks: Ranks) -> Made:
         clamp_inf=clamp_inf,
         out_dtype=call.out_dtype,
     )
-    return y, rstd, mean
+    return _dispatch.packed(y), rstd, mean
 
 
 def _backward(
@@ -111,7 +111,9 @@ def _backward(
         grad_y, x, rstd, mean, gathered, weight, bias, round_before_weight=rounded, **plain
     )
     of_x, of_weight, of_bias = (
-        gradient.to(like.dtype) if gradient is not None and like is not None and is_wanted else None
+        _dispatch.packed(gradient.to(like.dtype))
+        if gradient is not None and like is not None and is_wanted
+        else None
         for gradient, like, is_wanted in zip(gradients, (x, weight, bias), wanted, strict=True)
     )
     return of_x, of_weight, of_bias
@@ -200,7 +202,7 @@ def _sharded_norm(*values: Any) -> tuple[Tensor, Tensor, Tensor]:
     x, weight, bias, eps, out_dtype = values[_TAKEN + 3 :]
     call = Call(ranks.op, formula.layer, False, x, weight, bias, eps, *formula[1:], out_dtype)
     y, rstd, mean = _forward(call, ranks)
-    return y.contiguous(), rstd, rstd.new_empty(0) if mean is None else mean
+    return y, rstd, rstd.new_empty(0) if mean is None else mean
 
 
 def _fake_norm(*values: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -218,7 +220,7 @@ def _sharded_norm_backward(*values: Any) -> tuple[Tensor, Tensor, Tensor]:
         tensors[-1] = None
     made = _backward(formula, wanted, ranks, _dispatch.wanted_backend(), *tensors)
     of_x, of_weight, of_bias = (
-        tensors[0].new_empty(0) if gradient is None else gradient.contiguous() for gradient in made
+        tensors[0].new_empty(0) if gradient is None else gradient for gradient in made
     )
     return of_x, of_weight, of_bias
 

@@ -116,10 +116,11 @@ def norm(
     if programs > MOST_PROGRAMS or n > MOST_COLUMNS:
         return f"x has too many {'columns' if n > MOST_COLUMNS else 'rows'}"
 
-    y = torch.empty_like(x, dtype=out_dtype) if out is None else out
+    packed = torch.contiguous_format
+    y = torch.empty_like(x, dtype=out_dtype, memory_format=packed) if out is None else out
     total = residual_out
     if residual is not None and residual_out is None:
-        total = torch.empty_like(residual)
+        total = torch.empty_like(residual, memory_format=packed)
     for name, t in (("out", y), ("residual_out", total)):
         if t is not None and n > 1 and t.stride(-1) != 1:
             return f"{name} has a last stride other than 1"
