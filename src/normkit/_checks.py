@@ -143,22 +143,49 @@ def _check_options(call: Call) -> None:
 
 
 def _check_numbers(call: Call) -> None:
-    largest = torch.finfo(torch.float64 if call.x.dtype == torch.float64 else torch.float32).max
-    for name in ("eps", "weight_offset"):
-        value = getattr(call, name)
-        if value is None and name == "eps":
-            continue
-        if isinstance(value, (bool, str, bytes, Tensor)) or not hasattr(value, "__float__"):
-            raise TypeError(f"{name}: expected a number, got {_type_name(value)}")
-        try:
-            number = float(value)
-        except OverflowError:
-            number = math.inf
-        if not abs(number) <= largest:
-            raise ValueError(f"{name}: expected a finite number, got {value}")
-        setattr(call, name, number)
-    if call.eps is not None and call.eps < 0:
-        raise ValueError(f"eps: expected a number >= 0, got {call.eps}")
+    dtype = torch.float64 if call.x.dtype == torch.float64 else torch.float32
+    call.eps = check_eps(call.eps, dtype=dtype)
+    call.weight_offset = check_number("weight_offset", call.weight_offset, dtype=dtype)
+
+
+def check_number(name: str, value: object, *, dtype: torch.dtype = torch.float32) -> float:
+    """The value as a float, which the computing dtype can hold.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is NaN, infinite, or beyond the largest number of dtype.
+    """
+    if isinstance(value, (bool, str, bytes, Tensor)) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name}: expected a number, got {_type_name(value)}")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    except (TypeError, ValueError) as error:  # an array of several
+        raise TypeError(f"{name}: expected a number, got {_type_name(value)}") from error
+    if not abs(number) <= torch.finfo(dtype).max:
+        raise ValueError(f"{name}: expected a finite number, got {_brief(value)}")
+    return number
+
+
+def check_eps(
+    value: object, *, name: str = "eps", dtype: torch.dtype = torch.float32
+) -> float | None:
+    """The eps as a float >= 0 that the computing dtype can hold, or None; as `check_number`."""
+    if value is None:
+        return None
+    number = check_number(name, value, dtype=dtype)
+    if number < 0:
+        raise ValueError(f"{name}: expected a number >= 0, got {number}")
+    return number
+
+
+def _brief(value: object) -> str:
+    try:
+        text = str(value)
+    except ValueError:  # an int of more digits than Python writes
+        return "one of thousands of digits"
+    return text if len(text) <= 40 else f"{text[:20]}... of {len(text)} characters"
 
 
 def _check_shapes(call: Call) -> None:
