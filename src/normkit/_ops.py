@@ -409,12 +409,16 @@ _TENSORS = {
 }
 
 
+# The tensors come first: DTensor of torch 2.10 looks for the mesh in the first argument alone.
+_BACKWARD = {**_TENSORS, **_FORMULA, **_WANTED}
+
+
 def _register_backward() -> None:
-    _define("norm_backward", {**_FORMULA, **_WANTED, **_TENSORS}, f"({', '.join(['Tensor'] * 4)})")
-    first, last = len(_FORMULA), len(_FORMULA) + len(_WANTED)
+    _define("norm_backward", _BACKWARD, f"({', '.join(['Tensor'] * 4)})")
+    first, last = len(_TENSORS), len(_TENSORS) + len(_FORMULA)
 
     def parts(values: Sequence[Any]) -> tuple[Formula, Wanted, Sequence[Any]]:
-        return Formula(*values[:first]), Wanted(*values[first:last]), values[last:]
+        return Formula(*values[first:last]), Wanted(*values[last:]), values[:first]
 
     def backward(*values: Any) -> tuple[Tensor, ...]:
         formula, wanted, tensors = parts(values)
@@ -450,7 +454,7 @@ def _call_backward_operator(
     formula: Formula, wanted: Wanted, _backend: str, *tensors: Tensor | None
 ) -> Gradients:
     operator = torch.ops.normkit.norm_backward.default
-    x, residual, weight, bias = operator(*formula, *wanted, *tensors)
+    x, residual, weight, bias = operator(*tensors, *formula, *wanted)
     return (
         x if wanted.x is not None else None,
         x if wanted.residual == wanted.x else residual,
@@ -466,7 +470,7 @@ _register_backward()
 _GRADIENTS = ("grad_x", "grad_residual", "grad_weight", "grad_bias")
 SHARDED = (
     *((op.name, (*op.names, "out_dtype", "memory_efficient"), _outputs(op)) for op in OPS.values()),
-    ("norm_backward", (*_FORMULA, *_WANTED, *_TENSORS), _GRADIENTS),
+    ("norm_backward", tuple(_BACKWARD), _GRADIENTS),
 )
 _sharding.register_once(SHARDED)
 

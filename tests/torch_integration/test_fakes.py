@@ -101,11 +101,11 @@ def test_fake_gradients_are_laid_out_as_real_ones(name: str, wanted: tuple[int, 
         x, weight, bias = given[0], *given[-2:]
         for of_sum in (x.dtype, torch.float64 if x.dtype == torch.float64 else torch.float32):
             arguments = [
-                *("layer" in name, per_head(name), False, 1e-6, 0.0, False, False, True),
-                *(x.dtype if of_x else None, of_sum if of_residual else None, of_weight, of_bias),
                 *(torch.randn(x.shape).to(x.dtype), torch.randn(x.shape), x, None, weight, bias),
                 torch.ones(x.shape[:-1]),
                 torch.zeros(x.shape[:-1]) if "layer" in name else None,
+                *("layer" in name, per_head(name), False, 1e-6, 0.0, False, False, True),
+                *(x.dtype if of_x else None, of_sum if of_residual else None, of_weight, of_bias),
             ]
             real = looks(operator("norm_backward")(*arguments))
             assert faked(operator("norm_backward"), arguments) == real, label

@@ -121,6 +121,12 @@ def test_schemas_say_what_is_written_and_nothing_else(name: str) -> None:
     assert not operator("norm_backward")._schema.is_mutable
 
 
+@pytest.mark.parametrize("name", [name for name, *_ in _ops.SHARDED])
+def test_operators_for_sharded_tensors_begin_with_a_tensor(name: str) -> None:
+    """DTensor of torch 2.10 asks the first argument for the mesh, and no other."""
+    assert str(operator(name)._schema.arguments[0].type) == "Tensor"
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", NAMES)
 def test_torch_finds_nothing_wrong_with_the_operators(name: str, form: str) -> None:
@@ -154,13 +160,13 @@ def backward_arguments(
     rstd = torch.rand(x.shape[:-1])
     of_x, of_residual, of_weight, of_bias = wanted
     return [
+        torch.randn(x.shape).to(x.dtype),
+        torch.randn(x.shape) if residual else None,
+        *(x, None, affine, affine, rstd, rstd.clone() if layer else None),
         *(layer, per_head, False, 1e-6, 0.0, False, False, True),
         x.dtype if of_x else None,
         torch.float32 if of_residual else None,
         *(of_weight, of_bias),
-        torch.randn(x.shape).to(x.dtype),
-        torch.randn(x.shape) if residual else None,
-        *(x, None, affine, affine, rstd, rstd.clone() if layer else None),
     ]
 
 
@@ -229,7 +235,7 @@ def test_gradients_that_nobody_wants_are_empty_in_plain_torch_too() -> None:
     formula = (False, False, False, 1e-6, 0.0, False, False, True)
     wanted = (x.dtype, None, False, False)
     tensors = (grad_y, None, x, None, weight, weight, rstd, None)
-    made = torch.ops.normkit.norm_backward(*formula, *wanted, *tensors)
+    made = torch.ops.normkit.norm_backward(*tensors, *formula, *wanted)
     assert [t.numel() for t in made] == [x.numel(), 0, 0, 0]
 
 
