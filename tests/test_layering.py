@@ -15,10 +15,10 @@ PACKAGE = ROOT / "src" / "normkit"
 
 # A module imports from its own layer and from those before it; a new file needs a place here.
 LAYERS = [
-    {"_C", "_triton_kernels", "reference"},
+    {"_C", "_scripting", "_triton_kernels", "reference"},
     {"_triton"},
     {"_checks", "testing"},
-    {"_dispatch", "_gather"},
+    {"_dispatch", "_gather", "_nested"},
     {"_parts"},
     {"_sharding"},
     {"_ops"},

@@ -104,7 +104,8 @@ def _check_types(call: Call) -> None:
         if not isinstance(value, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {_type_name(value)}")
         if value.is_nested:
-            raise ValueError(f"{name}: expected a dense tensor, got a nested one")
+            kind = "jagged" if value.layout == torch.jagged else "strided"
+            raise ValueError(f"{name}: expected a dense tensor, got a {kind} nested one")
         allowed = (*FLOATS, torch.float64) if call.x.dtype == torch.float64 else FLOATS
         if name != "x" and value.dtype not in allowed:
             extra = ", since x is float64: or float64" if len(allowed) > len(FLOATS) else ""
@@ -178,6 +179,14 @@ def check_eps(
     if number < 0:
         raise ValueError(f"{name}: expected a number >= 0, got {number}")
     return number
+
+
+def check_size(name: str, value: object) -> None:
+    """Raise unless the value is the size of a dimension: an int (or a symbol of one) >= 1."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected an int, got {_type_name(value)}")
+    if value < 1:
+        raise ValueError(f"{name}: expected at least 1, got {value}")
 
 
 def _brief(value: object) -> str:
@@ -265,6 +274,10 @@ def _rows(t: Tensor) -> list[tuple[int, int]]:
     return sorted(((stride * item, size) for stride, size in outer if size > 1), reverse=True)
 
 
+def _steps_alike(t: Tensor, other: Tensor) -> bool:
+    return t.shape[-1] == 1 or t.stride(-1) == other.stride(-1)
+
+
 def _covers_itself(t: Tensor) -> bool:
     inside = t.shape[-1] * t.element_size()
     for stride, size in reversed(_rows(t)):
@@ -296,6 +309,7 @@ def _collide(written: Tensor, other: Tensor) -> bool:
         written.dtype != other.dtype
         or written.shape[-1] != other.shape[-1]
         or layout != _rows(other)
+        or not _steps_alike(written, other)
     ):
         return True
     row_bytes = written.shape[-1] * written.element_size()
@@ -316,6 +330,7 @@ def _check_memory(call: Call) -> None:
                 and t.dtype == other.dtype
                 and t.shape == other.shape
                 and _rows(t) == _rows(other)
+                and _steps_alike(t, other)
             )
             if not same and _collide(t, other):
                 raise ValueError(

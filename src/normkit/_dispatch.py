@@ -221,11 +221,16 @@ def serve(call: Call) -> Any:
 
 
 def save(call: Call) -> Saved:
-    """Check and serve a call without outputs of its own, and keep what its gradients need."""
-    served = _serve_natively(call, SAVING)
+    """Check and serve a call without outputs of its own, and keep what its gradients need.
+
+    The extension's own checks are the quick ones; what it refuses is checked in full and asked again.
+    """
+    served = _ask_native(call, _state.backend, SAVING, as_given=True)
+    if type(served) is not tuple:
+        check(call)
+        served = _serve_natively(call, SAVING)
     if type(served) is tuple:
         return served
-    check(call)
     made = serve_by_reference(call)
     y, residual_out = made if isinstance(made, tuple) else (made, None)
     rstd, mean = reference.statistics(
@@ -323,9 +328,13 @@ def backward_by_reference(
     residual: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    rstd: Tensor | None,
+    rstd: Tensor,
+    *,
+    differentiable: bool = False,
 ) -> Gradients:
-    """Make the gradients of a norm in plain torch; without rstd they are differentiable."""
+    """Make the gradients of a norm in plain torch; differentiable ones take rstd from x again."""
+    # What was kept of a float64 x may be narrower: a rounded sum, or the output.
+    compute = torch.float64 if rstd.dtype == torch.float64 else None
     of_sum, of_weight, of_bias = reference.norm_backward(
         grad_y,
         x,
@@ -334,12 +343,13 @@ def backward_by_reference(
         bias,
         formula.eps,
         kind=formula.kind,
-        rstd=rstd,
+        rstd=None if differentiable else rstd,
         from_output=formula.from_output,
         round_sum=formula.round_sum,
         weight_offset=formula.weight_offset,
         round_before_weight=formula.round_before_weight,
         clamp_inf=formula.clamp_inf,
+        compute_dtype=compute,
     )
     if grad_residual_out is not None:
         of_sum = of_sum + grad_residual_out
@@ -393,7 +403,7 @@ def _serve_natively(call: Call, mode: int) -> Any:
     return served
 
 
-def _ask_native(call: Call, wanted: str, mode: int) -> Any:
+def _ask_native(call: Call, wanted: str, mode: int, *, as_given: bool = False) -> Any:
     if wanted in ("cpu", "cuda") and call.x.device.type != wanted:
         unusable = "" if (backend := backends()[wanted]).usable else f"; {backend.reason}"
         return f"x is on {call.x.device}{unusable}"
@@ -412,7 +422,15 @@ def _ask_native(call: Call, wanted: str, mode: int) -> Any:
         call.residual_out,
         mode,
     )
-    return _with_copies(native, kind, (call.x, call.residual, call.weight, call.bias), options)
+    tensors = (call.x, call.residual, call.weight, call.bias)
+    if not as_given:
+        return _with_copies(native, kind, tensors, options)
+    return "" if _hides_signs(call.x) else native(kind, *tensors, *options)
+
+
+def _hides_signs(x: Tensor | None) -> bool:
+    """Whether the extension cannot tell from strides that rows are lazily negated."""
+    return x is not None and x.shape[-1:] == (1,)
 
 
 def _with_copies(
@@ -422,10 +440,8 @@ def _with_copies(
     options: tuple[Any, ...],
 ) -> Any:
     """Ask for these tensors, and where they are refused for copies that kernels can read."""
-    first = tensors[0]
     made = ""
-    # Of rows of one element the extension cannot tell whether they are lazily negated.
-    if first is not None and first.shape[-1:] != (1,):
+    if not _hides_signs(tensors[0]):
         made = native(kind, *tensors, *options)
         if type(made) is not str:
             return made
@@ -437,7 +453,8 @@ def _with_copies(
 def as_kernels_read_it(t: Tensor) -> Tensor:
     """The tensor itself, or a copy with a last stride of 1 and its signs in its memory."""
     if t.ndim > 0 and t.shape[-1] > 1 and t.stride(-1) != 1:
-        t = t.contiguous()
+        # contiguous() would return an empty tensor as it is.
+        t = t.clone(memory_format=torch.contiguous_format)
     return t.resolve_neg()
 
 

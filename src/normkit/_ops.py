@@ -7,14 +7,16 @@ rstd and mean as well.  The gradients of all of them are one operator, `norm_bac
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.overrides import handle_torch_function, has_torch_function
 
-from normkit import _dispatch, _sharding
+from normkit import _dispatch, _nested, _sharding
 from normkit._checks import Call, check
 from normkit._dispatch import ALWAYS_DISPATCH, Formula, Gradients, Result, Saved, Wanted
 
@@ -108,8 +110,17 @@ OPS = {
 }
 
 
+# The public functions by name: what other types than tensors are told of, as torch tells its own.
+FUNCTIONS: dict[str, Callable[..., Any]] = {}
+
+
 def serve(call: Call) -> Any:
     """Check and serve a call that the quick path did not take."""
+    if type(call.x) not in PLAIN:
+        if _nested.is_jagged(call.x):
+            return _serve_jagged(call)
+        if not isinstance(call.x, Tensor | type) and has_torch_function((call.x,)):
+            return _hand_over(call)
     if autocasts(call):
         call.out_dtype = torch.float32
     # Under these only torch's own operators know what to do, and in a trace of torch.jit too.
@@ -135,8 +146,37 @@ def serve(call: Call) -> Any:
     if transformed or writes or not call.wants_gradient():
         check(call)
         return _dispatch.serve(call)
-    # The extension checks; what it refuses is checked by _dispatch.save.
+    # The extension checks, and what it refuses _dispatch.save; but neither sees these.
+    if type(call.memory_efficient) is not bool or (
+        call.residual is None and call.op.startswith("add_")
+    ):
+        check(call)
     return _Norm.apply(call, call.x, call.residual, call.weight, call.bias)  # type: ignore[no-untyped-call]
+
+
+def _serve_jagged(call: Call) -> Any:
+    made = serve(_nested.norm_of_values(call))
+    if _dispatch.is_explaining():
+        return made
+    made = made if isinstance(made, tuple) else (made,)
+    given = (call.out, call.residual_out)
+    returned = tuple(
+        _nested.ragged_as(call.x, values) if out is None else out
+        for values, out in zip(made, given, strict=False)
+    )
+    return returned if len(returned) > 1 else returned[0]
+
+
+def _hand_over(call: Call) -> Any:
+    """Let an x that is no tensor, as torch.fx traces with, say what a call of it means."""
+    function = FUNCTIONS[call.op]
+    given: dict[str, Any] = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        value, default = getattr(call, name), parameter.default
+        is_default = value is default or (type(value) is type(default) and value == default)
+        if not is_default or default is parameter.empty:
+            given[name] = value
+    return handle_torch_function(function, (call.x,), given.pop("x"), **given)
 
 
 def autocasts(call: Call) -> bool:
@@ -155,12 +195,15 @@ def autocasts(call: Call) -> bool:
 
 def _is_plain(call: Call) -> bool:
     """Whether kernels may read the tensors, and autograd needs no help of the dispatcher."""
-    if type(call.x) not in PLAIN:
-        return False
     for t in (call.residual, call.weight, call.bias, call.out, call.residual_out):
-        if t is not None and type(t) not in PLAIN:
+        if t is not None and not _is_plain_tensor(t):
             return False
-    return call.x.is_cpu or call.x.is_cuda or call.x.is_xpu
+    return _is_plain_tensor(call.x) and (call.x.is_cpu or call.x.is_cuda or call.x.is_xpu)
+
+
+def _is_plain_tensor(t: Any) -> bool:
+    # A nested tensor of the older kind is a plain Tensor without a shape.
+    return type(t) in PLAIN and not t.is_nested
 
 
 # ---------------------------------------------------------------- gradients
@@ -232,8 +275,9 @@ def _gradients(
             "memory_efficient: expected False where gradients are differentiated again, got True"
         )
     return _dispatch.backward_by_reference(
-        ctx.formula, wanted, grad_y, grad_residual_out, source, residual, weight, bias, None
-    )
+        ctx.formula, wanted, grad_y, grad_residual_out, source, residual, weight, bias, rstd,
+        differentiable=True,
+    )  # fmt: skip
 
 
 class _Norm(torch.autograd.Function):

@@ -417,8 +417,8 @@ def add_layer_norm(
     return cast("tuple[Tensor, Tensor]", _ops.serve(call))
 
 
-_OPS = {
-    op.__name__: op
+_ops.FUNCTIONS.update(
+    (op.__name__, op)
     for op in (
         rms_norm,
         layer_norm,
@@ -431,7 +431,7 @@ _OPS = {
         add_rms_norm_,
         add_layer_norm_,
     )
-}
+)
 
 
 def explain(op: str | Callable[..., Any], *tensors: Tensor | None, **options: Any) -> Explanation:
@@ -455,7 +455,8 @@ def explain(op: str | Callable[..., Any], *tensors: Tensor | None, **options: An
         >>> normkit.explain("rms_norm", torch.ones(2, 4, dtype=torch.float64)).reason
         'x is float64'
     """
-    name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
-    if name not in _OPS:
-        raise ValueError(f"op: expected one of {', '.join(_OPS)}, got {name}")
-    return _dispatch.explain(_OPS[name], *tensors, **options)
+    functions = _ops.FUNCTIONS
+    function = functions.get(op) if isinstance(op, str) else op
+    if function not in functions.values():
+        raise ValueError(f"op: expected one of {', '.join(functions)} of normkit, got {op!r}")
+    return _dispatch.explain(function, *tensors, **options)

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, overload
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
+from torch.fx import Proxy
 from torch.nn import Parameter, init
 
 from normkit import _dispatch, _ops
-from normkit._checks import Call
+from normkit._checks import Call, check_eps, check_number, check_size
+from normkit._scripting import ScriptableNorm
 from normkit.checkpoint import Source, StoredNorm, read_norm
 from normkit.functional import add_layer_norm, add_rms_norm, head_norm, layer_norm, rms_norm
 from normkit.inplace import Kind
@@ -51,6 +53,13 @@ class _Affine(torch.nn.Module):
         if self.memory_efficient:
             shown.append("memory_efficient=True")
         return ", ".join(filter(None, shown))
+
+    def _trace(self, x: Any, residual: Any, out_dtype: torch.dtype | None) -> Any:
+        """Record a call of this module by torch.fx, which takes only torch's own for leaves."""
+        given = (x,) if residual is None else (x, residual)
+        options = {} if out_dtype is None else {"out_dtype": out_dtype}
+        tracer = next(t.tracer for t in given if isinstance(t, Proxy))
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), given, options)
 
     def _adopt(self, stored: StoredNorm) -> Self:
         self.weight = Parameter(stored.weight)
@@ -110,6 +119,8 @@ class _RowNorm(_Affine):
             )  # fmt: skip
             if y is not None:
                 return y  # type: ignore[no-any-return]
+        if isinstance(x, Proxy) or isinstance(residual, Proxy):
+            return self._trace(x, residual, out_dtype)
         if weight is None or len(self.normalized_shape) > 1:
             return self._as_one_row(x, residual, weight, bias, out_dtype)
         if residual is None:
@@ -144,7 +155,6 @@ class _RowNorm(_Affine):
         out_dtype: torch.dtype | None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         _check_ending("x", x, self.normalized_shape)
-        first = -len(self.normalized_shape)
         affine = [None if t is None else t.flatten() for t in (weight, bias)]
         options: dict[str, Any] = {
             "weight_offset": self.weight_offset,
@@ -152,13 +162,19 @@ class _RowNorm(_Affine):
             "out_dtype": out_dtype,
             "memory_efficient": self.memory_efficient,
         }
-        row = x.flatten(first)
-        if residual is None:
-            y: Tensor = self._norm(row, *affine, self.eps, **options)
-            return y.view(x.shape)
-        _check_ending("residual", residual, x.shape)
-        y, total = self._add_norm(row, residual.flatten(first), *affine, self.eps, **options)
-        return y.view(x.shape), total.view(x.shape)
+        dims = len(self.normalized_shape)
+        if residual is not None:
+            _check_ending("residual", residual, x.shape)
+        rows = [t if dims == 1 else t.flatten(-dims) for t in (x, residual) if t is not None]
+        op = self._norm if residual is None else self._add_norm
+        made = op(*rows, *affine, self.eps, **options)
+        if dims == 1:
+            return made  # type: ignore[no-any-return]
+        return made.view(x.shape) if residual is None else tuple(t.view(x.shape) for t in made)
+
+    def __prepare_scriptable__(self) -> torch.nn.Module:
+        """Return what torch.jit.script compiles in the place of this module."""
+        return ScriptableNorm(self, self._kind, list(self.normalized_shape), per_head=False)
 
     @classmethod
     def from_checkpoint(
@@ -269,7 +285,9 @@ class RMSNorm(_RowNorm, torch.nn.RMSNorm):
         round_before_weight: bool = False,
         memory_efficient: bool = False,
     ) -> None:
-        super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
+        _check_options(eps, weight_offset)
+        shape = _checked_shape(normalized_shape)
+        super().__init__(shape, eps, elementwise_affine, device, dtype)
         self.weight_offset = weight_offset
         self.round_before_weight = round_before_weight
         self.memory_efficient = memory_efficient
@@ -325,7 +343,9 @@ class LayerNorm(_RowNorm, torch.nn.LayerNorm):
         round_before_weight: bool = False,
         memory_efficient: bool = False,
     ) -> None:
-        super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)  # type: ignore[arg-type]
+        _check_options(eps, weight_offset)
+        shape = _checked_shape(normalized_shape)
+        super().__init__(shape, eps, elementwise_affine, bias, device, dtype)  # type: ignore[arg-type]
         self.weight_offset = weight_offset
         self.round_before_weight = round_before_weight
         self.memory_efficient = memory_efficient
@@ -380,6 +400,10 @@ class HeadNorm(_Affine):
         memory_efficient: bool = False,
     ) -> None:
         super().__init__()
+        _check_options(eps, weight_offset)
+        for name, size in (("num_heads", num_heads), ("head_dim", head_dim)):
+            if not (size is None and name == "num_heads"):
+                check_size(name, size)
         if kind not in ("rms", "layer"):
             raise ValueError(f'kind: expected "rms" or "layer", got {kind!r}')
         self.num_heads = num_heads
@@ -426,6 +450,8 @@ class HeadNorm(_Affine):
             weight, bias = parameters["weight"], parameters["bias"]
         except KeyError:
             weight, bias = self.weight, self.bias
+        if isinstance(x, Proxy) or isinstance(residual, Proxy):
+            return self._trace(x, residual, out_dtype)
         if weight is None:  # whose shape would have been compared
             heads = () if self.num_heads is None else (self.num_heads,)
             _check_ending("x", x, (*heads, self.head_dim))
@@ -457,6 +483,11 @@ class HeadNorm(_Affine):
             memory_efficient=self.memory_efficient,
         )
         return _ops.serve(call)  # type: ignore[no-any-return]
+
+    def __prepare_scriptable__(self) -> torch.nn.Module:
+        """Return what torch.jit.script compiles in the place of this module."""
+        heads = [] if self.num_heads is None else [self.num_heads]
+        return ScriptableNorm(self, self.kind, [*heads, self.head_dim], per_head=True)
 
     @classmethod
     def from_checkpoint(
@@ -496,9 +527,28 @@ class HeadNorm(_Affine):
         return module._adopt(stored)
 
 
+def _check_options(eps: float | None, weight_offset: float) -> None:
+    check_eps(eps)
+    check_number("weight_offset", weight_offset)
+
+
+def _checked_shape(shape: int | Sequence[int]) -> tuple[int, ...]:
+    try:
+        sizes = tuple(shape)  # type: ignore[arg-type]
+    except TypeError:  # one size
+        sizes = (shape,)  # type: ignore[assignment]
+    if not sizes:
+        raise ValueError("normalized_shape: expected at least one dimension, got ()")
+    for size in sizes:
+        check_size("normalized_shape", size)
+    return sizes
+
+
 def _check_ending(name: str, t: Any, ending: tuple[int, ...]) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(t).__name__}")
+    if t.is_nested and t.layout == torch.strided:  # has no shape
+        raise ValueError(f"{name}: expected a dense or a jagged tensor, got a strided nested one")
     if tuple(t.shape[-len(ending) :]) != tuple(ending):
         raise ValueError(
             f"{name}: expected a shape that ends in {tuple(ending)}, got {tuple(t.shape)}"

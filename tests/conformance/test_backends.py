@@ -149,3 +149,38 @@ def test_parameters_and_buffers_are_plain_tensors(kernels: Any) -> None:
     expected = kernels("rms_norm", inputs.x, inputs.weight)
     for wrap in (torch.nn.Buffer, lambda t: torch.nn.Parameter(t, requires_grad=False)):
         assert torch.equal(kernels("rms_norm", wrap(inputs.x), wrap(inputs.weight)), expected)
+
+
+# Private names of torch that the quick path looks up in a module's dict at every call.
+@pytest.mark.parametrize(
+    "path",
+    [
+        "autograd.forward_ad._current_level",
+        "utils._python_dispatch._is_in_torch_dispatch_mode",
+        "_C._is_tracing",
+        "_C._increment_version",
+        "Tensor.__dlpack_c_exchange_api__",
+    ],
+)
+def test_a_private_name_that_torch_has_no_more_is_an_import_error(path: str) -> None:
+    """Its absence would read as "off", and tangents or dispatch modes be passed by in silence."""
+    if normkit._dispatch._missing:
+        pytest.skip("no extension")
+    with pytest.raises(ImportError, match=rf"torch\.{re.escape(path)}"):
+        normkit._dispatch._C.bind_torch(_Without(torch, path.split(".")))
+    assert torch.equal(normkit.rms_norm(torch.ones(2, 4)), torch.ones(2, 4))
+
+
+class _Without:
+    """An object that lacks what is at the end of a path."""
+
+    def __init__(self, original: Any, path: list[str]) -> None:
+        self._original, self._path = original, path
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._original, name)
+        if name != self._path[0]:
+            return value
+        if len(self._path) == 1:
+            raise AttributeError(name)
+        return _Without(value, self._path[1:])

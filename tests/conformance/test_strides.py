@@ -61,6 +61,85 @@ def test_expanded_inputs(backend: Any, op: Op) -> None:
         assert_same_results(run_and_check(backend, op, expanded), run(backend, op, plain))
 
 
+# Windows of step 1 and other rows that share memory, gaps, other orders, odd strides of size 1.
+SHAPES_AND_STRIDES = [
+    ((2, 3), (1, 1)),
+    ((63, 64), (1, 1)),
+    ((64, 64), (1, 1)),
+    ((5, 7, 16), (0, 1, 1)),
+    ((3, 8, 16), (1, 8, 1)),
+    ((3, 5, 16), (7, 2, 1)),
+    ((4, 24), (30, 1)),
+    ((4, 3, 8), (8, 32, 1)),
+    ((1, 24), (64, 1)),
+    ((4, 1, 24), (24, 7, 1)),
+    ((3, 2, 1), (2, 1, 5)),
+]
+
+
+def packed_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return torch.empty(shape, device="meta").stride()
+
+
+def _laid_out(inputs: Inputs, strides: tuple[int, ...]) -> Inputs:
+    """x and residual of these strides; where rows share memory, so do their values."""
+    moved = []
+    for t in (inputs.x, inputs.residual):
+        memory = torch.randn(4096, generator=torch.Generator().manual_seed(1)).to(t.dtype)
+        moved.append(memory[3:].as_strided(t.shape, strides))
+    return inputs._replace(x=moved[0], residual=moved[1])
+
+
+@pytest.mark.parametrize(("shape", "strides"), SHAPES_AND_STRIDES, ids=str)
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_outputs_that_are_not_given_are_packed(
+    backend: Any, op: Op, shape: tuple[int, ...], strides: tuple[int, ...]
+) -> None:
+    """As torch's own norms make them; torch.empty_like would keep gaps, and sort equal strides."""
+    for dtype, out_dtype in ((torch.float32, None), (torch.bfloat16, torch.float16)):
+        inputs = make_inputs(shape, dtype, residual_dtype=torch.float16, per_head=False)
+        moved = _laid_out(inputs, strides)
+        plain = moved._replace(
+            x=moved.x.clone(memory_format=torch.contiguous_format),
+            residual=moved.residual.clone(memory_format=torch.contiguous_format),
+        )
+        result = run(backend, op, moved, out_dtype=out_dtype)
+        assert_same_results(result, run_and_check(backend, op, plain, out_dtype=out_dtype))
+        for made in (result.y, result.residual_out):
+            assert made is None or made.stride() == packed_strides(shape)
+
+
+@pytest.mark.parametrize(("shape", "strides"), SHAPES_AND_STRIDES, ids=str)
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_gradients_are_packed(
+    backend: Any, op: Op, shape: tuple[int, ...], strides: tuple[int, ...]
+) -> None:
+    inputs = make_inputs(shape, torch.float32, residual_dtype=torch.float16)
+    moved = _laid_out(inputs, strides)
+    made = []
+    for x, residual in (
+        (moved.x, moved.residual),
+        (moved.x.contiguous(), moved.residual.contiguous()),
+    ):
+        leaves = [
+            t if t is None else t.detach().requires_grad_()
+            for t in op.tensors(inputs._replace(x=x, residual=residual))
+        ]
+        outputs = run(backend, op, _as_inputs(op, leaves))
+        given = [t for t in outputs if t is not None]
+        weights = [inputs.x.to(t.dtype) for t in given]
+        made.append(torch.autograd.grad(given, leaves, weights))
+    for got, expected in zip(*made, strict=True):
+        assert_same_bits(got, expected.contiguous())
+        assert got.stride() == packed_strides(tuple(got.shape))
+
+
+def _as_inputs(op: Op, tensors: list[Any]) -> Inputs:
+    """The other way from op.tensors()."""
+    x, *rest = tensors
+    return Inputs(x, *rest) if op.adds else Inputs(x, x, *rest)
+
+
 @pytest.mark.parametrize("op", OPS, ids=str)
 def test_strides_of_dimensions_of_size_1_are_ignored(backend: Any, op: Op) -> None:
     for stride in (0, 1, 3, 10**12, 2**62):
