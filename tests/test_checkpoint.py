@@ -23,8 +23,8 @@ from checkpoints import (
     same_bits,
     tensors,
 )
-from normkit import HeadNorm, LayerNorm, RMSNorm, checkpoint, load_norm
-from normkit.checkpoint import find_norms
+from normkit import HeadNorm, LayerNorm, RMSNorm, _files, load_norm
+from normkit.checkpoint import find_norms, read_norm
 
 SOURCES = {
     "file": file_of,
@@ -135,7 +135,7 @@ def test_only_the_tensors_asked_for_are_read(tmp_path, monkeypatch):
             read.append(name)
             return self.file.get_tensor(name)
 
-    monkeypatch.setattr(checkpoint, "safe_open", Counting)
+    monkeypatch.setattr(_files, "safe_open", Counting)
     path = folder_of(tmp_path, tensors())
     load_norm(path, "head.ln_1")
     assert sorted(read) == ["head.ln_1.bias", "head.ln_1.weight"]
@@ -270,6 +270,23 @@ def test_a_tower_goes_by_its_own_config(tmp_path):
     assert (vision.kind, vision.eps, vision.weight_offset) == ("layer", 0.5, 0.0)
 
 
+def test_an_index_of_a_large_model_is_read(tmp_path):
+    """With 208,000 tensors, of the longest names there are, it is within every limit."""
+    names = [
+        f"language_model.model.layers.{layer}.mlp.experts.{expert}.down_proj.weight_packed_{part}"
+        for layer in range(65)
+        for expert in range(400)
+        for part in range(8)
+    ]
+    weight_map = dict.fromkeys(names, "model-00001-of-00062.safetensors")
+    folder_of(tmp_path, tensors())
+    index = tmp_path / "model.safetensors.index.json"
+    weight_map |= json.loads(index.read_text())["weight_map"]
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=2))
+    assert index.stat().st_size > 20e6
+    assert len(find_norms(tmp_path)) == 4
+
+
 def test_a_tower_takes_nothing_from_the_language_model(tmp_path):
     config = {"model_type": "gemma", "layer_norm_eps": 0.25, "vision_config": {}}
     path = file_of(tmp_path, {"vision_model.norm.weight": torch.ones(4)}, config)
@@ -353,6 +370,41 @@ def test_a_value_that_is_no_tensor_is_refused():
         load_norm({"norm.weight": [1.0]}, "norm")
 
 
+@pytest.mark.parametrize("function", [load_norm, RMSNorm.from_checkpoint, read_norm])
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"key": 3}, TypeError, "key: expected a str, got int"),
+        ({"eps": "1e-6"}, TypeError, "eps: expected a number, got str"),
+        ({"eps": [1e-6]}, TypeError, "eps: expected a number, got list"),
+        ({"eps": float("nan")}, ValueError, "eps: expected a finite number, got nan"),
+        ({"eps": float("inf")}, ValueError, "eps: expected a finite number, got inf"),
+        ({"eps": 10**400}, ValueError, "eps: expected a finite number, got 1000"),
+        ({"eps": 10**5000}, ValueError, "eps: expected a finite number, got one of thousands"),
+        ({"eps": -1e-6}, ValueError, "eps: expected a number >= 0, got -1e-06"),
+        ({"weight_offset": "1"}, TypeError, "weight_offset: expected a number, got str"),
+        ({"weight_offset": float("nan")}, ValueError, "weight_offset: expected a finite number"),
+        ({"round_before_weight": 1}, TypeError, "round_before_weight: expected True, False or"),
+    ],
+)
+def test_an_option_that_no_call_can_use_is_refused_at_once(function, options, error, message):
+    with pytest.raises(error, match=f"^{re.escape(message)}"):
+        function(tensors(), **{"key": "model.norm", **options})
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.complex64])
+def test_tensors_in_a_dtype_of_no_norm_are_refused(tmp_path, dtype):
+    wrong, right = torch.ones(4, dtype=dtype), torch.ones(4)
+    for source in (lambda stored: stored, lambda stored: file_of(tmp_path, stored)):
+        for part, stored in [
+            ("weight", {"norm.weight": wrong}),
+            ("bias", {"norm.weight": right, "norm.bias": wrong}),
+        ]:
+            message = f"norm.{part}: expected a floating-point dtype, got {dtype}"
+            with pytest.raises(TypeError, match=message):
+                load_norm(source(stored), "norm")
+
+
 def test_a_kind_that_is_none_is_refused():
     with pytest.raises(ValueError, match='kind: expected "rms", "layer" or None'):
         load_norm(tensors(), "model.norm", kind="batch")
@@ -361,8 +413,9 @@ def test_a_kind_that_is_none_is_refused():
 def test_shapes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"norm: expected .*, got \(4,\) and \(5,\)"):
         load_norm({"norm.weight": torch.ones(4), "norm.bias": torch.ones(5)}, "norm")
-    with pytest.raises(ValueError, match=r"norm: expected .*, got \(\)"):
-        load_norm({"norm.weight": torch.ones(())}, "norm")
+    for shape in [(), (0,), (0, 4), (4, 0)]:
+        with pytest.raises(ValueError, match=r"norm\.weight: expected the shape of a norm's"):
+            load_norm({"norm.weight": torch.ones(shape)}, "norm")
 
 
 def test_an_error_of_the_source_is_not_taken_for_a_missing_tensor():
@@ -422,7 +475,7 @@ def test_a_malformed_config_is_named(tmp_path, content):
 @pytest.mark.parametrize("value", ["1e-5", True, [1e-5]])
 def test_an_eps_that_is_no_number_is_told(tmp_path, value):
     path = file_of(tmp_path, tensors(), {"rms_norm_eps": value})
-    with pytest.raises(ValueError, match=r"config\.json: expected a number as rms_norm_eps"):
+    with pytest.raises(ValueError, match=r"config\.json: rms_norm_eps: expected a number, got"):
         load_norm(path, "model.norm")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("typer")
 
@@ -175,6 +176,80 @@ def test_a_norm_that_is_not_served_natively_is_shown_and_no_error(checkpoint: Pa
     data = json.loads(told.stdout)
     assert [line["backend"] for line in data["norms"]] == ["reference", "reference"]
     assert data["summary"]["native"] == 0
+
+
+def test_a_norm_that_cannot_run_hides_no_other(checkpoint: Path) -> None:
+    """Status 0 where only no kernel takes it; 2 where something is missing or malformed."""
+    file = checkpoint / "model.safetensors"
+    weights = load_file(file)
+    save_file({**weights, "double.norm.weight": torch.ones(96).double()}, file)
+    told = run("check", checkpoint, "--json")
+    assert told.exit_code == 0, told.output
+    data = json.loads(told.stdout)
+    assert sorted(line["layer"] for line in data["norms"]) == RMS_KEYS
+    (line,) = data["not_run"]
+    assert line["layer"] == "double.norm"
+    assert "weight: expected float32, float16 or bfloat16, got torch.float64" in line["reason"]
+    assert data["unreadable"] == []
+    assert (data["summary"]["norms"], data["summary"]["not_run"]) == (2, 1)
+
+    save_file({**weights, "empty.norm.weight": torch.ones(0)}, file)
+    told = run("check", checkpoint, "--json")
+    assert told.exit_code == 2, told.output
+    data = json.loads(told.stdout)
+    assert sorted(line["layer"] for line in data["norms"]) == RMS_KEYS
+    assert [line["layer"] for line in data["unreadable"]] == ["empty.norm"]
+
+
+def test_a_missing_shard_hides_no_other(checkpoint: Path) -> None:
+    (checkpoint / "model.safetensors").rename(checkpoint / "1.safetensors")
+    weight_map = dict(zip((f"{key}.weight" for key in RMS_KEYS), "12", strict=True))
+    index = {"weight_map": {key: f"{shard}.safetensors" for key, shard in weight_map.items()}}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+    told = run("check", checkpoint)
+    assert told.exit_code == 2
+    assert "1 norms, all within the bound" in told.stdout
+    assert "model.norm: not run: " in told.stdout
+    assert "2.safetensors: listed in" in told.stdout
+
+
+def test_a_broken_bound_counts_more_than_what_is_missing(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = RMSNorm.forward
+    monkeypatch.setattr(RMSNorm, "forward", lambda self, x: forward(self, x) * 1.02)
+    file = checkpoint / "model.safetensors"
+    save_file({**load_file(file), "empty.norm.weight": torch.ones(0)}, file)
+    assert run("check", checkpoint).exit_code == 1
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_weights_that_are_not_finite_are_compared_and_told(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    file = checkpoint / "model.safetensors"
+    weights = load_file(file)
+    weights["model.norm.weight"][3] = value
+    save_file(weights, file)
+    told = run("check", checkpoint)
+    assert told.exit_code == 0, told.output
+    assert "model.norm: holds inf or NaN, 1 of them" in told.stdout
+    # the other columns count as ever, and so does this one if it is anything else
+    forward = RMSNorm.forward
+    for wrong in (lambda y: y * 1.02, lambda y: y.nan_to_num(1.0, 1.0, 1.0)):
+        monkeypatch.setattr(RMSNorm, "forward", lambda self, x, w=wrong: w(forward(self, x)))
+        assert run("check", checkpoint).exit_code == 1
+
+
+def test_a_name_in_any_letters_is_printed_anywhere(checkpoint: Path) -> None:
+    save_file({"é.norm.weight": torch.ones(8)}, checkpoint / "model.safetensors")
+    done = subprocess.run(
+        [sys.executable, "-m", "normkit", "check", checkpoint, "--rows", "1"],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"\\xe9.norm" in done.stdout
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no safetensors at all"])

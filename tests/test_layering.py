@@ -23,7 +23,7 @@ LAYERS = [
     {"_sharding"},
     {"_ops"},
     {"functional", "inplace"},
-    {"_families", "checkpoint", "modules"},
+    {"_families", "_files", "checkpoint", "modules"},
     {"__init__"},
     {"parallel.context", "parallel.shards", "parallel.styles"},
     {"parallel.devices"},
@@ -39,7 +39,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 # What others than the standard library and torch may be imported, and by whom.
 THIRD_PARTY = {
-    "safetensors": {"checkpoint", "cli", "compat.exllamav2_module"},
+    "safetensors": {"_files", "compat.exllamav2_module"},
     "typing_extensions": {"compat.lorax", "modules"},  # for the type checker only
     "triton": {"_triton_kernels"},  # comes with torch where it is used
     "rich": {"_bench", "cli"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 
 
@@ -14,6 +15,8 @@ def main() -> None:
         if package not in ("typer", "rich"):
             raise
         sys.exit(f"normkit: the command line needs {package}: pip install normkit[cli]")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of layers may hold any letters
+        sys.stdout.reconfigure(errors="backslashreplace")
     app(prog_name="normkit")
 
 

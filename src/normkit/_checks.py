@@ -149,12 +149,18 @@ def _check_numbers(call: Call) -> None:
     call.weight_offset = check_number("weight_offset", call.weight_offset, dtype=dtype)
 
 
-def check_number(name: str, value: object, *, dtype: torch.dtype = torch.float32) -> float:
+def check_number(
+    name: str,
+    value: object,
+    *,
+    least: float | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> float:
     """The value as a float, which the computing dtype can hold.
 
     Raises:
         TypeError: it is no number.
-        ValueError: it is NaN, infinite, or beyond the largest number of dtype.
+        ValueError: it is NaN, infinite, beyond the largest number of dtype, or below least.
     """
     if isinstance(value, (bool, str, bytes, Tensor)) or not hasattr(value, "__float__"):
         raise TypeError(f"{name}: expected a number, got {_type_name(value)}")
@@ -166,6 +172,8 @@ def check_number(name: str, value: object, *, dtype: torch.dtype = torch.float32
         raise TypeError(f"{name}: expected a number, got {_type_name(value)}") from error
     if not abs(number) <= torch.finfo(dtype).max:
         raise ValueError(f"{name}: expected a finite number, got {_brief(value)}")
+    if least is not None and number < least:
+        raise ValueError(f"{name}: expected a number >= {least}, got {number}")
     return number
 
 
@@ -173,12 +181,7 @@ def check_eps(
     value: object, *, name: str = "eps", dtype: torch.dtype = torch.float32
 ) -> float | None:
     """The eps as a float >= 0 that the computing dtype can hold, or None; as `check_number`."""
-    if value is None:
-        return None
-    number = check_number(name, value, dtype=dtype)
-    if number < 0:
-        raise ValueError(f"{name}: expected a number >= 0, got {number}")
-    return number
+    return None if value is None else check_number(name, value, least=0, dtype=dtype)
 
 
 def check_size(name: str, value: object) -> None:

@@ -6,10 +6,12 @@ The families are named by model_type and listed as Hugging Face transformers 5.2
 from __future__ import annotations
 
 import re
+from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from normkit._checks import check_number
 from normkit.inplace import Kind
 
 DEFAULT_EPS: dict[Kind, float] = {"rms": 1e-6, "layer": 1e-5}  # as the modules have it
@@ -84,10 +86,10 @@ class Config:
         name = self._first(_EPS[kind])
         if name is None:
             return DEFAULT_EPS[kind]
-        value = self.values[name]
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ValueError(f"{self.origin}: expected a number as {name}, got {value!r}")
-        return float(value)
+        try:
+            return check_number(name, self.values[name], least=0)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{self.origin}: {error}") from error
 
     def weight_offset(self, kind: Kind) -> float:
         """What the family adds to the stored weight."""
@@ -106,7 +108,7 @@ class Config:
         return next((name for name in names if self.values.get(name) is not None), None)
 
 
-def config_of(prefix: str, config: Mapping[str, Any], origin: str) -> Config:
+def config_of(prefix: str, config: dict[str, Any], origin: str) -> Config:
     """The part of a config.json for the norm of that name.
 
     Models with several towers have a config for each.  In a tower's, nothing of the language
@@ -118,5 +120,5 @@ def config_of(prefix: str, config: Mapping[str, Any], origin: str) -> Config:
         if isinstance(config.get(name), dict):
             return Config(origin, prefix, config[name])
     sections = (config.get(name) for name in _TEXT)
-    text: dict[str, Any] = next((part for part in sections if isinstance(part, dict)), {})
-    return Config(origin, prefix, {**config, **text})
+    text = next((part for part in sections if isinstance(part, dict)), {})
+    return Config(origin, prefix, ChainMap(text, config))

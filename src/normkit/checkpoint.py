@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import difflib
-import json
+import itertools
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from normkit._checks import check_eps, check_number
 from normkit._families import Config, config_of
+from normkit._files import Files, describe_slice, printable
 from normkit.inplace import Kind
 
 if TYPE_CHECKING:
     from normkit.modules import HeadNorm, LayerNorm, RMSNorm
-
-INDEX = "model.safetensors.index.json"
 
 
 class HasGetTensor(Protocol):
@@ -65,109 +64,6 @@ class StoredNorm:
 # ---------------------------------------------------------------------------------------- sources
 
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-
-
-def _describe_slice(view: Any) -> tuple[tuple[int, ...], torch.dtype | None]:
-    return tuple(view.get_shape()), _DTYPES.get(view.get_dtype())
-
-
-class _Files:
-    """One safetensors file, or the shards of an index."""
-
-    def __init__(self, path: Path) -> None:
-        self.name = str(path)
-        self._config_path = (path if path.is_dir() else path.parent) / "config.json"
-        self._config = _read_json(self._config_path) if self._config_path.is_file() else {}
-        self._open: dict[Path, Any] = {}
-        file = _single_file(path)
-        if file is None:
-            self._shards = _read_index(path / INDEX)
-        else:
-            self._shards = dict.fromkeys(self._file(file).keys(), file)
-
-    def config(self, prefix: str) -> Config:
-        return config_of(prefix, self._config, str(self._config_path))
-
-    def names(self) -> set[str]:
-        return set(self._shards)
-
-    def get(self, name: str) -> Tensor | None:
-        if name not in self._shards:
-            return None
-        tensor: Tensor = self._ask("get_tensor", name)
-        return tensor
-
-    def describe(self, name: str) -> tuple[tuple[int, ...], torch.dtype | None]:
-        return _describe_slice(self._ask("get_slice", name))
-
-    def shard(self, name: str) -> str | None:
-        return self._shards[name].name
-
-    def _ask(self, method: str, name: str) -> Any:
-        path = self._shards[name]
-        try:
-            return getattr(self._file(path), method)(name)
-        except SafetensorError as error:
-            raise ValueError(f"{path}: cannot read {name}: {error}") from error
-
-    def _file(self, path: Path) -> Any:
-        if path not in self._open:
-            if not path.is_file():
-                raise FileNotFoundError(f"{path}: listed in {INDEX}, but there is no such file")
-            try:
-                self._open[path] = safe_open(path, framework="pt")
-            except SafetensorError as error:
-                raise ValueError(f"{path}: not a whole safetensors file: {error}") from error
-        return self._open[path]
-
-
-def _single_file(path: Path) -> Path | None:
-    """The one file that holds everything; None if there is an index of several."""
-    if path.is_file():
-        if path.suffix != ".safetensors":
-            raise ValueError(f"{path}: expected a .safetensors file or a model folder")
-        return path
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path}: no such file or folder")
-    files = sorted(path.glob("*.safetensors"))
-    whole = path / "model.safetensors"
-    if whole in files:
-        return whole
-    if (path / INDEX).is_file():
-        return None
-    if not files:
-        raise FileNotFoundError(f"{path}: no .safetensors file and no {INDEX} in this folder")
-    if len(files) > 1:
-        names = ", ".join(file.name for file in files[:4])
-        raise ValueError(f"{path}: several files and no {INDEX}, name one of them: {names}")
-    return files[0]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
-
-
-def _read_index(path: Path) -> dict[str, Path]:
-    names = _read_json(path).get("weight_map")
-    if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
-        raise ValueError(f"{path}: expected a weight_map from tensors to files, got {names!r:.60}")
-    return {tensor: path.parent / name for tensor, name in names.items()}
-
-
 class _Objects:
     """A dict of tensors, or an object with get_tensor, whose keys() are used if it has them."""
 
@@ -181,7 +77,7 @@ class _Objects:
     def config(self, prefix: str) -> Config:
         return config_of(prefix, {}, self.name)
 
-    def names(self) -> set[str] | None:
+    def names(self) -> Collection[str] | None:
         return self._names
 
     def get(self, name: str) -> Tensor | None:
@@ -197,24 +93,26 @@ class _Objects:
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
         return tensor
 
-    def describe(self, name: str) -> tuple[tuple[int, ...], torch.dtype | None]:
+    def describe(self, name: str) -> tuple[tuple[int, ...], torch.dtype | str]:
         if hasattr(self._source, "get_slice"):
-            return _describe_slice(self._source.get_slice(name))
+            return describe_slice(self._source.get_slice(name))
         tensor = self._read(name)
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            return (), None
+        if not isinstance(tensor, Tensor):
+            return (), type(tensor).__name__
         return tuple(tensor.shape), tensor.dtype
 
     def shard(self, name: str) -> str | None:
         return None
 
 
-_Tensors: TypeAlias = _Files | _Objects
+_Tensors: TypeAlias = Files | _Objects
 
 
 def _opened(source: Source) -> _Tensors:
+    if isinstance(source, Files):
+        return source
     if isinstance(source, (str, os.PathLike)):
-        return _Files(Path(source))
+        return Files(Path(source))
     if not isinstance(source, Mapping) and not callable(getattr(source, "get_tensor", None)):
         raise TypeError(
             "source: expected a path, a dict of tensors or an object with get_tensor,"
@@ -231,6 +129,7 @@ _NORM_WORDS = frozenset(
 )
 _OTHER_WORDS = frozenset(("batch", "group", "instance", "spectral", "weight", "linear", "proj"))
 _HEAD_WORDS = frozenset(("q", "k", "query", "key"))
+_LONG, _MANY = 200, 10_000  # what is searched for a key like one that is not there
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 
 
@@ -258,10 +157,10 @@ def _is_head_norm(prefix: str, shape: tuple[int, ...]) -> bool:
 def find_norms(source: Source) -> list[NormEntry]:
     """Find every norm of a checkpoint by names and shapes, without reading a tensor.
 
-    A norm is a floating weight (n,) of a module called norm, layernorm, LayerNorm, ln_1, q_norm and
-    the like, or (heads, head_dim) of one called q_norm or k_norm; TensorFlow's gamma and beta count
-    as weight and bias.  Batch, group and instance norms are left out where their name or a running
-    mean tells; a group norm that is just called "norm" cannot be told from a LayerNorm.
+    A norm is a floating weight (n,), n > 0, of a module called norm, layernorm, LayerNorm, ln_1,
+    q_norm and the like, or (heads, head_dim) of one called q_norm or k_norm; TensorFlow's gamma and
+    beta count as weight and bias.  Batch, group and instance norms are left out where their name or
+    a running mean tells; a group norm that is just called "norm" cannot be told from a LayerNorm.
 
     Args:
         source: as in `load_norm`; an object needs keys().  Only of an object without get_slice,
@@ -283,37 +182,95 @@ def find_norms(source: Source) -> list[NormEntry]:
         ['a.norm']
     """
     tensors = _opened(source)
+    found = (_find(tensors, name) for name in weight_names(tensors))
+    return [_entry(tensors, norm) for norm in found if norm is not None and norm.loads()]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A stored tensor that has the name and the dimensions of a norm's weight."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype | str
+
+    def loads(self) -> bool:
+        """Whether `load_norm` makes a module of it."""
+        return 0 not in self.shape and _is_floating(self.dtype)
+
+
+def weight_names(tensors: _Tensors) -> list[str]:
+    """The names of all tensors that are called as a norm's weight is, in the order of `find_norms`.
+
+    What may be wrong with one of them is not looked at.
+    """
     names = tensors.names()
     if names is None:
         raise TypeError(f"source: expected an object with keys(), got {tensors.name}")
-    found = (_entry(tensors, names, name) for name in sorted(names, key=_natural))
-    return [entry for entry in found if entry is not None]
+    return sorted((name for name in names if _is_norm_weight(name, names)), key=_natural)
+
+
+def describe_norm(tensors: _Tensors, name: str) -> NormEntry | None:
+    """The norm of one of `weight_names`; None where the shape is not that of a norm.
+
+    Raises:
+        TypeError: it is stored in a dtype that is no floating one.
+        ValueError: it has no elements, or a file is malformed.
+        OSError: a file is missing or cannot be read.
+    """
+    norm = _find(tensors, name)
+    if norm is None:
+        return None
+    _check_weight(norm.name, norm.shape, norm.dtype)
+    return _entry(tensors, norm)
+
+
+def _is_norm_weight(name: str, names: Collection[str]) -> bool:
+    prefix, ending = _split(name)
+    return bool(ending) and _is_norm(prefix) and f"{prefix}.running_mean" not in names
+
+
+def _is_floating(dtype: torch.dtype | str) -> bool:
+    return isinstance(dtype, torch.dtype) and dtype.is_floating_point
+
+
+def _check_weight(name: str, shape: tuple[int, ...], dtype: torch.dtype | str) -> None:
+    if not _is_floating(dtype):
+        raise TypeError(f"{printable(name)}: expected a floating-point dtype, got {dtype}")
+    if not shape or 0 in shape:
+        raise ValueError(f"{printable(name)}: expected the shape of a norm's tensor, got {shape}")
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    parts = re.split(r"(\d+)", name)
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
+    """Numbers as numbers: of two without leading zeros, the one with more digits is larger."""
+    parts = re.split(r"([0-9]+)", name)
+    numbers = (part.lstrip("0") for part in parts[1::2])
+    texts = [(-1, part) for part in parts[::2]]
+    digits = [(len(number), number) for number in numbers]
+    return [part for pair in itertools.zip_longest(texts, digits) for part in pair if part]
 
 
-def _entry(tensors: _Tensors, names: set[str], name: str) -> NormEntry | None:
-    prefix, ending = _split(name)
-    if not ending or not _is_norm(prefix) or f"{prefix}.running_mean" in names:
-        return None
+def _find(tensors: _Tensors, name: str) -> _Found | None:
     shape, dtype = tensors.describe(name)
-    if dtype is None or not (len(shape) == 1 or _is_head_norm(prefix, shape)):
-        return None
-    has_bias = prefix + _BIAS_OF[ending] in names
+    fits = len(shape) == 1 or _is_head_norm(_split(name)[0], shape)
+    return _Found(name, shape, dtype) if fits else None
+
+
+def _entry(tensors: _Tensors, norm: _Found) -> NormEntry:
+    prefix, ending = _split(norm.name)
+    has_bias = prefix + _BIAS_OF[ending] in (tensors.names() or ())
     config = tensors.config(prefix)
     kind = config.kind(has_bias)
+    assert isinstance(norm.dtype, torch.dtype)  # it was looked at
     return NormEntry(
         prefix,
         kind,
-        shape,
-        dtype,
+        norm.shape,
+        norm.dtype,
         has_bias,
         config.eps(kind),
         config.weight_offset(kind),
-        tensors.shard(name),
+        tensors.shard(norm.name),
     )
 
 
@@ -331,8 +288,16 @@ def read_norm(
     device: torch.device | str | None = None,
 ) -> StoredNorm:
     """Read the tensors and options of one norm; arguments and errors are those of `load_norm`."""
+    if not isinstance(key, str):
+        raise TypeError(f"key: expected a str, got {type(key).__name__}")
     if kind not in (None, "rms", "layer"):
         raise ValueError(f'kind: expected "rms", "layer" or None, got {kind!r}')
+    eps = check_eps(eps)
+    if weight_offset is not None:
+        weight_offset = check_number("weight_offset", weight_offset)
+    if not isinstance(round_before_weight, (bool, type(None))):
+        got = type(round_before_weight).__name__
+        raise TypeError(f"round_before_weight: expected True, False or None, got {got}")
     tensors = _opened(source)
     prefix, weight, bias = _read(tensors, key)
     config = tensors.config(prefix)
@@ -359,18 +324,26 @@ def _read(tensors: _Tensors, key: str) -> tuple[str, Tensor, Tensor | None]:
         if weight is None:
             continue
         bias = tensors.get(prefix + _BIAS_OF[ending])
-        if weight.ndim == 0 or (bias is not None and bias.shape != weight.shape):
-            shapes = " and ".join(str(tuple(t.shape)) for t in (weight, bias) if t is not None)
-            raise ValueError(f"{prefix}: expected the shapes of a norm's tensors, got {shapes}")
+        for name, tensor in ((prefix + ending, weight), (prefix + _BIAS_OF[ending], bias)):
+            if tensor is not None:
+                _check_weight(name, tuple(tensor.shape), tensor.dtype)
+        if bias is not None and bias.shape != weight.shape:
+            raise ValueError(
+                f"{printable(prefix)}: expected a weight and a bias of one shape,"
+                f" got {tuple(weight.shape)} and {tuple(bias.shape)}"
+            )
         return prefix, weight, bias
-    raise KeyError(f"no norm {key!r} in {tensors.name}{_nearest(tensors, prefix)}")
+    raise KeyError(f"no norm {key!r:.200} in {tensors.name}{_nearest(tensors, prefix)}")
 
 
 def _nearest(tensors: _Tensors, prefix: str) -> str:
+    # difflib takes time as the product of the lengths, for each name
     prefixes = {start for start, ending in map(_split, tensors.names() or ()) if ending}
     norms = {start for start in prefixes if _is_norm(start)}
-    near = difflib.get_close_matches(prefix, norms or prefixes, n=3, cutoff=0.3)
-    return f"; the nearest keys are {', '.join(near)}" if near else ""
+    short = (start for start in norms or prefixes if len(start) <= _LONG)
+    among = list(itertools.islice(short, _MANY)) if len(prefix) <= _LONG else []
+    near = difflib.get_close_matches(prefix, among, n=3, cutoff=0.3)
+    return f"; the nearest keys are {', '.join(map(printable, near))}" if near else ""
 
 
 def _copied(tensor: Tensor, device: torch.device | str | None) -> Tensor:
@@ -401,7 +374,8 @@ def load_norm(
         source: a .safetensors file; a folder with model.safetensors, or with
             model.safetensors.index.json and its shards, or with one .safetensors file; a dict of
             tensors; or an object with get_tensor(name), which has keys() or raises KeyError for
-            what it lacks.  Only the tensors of this norm are read.  A config.json beside the file
+            what it lacks.  Only the tensors of this norm are read, from a file those of up to 128
+            MiB; docs/api.md has what else is refused in files.  A config.json beside the file
             is used: its text_config, or vision_config or audio_config where the key says so.
         key: name of the norm ("model.norm") or of its weight ("model.norm.weight").
         kind: "rms" or "layer"; None for the rule above.
@@ -418,8 +392,10 @@ def load_norm(
 
     Raises:
         KeyError: source has no such norm; the message names the nearest.
-        TypeError: source is none of these.
-        ValueError: kind is none of these, a file is malformed, or the stored shapes do not fit.
+        TypeError: source is none of these, an argument is of the wrong type, or a tensor is stored
+            in a dtype that is no floating one.
+        ValueError: a value is none of these, eps is not a finite number from 0 on, a file is
+            malformed, or the stored shapes do not fit.
         OSError: a file is missing or cannot be read.
 
     Nothing is rounded in loading.  Families are as in Hugging Face transformers.

@@ -20,11 +20,13 @@ import typer
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from safetensors import SafetensorError
+from rich.text import Text
 
 import normkit
 from normkit import HeadNorm, LayerNorm, RMSNorm, _bench, reference, testing
-from normkit.checkpoint import NormEntry, find_norms, load_norm
+from normkit._checks import FLOATS, FLOATS_TEXT
+from normkit._files import Files, printable
+from normkit.checkpoint import NormEntry, describe_norm, load_norm, weight_names
 
 app = typer.Typer(
     add_completion=False,
@@ -108,6 +110,9 @@ def info(as_json: Json = False) -> None:
 # ------------------------------------------------------------------------------------------ check
 
 CHECK_ROUNDS = 15
+# Several times the widest norm of any model; a run takes some 3 KB for each of its elements.
+WIDEST = 1 << 16
+MOST_NORMS = 10_000  # ten times what the largest models have; each takes some milliseconds
 
 
 def activations(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:
@@ -170,9 +175,18 @@ def _worst_error(module: Norm, kind: str, x: torch.Tensor) -> float:
     bound = testing.error_bound(x, module.weight, module.bias, out_dtype=x.dtype, **options)
     # what lies beyond the largest number rounds to infinity, which counts as the number after it
     infinity = math.ldexp(1.0, math.frexp(torch.finfo(x.dtype).max)[1])
-    y, exact = (t.double().clamp(-infinity, infinity) for t in (module(x), exact))
-    fraction = ((y - exact).abs() / bound).max().item()
+    y = module(x).double()
+    # an inf or NaN of the weights makes the exact result one, which has no bound: the same is right
+    same = (y == exact) | (y.isnan() & exact.isnan())
+    y, exact = (t.clamp(-infinity, infinity) for t in (y, exact))
+    fraction = ((y - exact).abs() / bound).masked_fill(same, 0.0).max().item()
     return math.inf if math.isnan(fraction) else fraction
+
+
+def _not_finite(module: Norm) -> int:
+    """How many stored values are infinite or NaN."""
+    stored = [t for t in (module.weight, module.bias) if t is not None]
+    return sum(int((~t.isfinite()).sum()) for t in stored)
 
 
 def check_norm(module: Norm, entry: NormEntry, rows: int, dtypes: Sequence[str]) -> dict[str, Any]:
@@ -196,6 +210,7 @@ def check_norm(module: Norm, entry: NormEntry, rows: int, dtypes: Sequence[str])
         "dtype": stored,
         "eps": module.eps,
         "weight_offset": module.weight_offset,
+        "not_finite": _not_finite(module),
         "error_of_bound": errors,
         "worst": {"dtype": worst, "error_of_bound": errors[worst]},
         "within_bound": errors[worst] <= 1,
@@ -205,6 +220,40 @@ def check_norm(module: Norm, entry: NormEntry, rows: int, dtypes: Sequence[str])
         "torch_us": compared.us("torch"),
         "torch_over_normkit": compared.ratio("torch", "ours"),
     }
+
+
+class _NotRun(Exception):
+    """A norm is as it should be, and still not one to run here."""
+
+
+def _loaded(files: Files, name: str) -> tuple[Norm, NormEntry] | None:
+    """The module of a stored norm; None for what has only the name of one."""
+    entry = describe_norm(files, name)
+    if entry is None:
+        return None
+    n = math.prod(entry.shape)
+    if n > WIDEST:
+        raise _NotRun(f"{name}: expected at most {WIDEST} elements, got {n}")
+    module = load_norm(files, entry.key)
+    for part, stored in module.named_parameters():
+        if stored.dtype not in FLOATS:
+            only = ", which only a float64 x takes" if stored.dtype == torch.float64 else ""
+            raise _NotRun(f"{part}: expected {FLOATS_TEXT}, got {stored.dtype}{only}")
+    return module, entry
+
+
+def _check_stored(
+    files: Files, name: str, rows: int, dtypes: Sequence[str]
+) -> tuple[str, dict[str, Any]] | None:
+    """The list of the report that a stored norm belongs in, and its line; None for no norm."""
+    key = name.rpartition(".")[0]
+    try:
+        loaded = _loaded(files, name)
+    except (_NotRun, TypeError) as error:  # the latter of integers
+        return "not_run", {"layer": key, "reason": _one_line(error)}
+    except (OSError, ValueError) as error:
+        return "unreadable", {"layer": key, "reason": _one_line(error)}
+    return loaded and ("norms", check_norm(*loaded, rows, dtypes))
 
 
 @app.command()
@@ -219,39 +268,52 @@ def check(
 ) -> None:
     """Run every norm of a checkpoint, compare it with float64, and time it against torch.
 
-    Exit status 1: a bound is broken; 2: the source is unreadable or has no norms.
+    A norm that cannot be run is listed with the reason, and hides no other.
+
+    Exit status 0: every norm that the kernels take is within its bound.
+    1: a bound is broken.
+    2: a file or a norm is missing or malformed, or nothing could be run.
     """
     dtypes = [d.value for d in dtype or (Dtype.float32, Dtype.bfloat16)]
     try:
-        norms = [(load_norm(source, entry.key), entry) for entry in find_norms(source)]
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        files = Files(source)
+        names = weight_names(files)
+    except (OSError, ValueError) as error:
         reason = _one_line(error)
         _fail(reason if str(source) in reason else f"{source}: {reason}")
-    if not norms:
+    if len(names) > MOST_NORMS:
+        _fail(f"{source}: expected at most {MOST_NORMS} norms, got {len(names)}")
+    report: dict[str, list[dict[str, Any]]] = {"norms": [], "not_run": [], "unreadable": []}
+    for name in _progress(names, len(names), "checking"):
+        found = _check_stored(files, name, rows, dtypes)
+        if found is not None:
+            report[found[0]].append(found[1])
+    if not any(report.values()):
         _fail(f"{source}: no norms found")
-    lines = [
-        check_norm(module, entry, rows, dtypes)
-        for module, entry in _progress(norms, len(norms), "checking")
-    ]
-    summary = _summary(lines)
+    summary = _summary(report)
     if as_json:
         head = {"source": str(source), "rows": rows, "machine": _bench.machine()}
-        _print_json(head | _bench.run_stamp() | {"norms": lines, "summary": summary})
+        _print_json(head | _bench.run_stamp() | report | {"summary": summary})
     else:
-        _print_check(lines, summary, rows)
+        _print_check(report, summary, rows)
     if summary["broken"]:
         raise typer.Exit(1)
+    if report["unreadable"] or not report["norms"]:
+        raise typer.Exit(2)
 
 
 def _one_line(error: Exception) -> str:
-    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    return " ".join(text.split()) or type(error).__name__
+    return printable(" ".join(str(error).split()), most=1000) or type(error).__name__
 
 
-def _summary(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    return {
-        "norms": len(lines),
-        "broken": [line["layer"] for line in lines if not line["within_bound"]],
+def _summary(report: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    lines = report["norms"]
+    counts = {name: len(part) for name, part in report.items()}
+    broken = [line["layer"] for line in lines if not line["within_bound"]]
+    if not lines:
+        return counts | {"broken": broken}
+    return counts | {
+        "broken": broken,
         "worst": max(line["worst"]["error_of_bound"] for line in lines),
         "native": sum(line["backend"] != "reference" for line in lines),
         "torch_over_normkit": statistics.geometric_mean(
@@ -260,7 +322,38 @@ def _summary(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _print_check(lines: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], rows: int) -> None:
+def _print_check(
+    report: Mapping[str, Sequence[Mapping[str, Any]]], summary: Mapping[str, Any], rows: int
+) -> None:
+    console = _console()
+    if report["norms"]:
+        console.print(_check_table(report["norms"], rows))
+    for line in report["norms"]:
+        if line["not_finite"]:
+            stored = f"holds inf or NaN, {line['not_finite']} of them"
+            _print_plain(console, f"{printable(line['layer'])}: {stored}")
+    for line in (*report["not_run"], *report["unreadable"]):
+        _print_plain(console, f"{printable(line['layer'])}: not run: {line['reason']}")
+    words = [f"{summary['norms']} norms"]
+    if report["norms"]:
+        broken = len(summary["broken"])
+        verdict = f"[bold red]{broken} break the bound[/]" if broken else "all within the bound"
+        words += [
+            f"{verdict} (worst error {summary['worst']:.3f} of it)",
+            f"{summary['native']} served natively",
+            f"{summary['torch_over_normkit']:.1f} times as fast as torch (geometric mean)",
+        ]
+    not_run = summary["not_run"] + summary["unreadable"]
+    words += [f"[yellow]{not_run} not run[/]"] if not_run else []
+    console.print(", ".join(words), highlight=False, soft_wrap=True)
+
+
+def _print_plain(console: Console, text: str) -> None:
+    """A line with text of a file, where brackets are no markup."""
+    console.print(Text(text), soft_wrap=True)
+
+
+def _check_table(lines: Sequence[Mapping[str, Any]], rows: int) -> Table:
     table = Table(
         caption=f"error: the worst of {rows} rows, as a fraction of the promised bound; "
         "time: of one call on them"
@@ -273,7 +366,7 @@ def _print_check(lines: Sequence[Mapping[str, Any]], summary: Mapping[str, Any],
     for line in lines:
         worst, gain = line["worst"], line["torch_over_normkit"]
         table.add_row(
-            line["layer"],
+            Text(printable(line["layer"])),
             line["kind"],
             "x".join(map(str, line["shape"])),
             line["dtype"],
@@ -284,17 +377,7 @@ def _print_check(lines: Sequence[Mapping[str, Any]], summary: Mapping[str, Any],
             f"{line['torch_us']:.2f}",
             _coloured(f"{gain:.1f}x", gain >= 1, "red"),
         )
-    console = _console()
-    console.print(table)
-    broken = len(summary["broken"])
-    verdict = f"[bold red]{broken} break the bound[/]" if broken else "all within the bound"
-    console.print(
-        f"{summary['norms']} norms, {verdict} (worst error {summary['worst']:.3f} of it), "
-        f"{summary['native']} served natively, "
-        f"{summary['torch_over_normkit']:.1f} times as fast as torch (geometric mean)",
-        highlight=False,
-        soft_wrap=True,
-    )
+    return table
 
 
 def _coloured(text: str, good: bool, otherwise: str) -> str:
