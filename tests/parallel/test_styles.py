@@ -295,4 +295,4 @@ x = distribute_tensor(torch.ones(2, 8), mesh, [Replicate()])
 print(torch.ops.normkit.rms_norm(x)[0].placements)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.strip() == "(Replicate(),)", done.stderr
+    assert done.stdout.endswith("(Replicate(),)\n"), done.stderr  # gloo may speak before

@@ -31,6 +31,7 @@ from torch_integration.support import (
 )
 
 TESTS = Path(__file__).parents[1]
+CPU = torch.profiler.ProfilerActivity.CPU
 
 
 class Seen(TorchDispatchMode):
@@ -63,7 +64,7 @@ def test_with_always_dispatch_everything_is_seen_and_no_bit_is_another(tmp_path:
         import torch, normkit
         from torch.fx.experimental.proxy_tensor import make_fx
         from torch_integration.support import *
-        from torch_integration.test_visibility import Seen
+        from torch_integration.test_visibility import CPU, Seen
 
         every, made = torch.load({str(tmp_path / "eager.pt")!r})
         for name in FUNCTIONS:
@@ -86,7 +87,7 @@ def test_with_always_dispatch_everything_is_seen_and_no_bit_is_another(tmp_path:
             doubled = [2 * t for t in given]
             assert_equal_bits(graph(*doubled), function(*doubled))
 
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        with torch.profiler.profile(activities=[CPU], acc_events=True) as profile:
             normkit.rms_norm_(torch.ones(2, 8))
             loss_of(normkit.RMSNorm(8)(torch.ones(2, 8))).backward()
         names = {{event.name for event in profile.events()}}
@@ -95,7 +96,7 @@ def test_with_always_dispatch_everything_is_seen_and_no_bit_is_another(tmp_path:
 
 
 def test_the_profiler_sees_eager_gradients_without_it() -> None:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with torch.profiler.profile(activities=[CPU], acc_events=True) as profile:
         x = torch.ones(2, 8, requires_grad=True)
         loss_of(normkit.rms_norm(x)).backward()
     assert any("_NormBackward" in event.name for event in profile.events())
