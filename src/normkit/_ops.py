@@ -20,8 +20,14 @@ from normkit import _dispatch, _nested, _sharding
 from normkit._checks import Call, check
 from normkit._dispatch import ALWAYS_DISPATCH, Formula, Gradients, Result, Saved, Wanted
 
-# Torch's rules for autocast have the norms compute and return float32 on these.
-AUTOCAST_TO_FLOAT32 = ("cuda", "xpu")
+# Devices on which torch's autocast has its layer norm (True) or rms norm (False) return float32.
+# Torch itself is asked: that of 2.10 has no such rule for rms_norm.
+AUTOCAST_TO_FLOAT32 = tuple(
+    (device, layer)
+    for device in ("cuda", "xpu")
+    for layer, norm in ((False, "aten::rms_norm"), (True, "aten::layer_norm"))
+    if torch._C._dispatch_has_kernel_for_dispatch_key(norm, f"Autocast{device.upper()}")
+)
 
 PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -187,7 +193,7 @@ def autocasts(call: Call) -> bool:
         return False
     device = call.x.device.type
     return (
-        device in AUTOCAST_TO_FLOAT32
+        (device, call.layer) in AUTOCAST_TO_FLOAT32
         and call.x.dtype != torch.float64
         and torch.is_autocast_enabled(device)
     )

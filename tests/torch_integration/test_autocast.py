@@ -90,16 +90,25 @@ def fake_device(device: str) -> Iterator[Callable[[Tensor], Tensor]]:
         torch.set_autocast_enabled(device, False)
 
 
+def under_autocast(layer: bool, dtype: torch.dtype) -> torch.dtype:
+    """What y is on a device: float32, but where torch is 2.10 and has no such rule for rms_norm."""
+    assert ("cuda", True) in _ops.AUTOCAST_TO_FLOAT32
+    has_rule = ("cuda", layer) in _ops.AUTOCAST_TO_FLOAT32
+    assert has_rule or torch.__version__ < "2.13"
+    return torch.float32 if has_rule else dtype
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")
 @pytest.mark.parametrize("device", ["cuda", "xpu"])
 @pytest.mark.parametrize("name", TORCHS)
 def test_on_other_devices_the_dtype_is_that_of_torchs_norms(name: str, device: str) -> None:
-    assert device in _ops.AUTOCAST_TO_FLOAT32
     for given in (*mixes(name), tensors(name, dtype=torch.float64)):
         with fake_device(device) as to:
             there = [to(t) for t in given]
             y = getattr(normkit, name)(*there)
             assert y.dtype == torchs(name, there).dtype
-            assert y.dtype == (torch.float64 if y.dtype == torch.float64 else torch.float32)
+            if given[0].dtype != torch.float64:
+                assert y.dtype == under_autocast("layer" in name, given[0].dtype)
             torch.set_autocast_enabled(device, False)
             assert getattr(normkit, name)(*there).dtype == given[0].dtype
 
@@ -109,7 +118,7 @@ def test_sums_keep_the_dtype_of_the_residual_under_autocast(name: str) -> None:
     for given in mixes(name):
         with fake_device("cuda") as to:
             made = listed(getattr(normkit, name)(*(to(t) for t in given)))
-        assert made[0].dtype == torch.float32
+        assert made[0].dtype == under_autocast("layer" in name, given[0].dtype)
         if adds(name):
             assert made[1].dtype == given[1].dtype
 
@@ -188,7 +197,8 @@ def test_gradients_have_the_dtypes_of_their_tensors_under_autocast(kind: str) ->
     x, residual = (t.cuda().requires_grad_() for t in given)
     with torch.autocast("cuda", torch.bfloat16):
         y, total = module(x, residual)
-    assert (y.dtype, total.dtype) == (torch.float32, torch.bfloat16)
+    assert y.dtype == under_autocast(kind != "RMSNorm", torch.bfloat16)
+    assert total.dtype == torch.bfloat16
     loss_of([y, total]).backward()
     assert (x.grad.dtype, residual.grad.dtype) == (torch.bfloat16, torch.bfloat16)
     assert {p.grad.dtype for p in module.parameters()} == {torch.float32}
