@@ -144,6 +144,6 @@ $(VENV)/.demo: $(VENV)/.torch $(sources)
 
 # ExLlamaV2 is read, and its norm modules are run, but not its kernels: what it depends on is left out.
 $(VENV)/.test: $(VENV)/.demo
-	$(pip_install) -q $(editable) '.[test,dev]'
+	$(pip_install) -q $(editable) '.[test,test-triton,dev]'
 	$(pip_install) -q --no-deps exllamav2==0.3.2
 	@touch $@

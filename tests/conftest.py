@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 import hypothesis
@@ -65,13 +66,20 @@ def _get(name: str) -> Backend:
             pytest.fail(f"{BUILD} has no emulated kernels; `make emu` builds them")
         return Backend(name)
     if name == "triton":
-        if not triton_backend.register():
-            pytest.fail("Triton is not installed")
+        _register_triton()
         return Backend(name)
     entry = normkit.backends()[BACKENDS[name]]
     if not entry.usable:
         pytest.fail(f"backend {name} is not usable: {entry.reason}")
     return Backend(name)
+
+
+def _register_triton() -> None:
+    if not triton_backend.register():
+        pytest.fail(
+            "Triton is not installed; the extra test-triton brings it, NORMKIT_TEST_TRITON=0 leaves"
+            " out what is for it alone"
+        )
 
 
 # Of the session: hypothesis refuses fixtures that it cannot make anew for each example.
@@ -84,6 +92,16 @@ def backend(request: pytest.FixtureRequest) -> Backend:
 def kernels(request: pytest.FixtureRequest) -> Backend:
     """A backend with kernels: what plain torch does not promise is asked of these."""
     return _get(request.param)
+
+
+@pytest.fixture(scope="session")
+def triton_is_there() -> None:
+    """For what tests Triton's kernels alone: without Triton it fails, and is not passed over."""
+    if os.environ.get("NORMKIT_TEST_TRITON") == "0":
+        pytest.skip("NORMKIT_TEST_TRITON=0 says so")
+    if sys.platform != "linux":
+        pytest.skip("Triton is for Linux")
+    _register_triton()
 
 
 @pytest.fixture(scope="session")

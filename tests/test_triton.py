@@ -39,8 +39,7 @@ from devices import call_on
 from normkit import _dispatch, _triton, reference
 from normkit.testing import Inputs, make_inputs
 
-if not triton_backend.register():
-    pytest.skip("Triton is not installed", allow_module_level=True)
+pytestmark = pytest.mark.usefixtures("triton_is_there")
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 SIZES = (1, 2, 3, 31, 64, 100, 128, 257, 1000, 1025, 4104, 8192)

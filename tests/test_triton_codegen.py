@@ -11,7 +11,7 @@ import pytest
 
 from normkit import _triton
 
-compiler = pytest.importorskip("triton.compiler", reason="Triton is not installed")
+pytestmark = pytest.mark.usefixtures("triton_is_there")
 
 ARCHITECTURES = {"nvidia": ("cuda", 90, 32), "amd": ("hip", "gfx942", 64)}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -54,6 +54,7 @@ def source(
 ) -> Any:
     """A kernel as the launcher specialises it, aligned for pointers and strides of 16 bytes."""
     import triton.language as tl
+    from triton import compiler
 
     def pointer(dtype: str | None) -> str | None:
         return dtype and f"*{dtype}"
@@ -94,6 +95,8 @@ def source(
 
 
 def assembly(target: Any, n: int, variant: str, *, aligned: bool) -> str:
+    from triton import compiler
+
     from normkit import _triton_kernels
 
     plan = _triton.plan(n)

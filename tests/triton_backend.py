@@ -1,9 +1,10 @@
 """The Triton kernels as the backend "triton": on the CPU under Triton's interpreter.
 
 The interpreter has flaws, which are mended here and not in the kernels.  It cuts bfloat16 off
-instead of rounding, misreads subnormal bfloat16, and cannot be in two threads at once.  It adds
-elements one by one, and takes milliseconds for each program of a launch: here numpy adds, and a
-program has more rows than on a device.
+instead of rounding, misreads subnormal bfloat16, cannot be in two threads at once, and that of
+Triton 3.6 counts loops in a way that NumPy 2.4 refuses.  It adds elements one by one, and takes
+milliseconds for each program of a launch: here numpy adds, and a program has more rows than on a
+device.
 """
 
 from __future__ import annotations
@@ -84,7 +85,14 @@ def interpreting() -> Iterator[None]:
 
 @contextmanager
 def _mended() -> Iterator[None]:
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, ReduceOps
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     def add(self: Any, pairs: Any) -> Any:
         first, second = np.moveaxis(pairs[0].handle.data, self.axis, 0)
@@ -95,6 +103,7 @@ def _mended() -> Iterator[None]:
 
     casts = _with_bfloat16(InterpreterBuilder.cast_impl)
     with (
+        mock.patch.object(interpreter, "_patch_lang_tensor", patch),
         mock.patch.object(InterpreterBuilder, "cast_impl", casts),
         mock.patch.object(ReduceOps, "generic_reduce", add),
         mock.patch.object(InterpretedFunction, "__call__", call),
