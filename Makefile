@@ -1,14 +1,11 @@
 # On a fresh machine with Python >= 3.10 and a C++ compiler: `make demo`, `make test`.
 #   PYTHON=python3.12       another interpreter (make clean first)
 #   TORCH='torch==2.10.*'   another torch than the one in constraints.txt
-#   NORMKIT_CUDA=OFF        see docs/developing.md
+#   NORMKIT_CUDA=OFF, CUDAARCHS=90   see docs/developing.md
 
 PYTHON ?= python3
 TORCH ?= $(shell cat constraints.txt)
 VENV ?= .venv
-
-# One GPU architecture is enough for a build that is used here; wheels for others have them all.
-export CUDAARCHS ?= 90
 
 python := $(VENV)/bin/python
 pip_install := $(python) -m pip install --disable-pip-version-check

@@ -1,6 +1,8 @@
 # Sets NORMKIT_HAS_CUDA, and enables the language, as NORMKIT_CUDA asks.
-set(NORMKIT_HAS_CUDA OFF)
-if(NORMKIT_CUDA STREQUAL "pypi")
+set(NORMKIT_HAS_CUDA ON)
+if(NORMKIT_CUDA STREQUAL "OFF")
+  set(NORMKIT_HAS_CUDA OFF)
+elseif(NORMKIT_CUDA STREQUAL "pypi")
   # nvcc from the cuda-toolkit wheels of the build environment, see pyproject.toml.
   execute_process(
     COMMAND "${Python_EXECUTABLE}" -c
@@ -8,25 +10,30 @@ if(NORMKIT_CUDA STREQUAL "pypi")
     OUTPUT_VARIABLE _toolkit OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)
   file(TO_CMAKE_PATH "${_toolkit}" _toolkit)
   set(CMAKE_CUDA_COMPILER "${_toolkit}/bin/nvcc${CMAKE_EXECUTABLE_SUFFIX}" CACHE FILEPATH "" FORCE)
-  set(NORMKIT_HAS_CUDA ON)
-elseif(NORMKIT_CUDA STREQUAL "AUTO")
-  include(CheckLanguage)
-  check_language(CUDA)
-  if(CMAKE_CUDA_COMPILER)
-    set(NORMKIT_HAS_CUDA ON)
-  else()
-    message(WARNING "No working CUDA compiler: normkit is built without CUDA. NORMKIT_CUDA=pypi brings one.")
+elseif(NORMKIT_CUDA STREQUAL "ON")
+  include(${CMAKE_CURRENT_LIST_DIR}/CudaCompiler.cmake)
+  if(NOT CMAKE_CUDA_COMPILER AND "$ENV{CUDACXX}" STREQUAL "")
+    message(FATAL_ERROR "NORMKIT_CUDA=ON: expected nvcc in CUDACXX, CUDA_HOME, CUDA_PATH, PATH or "
+                        "/usr/local/cuda, got none. NORMKIT_CUDA=pypi brings one, without a toolkit.")
   endif()
-elseif(NORMKIT_CUDA)
-  set(NORMKIT_HAS_CUDA ON)
+elseif(NORMKIT_CUDA STREQUAL "AUTO")
+  include(${CMAKE_CURRENT_LIST_DIR}/CudaCompiler.cmake)
+  if(NOT CMAKE_CUDA_COMPILER AND NOT "$ENV{CUDACXX}" STREQUAL "")
+    unset(CMAKE_CUDA_COMPILER CACHE) # where an earlier one did not work
+    include(CheckLanguage)
+    check_language(CUDA)
+  endif()
+  if(NOT CMAKE_CUDA_COMPILER)
+    set(NORMKIT_HAS_CUDA OFF)
+    message(WARNING "No CUDA compiler that works: normkit is built without CUDA. NORMKIT_CUDA=pypi brings "
+                    "one; NORMKIT_CUDA=ON says what is wrong with nvcc here ('$ENV{CUDACXX}').")
+  endif()
+else()
+  message(FATAL_ERROR "NORMKIT_CUDA: expected AUTO, ON, OFF or pypi, got \"${NORMKIT_CUDA}\"")
 endif()
 
 if(NORMKIT_HAS_CUDA)
-  # SASS for every generation torch supports; PTX for what comes after 10.0 and 12.0.
-  if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES AND NOT DEFINED ENV{CUDAARCHS})
-    set(CMAKE_CUDA_ARCHITECTURES
-        75-real;80-real;86-real;89-real;90-real;100-real;120-real;100-virtual;120-virtual)
-  endif()
+  include(${CMAKE_CURRENT_LIST_DIR}/CudaArchitectures.cmake)
   set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
   set(CMAKE_CUDA_STANDARD 17)
   enable_language(CUDA)
