@@ -272,7 +272,8 @@ def test_promise_5_nan_and_inf_stay_in_their_row_and_show(backend: Any, op: Op, 
 def operators_of_torch() -> Iterator[list[str]]:
     """Those that are called inside, without those that they call.  No mode: it would be obeyed."""
     names: list[str] = []
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
         yield names
     called = [event.name for event in profiler.events() if event.cpu_parent is None]
     names += [name for name in called if name != "aten::resolve_neg"]  # which returns its argument
