@@ -1,8 +1,11 @@
 # Sets CMAKE_CUDA_ARCHITECTURES where nobody has said any: one build for every GPU takes seven times as long as one.
 if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES AND "$ENV{CUDAARCHS}" STREQUAL "")
   execute_process(COMMAND nvidia-smi --query-gpu=compute_cap --format=csv,noheader
-                  OUTPUT_VARIABLE _answer ERROR_QUIET RESULT_VARIABLE _failed)
-  string(REGEX MATCHALL "[0-9]+\\.[0-9]+" _capabilities "${_answer}")
+                  OUTPUT_VARIABLE _answer ERROR_QUIET RESULT_VARIABLE _status)
+  set(_capabilities "")
+  if(_status STREQUAL "0") # else it may be prose, with the version of a driver in it
+    string(REGEX MATCHALL "[0-9]+\\.[0-9]+" _capabilities "${_answer}")
+  endif()
   set(_why "the GPUs of this machine")
   foreach(_capability IN LISTS _capabilities)
     if(_capability VERSION_GREATER_EQUAL 7.5)

@@ -129,7 +129,7 @@ def architectures(folder: Path, *options: str, **environment: str) -> tuple[str,
         ("echo 7.0; echo 7.5", "75"),  # what has no kernels cannot be built for
         ("echo 7.0", "80"),
         ("echo '[N/A]'", "80"),
-        ("echo 'NVIDIA-SMI has failed'; exit 9", "80"),
+        ("echo 'Failed to initialize NVML: library version 580.95'; exit 18", "80"),
         (None, "80"),
     ],
 )
