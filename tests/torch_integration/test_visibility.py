@@ -104,7 +104,8 @@ def test_the_profiler_sees_eager_gradients_without_it() -> None:
 
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("name", FUNCTIONS)
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace. is", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_jit_trace_computes_the_norm_of_new_inputs(name: str, grad: bool) -> None:
     function, given = getattr(normkit, name), tensors(name, grad=grad)
     traced = torch.jit.trace(lambda *g: function(*g), tuple(given), check_trace=False)
