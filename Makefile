@@ -26,7 +26,7 @@ help:
 	@echo 'make mutants prove that broken CUDA kernels are caught'
 	@echo 'make gpu     build, test and time on the CUDA device of this machine (GPU_PYTHON=python3)'
 	@echo 'make bench   time the ops against torch and a plain copy; writes benchmarks/results/'
-	@echo 'make fuzz    the tests over random inputs, with many more of them'
+	@echo 'make fuzz    random calls, and the tests over random inputs, with many more of them'
 	@echo 'make lint    ruff, clang-format, mypy'
 	@echo 'make docs    run every example of the documentation'
 	@echo 'make wheel   sdist and wheel, in dist/'
@@ -101,7 +101,13 @@ bench: $(VENV)/.test
 	$(python) benchmarks/backward.py
 	$(python) benchmarks/host.py
 
+# Seeds are the time: each round has its own, and says it.
+NORMKIT_FUZZ_CALLS ?= 100000
+
 fuzz: $(VENV)/.test build/emu/.built
+	for round in 1 2 3 4 5; do \
+	  PYTHONPATH=tests $(python) -m fuzz --calls $(NORMKIT_FUZZ_CALLS) || exit 1; \
+	done
 	NORMKIT_TEST_PROFILE=fuzz $(python) -m pytest tests
 
 lint: $(VENV)/.test

@@ -1,0 +1,86 @@
+"""Random calls of everything public do what is promised; wrong norms are found."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import Counter
+
+import pytest
+import torch
+
+from conformance.support import needs_kernels
+from fuzz import children, rules
+from fuzz.making import FUNCTIONS, make
+from fuzz.memory import FLOATS, Arena
+from fuzz.running import check
+from fuzz.spoiling import SPOILED, spoiled
+
+pytestmark = needs_kernels
+
+SEED = 0
+CALLS = int(os.environ.get("NORMKIT_FUZZ_CALLS", "20000"))
+FEW = 400
+
+
+def test_random_calls_do_what_is_promised() -> None:
+    failures = children.run(SEED, CALLS)
+    assert not failures, "\n" + children.report(SEED, failures)
+
+
+def test_calls_of_every_kind_are_made(arena: Arena) -> None:
+    seen: Counter[object] = Counter()
+    for i in range(1000):
+        call = make(SEED, i, arena)
+        verdict = rules.judge(call)
+        right = "refused" if verdict.must else "open" if verdict.may else "accepted"
+        kinds = [call.name, call.form, call.backend, call.mode, call.explains, right]
+        kinds += ["gradients"] * bool(call.grads) + [t.dtype for t in call.tensors().values()]
+        seen.update(kinds)
+    assert {*FUNCTIONS, *(f"{name}_" for name in FUNCTIONS)} <= seen.keys()
+    assert {"RMSNorm", "LayerNorm", "HeadNorm", "rms_norm_tp", "head_norm_tp"} <= seen.keys()
+    assert {"cpu", "reference", "auto", None, "inference", "no_grad", True, "open"} <= seen.keys()
+    assert set(FLOATS) <= seen.keys()
+    assert min(seen["accepted"], 2 * seen["refused"], 5 * seen["gradients"]) > 400
+
+
+@pytest.fixture(scope="module")
+def arena() -> Arena:
+    return Arena()
+
+
+def found(arena: Arena, calls: range) -> set[tuple[int, str]]:
+    return {(i, failure.kind) for i in calls for failure in check(make(SEED, i, arena), arena)}
+
+
+@pytest.fixture(scope="module")
+def found_without(arena: Arena) -> set[tuple[int, str]]:
+    return found(arena, range(FEW))
+
+
+@pytest.mark.parametrize("how", [how for how in SPOILED if how != "a crash"])
+def test_a_wrong_norm_is_found(how: str, arena: Arena, found_without: set[tuple[int, str]]) -> None:
+    kind, _ = SPOILED[how]
+    with spoiled(how):
+        kinds = [kind for _, kind in found(arena, range(FEW)) - found_without]
+    assert kind in kinds
+
+
+def test_a_crash_is_one_failure_and_the_calls_behind_it_run(arena: Arena) -> None:
+    calls = [make(SEED, i, arena) for i in range(60)]
+    called = [i for i, call in enumerate(calls) if call.form == "function" and not call.explains]
+    crashing = [i for i in called if calls[i].arguments.get("round_sum") is False]
+    failures = children.run(SEED, len(calls), spoiled="a crash")
+    crashes = [failure for failure in failures if failure.kind == "crash"]
+    assert crashing
+    assert [crash.number for crash in crashes] == crashing
+    assert all(f"signal {signal.SIGSEGV.value}" in crash.detail for crash in crashes)
+
+
+def test_a_call_is_made_from_its_number_alone(arena: Arena) -> None:
+    first = make(SEED, 7, arena)
+    x = first.norms[0].x.clone()
+    for number in (3, 7):
+        again = make(SEED, number, arena)
+    assert (again.name, list(again.arguments)) == (first.name, list(first.arguments))
+    assert torch.equal(again.norms[0].x, x)
