@@ -58,7 +58,7 @@ class Gradients:
             expected, t = self._of_weight() if name == "weight" else self._of_bias()
             values = values.reshape(expected.shape)
             known = np.broadcast_to(not self.v.unknown.any(), expected.shape)
-        bound = step(expected, got.dtype) / 2 * _STORE + self.v.arithmetic.unit * t
+        bound = step(expected, got.dtype) / 2 * _STORE + self.v.unit * t
         # Products that underflow in float32.
         bound = bound + 2.0**-140
         known = known & np.isfinite(expected) & np.isfinite(t) & ~self._may_overflow(name, t)
@@ -98,7 +98,7 @@ class Gradients:
         size = np.abs(self.grad_y)
         t = self.u * size
         for other in self.v.candidates[1:]:
-            t = t + np.abs(other - forward) * size / self.v.arithmetic.unit
+            t = t + np.abs(other - forward) * size / self.v.unit
         return _summed(self.grad_y * forward, self.v.weight), _summed(t, self.v.weight)
 
     def _of_bias(self) -> tuple[Array, Array]:

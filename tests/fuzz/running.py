@@ -103,7 +103,8 @@ class _Run:
         self.call, self.arena, self.verdict = call, arena, verdict
         self.values: list[Values] = []
         if not verdict.must and not call.explains and not call.norms[0].x.is_meta:
-            self.values = [Values(norm) for norm in call.norms]
+            by_reference = call.backend == "reference"
+            self.values = [Values(norm, by_reference=by_reference) for norm in call.norms]
         self.versions = {
             name: t._version
             for name, t in call.tensors().items()
