@@ -48,7 +48,8 @@ inline Refusal check_recorders(const Arguments& a) {
   return {};
 }
 
-// Outside of inference mode torch writes to no tensor that was made in it: it has no version counter.
+// Outside of inference mode torch writes to no tensor that was made in it: it has no version
+// counter.
 inline Refusal check_inference(const Arguments& a) {
   for (const Tensor* t : {&a.out, &a.residual_out}) {
     if (!*t) continue;

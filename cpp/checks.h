@@ -60,14 +60,16 @@ inline Refusal check_affine(const Tensor& t, const Tensor& x, bool per_head) {
   return {};
 }
 
+// Whether the memory from the first to the last element of one crosses that of the other.
+inline bool share_memory(const Tensor& a, const Tensor& b) {
+  return a && b && a.data < b.data + b.extent() && b.data < a.data + a.extent();
+}
+
 // Whether memory is shared in a way that is not plainly harmless: one tensor over itself, or none
 // at all.
 inline bool may_overlap(const Tensor& written, const Tensor& other) {
-  if (!other) return false;
-  const char* begin = written.data;
-  const char* end = begin + written.extent();
-  if (end <= other.data || other.data + other.extent() <= begin) return false;
-  if (begin != other.data || written.dtype != other.dtype || !same_shape(written, other))
+  if (!share_memory(written, other)) return false;
+  if (written.data != other.data || written.dtype != other.dtype || !same_shape(written, other))
     return true;
   for (int d = 0; d < written.ndim; ++d)
     if (written.shape[d] > 1 && written.strides[d] != other.strides[d]) return true;
@@ -94,12 +96,10 @@ inline Refusal check_memory(const Arguments& a) {
     for (const Tensor* input : inputs)
       if (may_overlap(*written, *input)) return {written->name, "may overlap an input"};
   }
-  if (a.out && a.residual_out) {
-    const char* out_end = a.out.data + a.out.extent();
-    const char* residual_end = a.residual_out.data + a.residual_out.extent();
-    if (a.out.data < residual_end && a.residual_out.data < out_end)
-      return {a.out.name, "may overlap residual_out"};
-  }
+  // The sum is written before weight and bias are read: not even one memory of one row is harmless.
+  for (const Tensor* affine : {&a.weight, &a.bias})
+    if (share_memory(a.residual_out, *affine)) return {"residual_out", "overlaps weight or bias"};
+  if (share_memory(a.out, a.residual_out)) return {a.out.name, "may overlap residual_out"};
   return {};
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -402,3 +403,30 @@ def test_subclasses_need_nothing_else():
 
     stored = {"norm.weight": torch.arange(4.0)}
     assert type(Mine.from_checkpoint(stored, "norm")) is Mine
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "text"),
+    [
+        (lambda: RMSNorm(()), ValueError, "normalized_shape: expected at least one dimension"),
+        (lambda: LayerNorm((4, 0)), ValueError, "normalized_shape: expected at least 1, got 0"),
+        (lambda: LayerNorm(-3), ValueError, "normalized_shape: expected at least 1, got -3"),
+        (lambda: RMSNorm(4.0), TypeError, "normalized_shape: expected an int, got float"),
+        (lambda: RMSNorm("8"), TypeError, "normalized_shape: expected an int, got str"),
+        (lambda: HeadNorm(0, 4), ValueError, "num_heads: expected at least 1, got 0"),
+        (lambda: HeadNorm(2, None), TypeError, "head_dim: expected an int, got NoneType"),
+        (lambda: HeadNorm(True, 4), TypeError, "num_heads: expected an int, got bool"),
+        *(
+            (lambda cls=cls, value=value: cls(8, eps=value), error, "eps: expected a")
+            for cls in (RMSNorm, LayerNorm)
+            for value, error in (("x", TypeError), (float("nan"), ValueError), (-1.0, ValueError))
+        ),
+        (lambda: HeadNorm(2, 4, eps=float("inf")), ValueError, "eps: expected a finite number"),
+        (lambda: LayerNorm(8, weight_offset="1"), TypeError, "weight_offset: expected a number"),
+        (lambda: RMSNorm(8, weight_offset=None), TypeError, "weight_offset: expected a number"),
+    ],
+)
+def test_a_constructor_refuses_what_no_call_can_use(make: Any, error: Any, text: str) -> None:
+    """It would fail in the first call, far from where the mistake is."""
+    with pytest.raises(error, match=f"^{text}"):
+        make()

@@ -335,7 +335,9 @@ def _check_memory(call: Call) -> None:
                 and _rows(t) == _rows(other)
                 and _steps_alike(t, other)
             )
-            if not same and _collide(t, other):
+            if t is call.residual_out and other_name in ("weight", "bias"):
+                check_apart(name, t, other_name, other)  # the sum is written before they are read
+            elif not same and _collide(t, other):
                 raise ValueError(
                     f"{name}: expected {other_name}'s memory or none of it, got a partial overlap"
                 )

@@ -21,7 +21,6 @@ from torch import Tensor
 from normkit import _triton, reference
 from normkit._checks import Call, check
 
-
 try:
     from normkit import _C
 except ImportError as error:
@@ -223,7 +222,7 @@ def serve(call: Call) -> Any:
 def save(call: Call) -> Saved:
     """Check and serve a call without outputs of its own, and keep what its gradients need.
 
-    The extension's own checks are the quick ones; what it refuses is checked in full and asked again.
+    The extension checks quickly; what it refuses is checked in full, and asked again.
     """
     served = _ask_native(call, _state.backend, SAVING, as_given=True)
     if type(served) is not tuple:

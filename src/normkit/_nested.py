@@ -24,6 +24,7 @@ def norm_of_values(call: Call) -> Call:
     """
     x: Any = call.x
     rows = [(name, t) for name, t in call.tensors() if name not in ("weight", "bias")]
+    t: Any
     for name, t in rows:
         if not is_jagged(t):
             raise ValueError(f"{name}: expected a jagged tensor, as x is, got {t.layout}")

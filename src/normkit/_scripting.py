@@ -36,7 +36,7 @@ class ScriptableNorm(torch.nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x; out_dtype is x's."""
         dims = len(self.shape)
-        if x.size()[-dims:] != self.shape:
+        if list(x.size()[-dims:]) != self.shape:
             raise ValueError(f"x: expected a shape that ends in {self.shape}, got {x.size()}")
         weight, bias = self.weight, self.bias
         if self.per_head:

@@ -457,6 +457,6 @@ def explain(op: str | Callable[..., Any], *tensors: Tensor | None, **options: An
     """
     functions = _ops.FUNCTIONS
     function = functions.get(op) if isinstance(op, str) else op
-    if function not in functions.values():
+    if function is None or function not in functions.values():
         raise ValueError(f"op: expected one of {', '.join(functions)} of normkit, got {op!r}")
     return _dispatch.explain(function, *tensors, **options)

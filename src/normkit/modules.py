@@ -58,7 +58,7 @@ class _Affine(torch.nn.Module):
         """Record a call of this module by torch.fx, which takes only torch's own for leaves."""
         given = (x,) if residual is None else (x, residual)
         options = {} if out_dtype is None else {"out_dtype": out_dtype}
-        tracer = next(t.tracer for t in given if isinstance(t, Proxy))
+        tracer: Any = next(t.tracer for t in given if isinstance(t, Proxy))
         return tracer.create_proxy("call_module", tracer.path_of_module(self), given, options)
 
     def _adopt(self, stored: StoredNorm) -> Self:
@@ -549,6 +549,8 @@ def _check_ending(name: str, t: Any, ending: tuple[int, ...]) -> None:
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(t).__name__}")
     if t.is_nested and t.layout == torch.strided:  # has no shape
         raise ValueError(f"{name}: expected a dense or a jagged tensor, got a strided nested one")
+    if t.layout not in (torch.strided, torch.jagged):
+        raise ValueError(f"{name}: expected a dense (strided) tensor, got {t.layout}")
     if tuple(t.shape[-len(ending) :]) != tuple(ending):
         raise ValueError(
             f"{name}: expected a shape that ends in {tuple(ending)}, got {tuple(t.shape)}"

@@ -19,6 +19,7 @@ __all__ = ["Inputs", "assert_accurate", "error_bound", "make_inputs"]
 
 _STORE = 1 + 2.0**-9  # of half a step of the output dtype
 _ARITHMETIC = 4 * 2.0**-24  # of the magnitude that the arithmetic in float32 handles
+_OFFSET = 2.0**-24  # of it again, for the rounding of weight + weight_offset
 _UNDERFLOW = 2.0**-150  # half the smallest number of float32
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 
@@ -110,12 +111,12 @@ def error_bound(
         rms:    t = |x| * rstd * |w| + |bias|                 u = |w|
         layer:  t = (|x| + mean(|x|)) * rstd * |w| + |bias|   u = (1 + rstd) * |w|
 
-    w is weight + weight_offset; ulp is the step of out_dtype at the float64 result, and never below
-    its smallest number; u is for means and normalised values that are subnormal in float32.  With
-    round_before_weight and a 16-bit x, an element whose normalised value lies within 4 * 2^-24 * t
-    (that of a weight of 1) of the middle between two neighbours may be rounded to either, and its
-    bound reaches as far.  A row of squares whose sum float32 cannot hold is measured against
-    float32's own result.
+    w is weight + weight_offset, and with an offset the 4 before t is a 5, for its rounding; ulp is
+    the step of out_dtype at the float64 result, never below its smallest number; u is for means and
+    normalised values that are subnormal in float32.  With round_before_weight and a 16-bit x, an
+    element whose normalised value lies within 4 * 2^-24 * t (that of a weight of 1) of the middle
+    between two neighbours may be rounded to either, and its bound reaches as far.  A row of squares
+    whose sum float32 cannot hold is measured against float32's own result.
 
     Args:
         x: shape (..., n): what is normalised.  For a fused add it is the sum: residual_out, or with
@@ -251,7 +252,9 @@ class _Oracle:
         eps = torch.finfo(computing).eps if eps is None else _rounded(eps, computing)
         self.kind, self.rounded_to = kind, rounded_to
         self.weight, self.bias = _widened(weight), _widened(bias)
+        self.arithmetic = _ARITHMETIC
         if self.weight is not None:
+            self.arithmetic += _OFFSET if weight_offset else 0.0
             self.weight = self.weight + _rounded(weight_offset, computing)
         self.xhat = self._normalised(x, eps, clamp_inf, torch.float64)
         self.t, self.u = self._magnitudes(x, eps, clamp_inf)
@@ -278,7 +281,7 @@ class _Oracle:
             candidates = [nearest, neighbour.where(close_call, nearest)]
         scale = 1.0 if self.weight is None else self.weight.abs()
         shift = 0.0 if self.bias is None else self.bias.abs()
-        arithmetic = _ARITHMETIC * (self.t * scale + shift) + _UNDERFLOW * self.u * scale
+        arithmetic = self.arithmetic * (self.t * scale + shift) + _UNDERFLOW * self.u * scale
         values = [self._scaled(xhat) for xhat in candidates]
         return [(y, _ulp(y, out_dtype) / 2 * _STORE + arithmetic) for y in values]
 

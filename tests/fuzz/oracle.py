@@ -13,8 +13,8 @@ from fuzz.model import Norm
 from fuzz.numbers import FLOAT32, FLOAT32_MAX, FLOAT64, Array, rounded, step, widened, within
 
 _STORE = 1 + 2.0**-9  # of half a step of the output's dtype
-# The 4 * 2^-24 of the bound are for six or seven roundings, which hardly ever all point one way.
-# They were seen to be 4.2 where an offset is added as well, and 4.7 in plain torch.
+# One more where an offset is added, as docs/numerics.md has it; two in plain torch, which adds up a
+# row in another order, and was seen to come to 4.7.
 _BEYOND = 2.0**-24
 
 

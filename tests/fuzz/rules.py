@@ -110,6 +110,9 @@ def _options(norm: Norm, verdict: Verdict, needs_gradient: bool) -> None:
             # What is not looked at without a gradient may be wrong unnoticed.
             surely = name != "memory_efficient" or needs_gradient
             verdict.refuse(name, TYPE, "no bool", surely=surely)
+    if norm.ending is not None and math.prod(norm.ending or (0,)) == 0:
+        sizes = {"normalized_shape", "num_heads", "head_dim"}
+        verdict.refuse(sizes, VALUE, "a size of nothing")  # by the constructor
 
 
 def _kinds_of_tensors(norm: Norm, verdict: Verdict) -> None:
@@ -151,9 +154,7 @@ def _shapes(norm: Norm, verdict: Verdict) -> None:
 def _ending(norm: Norm, shape: tuple[int, ...], verdict: Verdict) -> None:
     assert norm.ending is not None
     affine = {"x", "weight", "bias"}
-    if not norm.ending or math.prod(norm.ending[-1:] if norm.per_head else norm.ending) == 0:
-        verdict.refuse(affine | {"normalized_shape", "head_dim"}, VALUE, "rows of no elements")
-    elif shape[-len(norm.ending) :] != norm.ending:
+    if norm.ending and shape[-len(norm.ending) :] != norm.ending:
         verdict.refuse(affine, VALUE, "x ends in another shape")
 
 
@@ -167,9 +168,8 @@ def _written(call: Call, norm: Norm, verdict: Verdict) -> None:
             verdict.refuse(shown, VALUE, "written, and negated lazily")
         if t.ndim and t.shape[-1] > 1 and t.stride(-1) != 1:
             verdict.refuse(shown, VALUE, "written, and its last stride is not 1")
-        if t.is_inference() and call.mode != "inference" and not call.explains:
-            # An in-place form does as torch's own do.
-            verdict.refuse(shown, RUNTIME, "an inference tensor", surely=norm.in_place)
+        if t.is_inference() and call.mode != "inference":
+            verdict.refuse(shown, RUNTIME, "an inference tensor")
     if written and call.grad_enabled():
         needing = {norm.name(name) for name, t in norm.tensors.items() if t.requires_grad}
         if needing:
@@ -190,7 +190,9 @@ def _memory(norm: Norm, verdict: Verdict) -> None:
         for other_name, other in tensors.items():
             if other_name in INPUTS and other_name not in written:
                 names = {norm.name(name), norm.name(other_name)}
-                _apart(names, t, other, verdict, may_be_same=True)
+                # The sum is written before the weights are read.
+                early = name in ("residual", "residual_out") and other_name in ("weight", "bias")
+                _apart(names, t, other, verdict, may_be_same=not early)
     for one, two in itertools.combinations(written, 2):
         names = {norm.name(one), norm.name(two)}
         _apart(names, written[one], written[two], verdict, may_be_same=False)
