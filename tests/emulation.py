@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from normkit import _dispatch
+from normkit._serving import backends
+from normkit._serving.refusal import Refusal
 
 ROOT = Path(__file__).parents[1]
 BUILD = Path(os.environ.get("NORMKIT_EMU", ROOT / "build" / "emu"))
@@ -29,8 +30,8 @@ def extension() -> Any:
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
-    module.bind_torch(torch)
-    _dispatch.natives["emu"] = _dispatch.Native(module.norm, module.norm_backward, module)
+    module.bind_torch(torch, Refusal)
+    backends.natives["emu"] = backends.Native.of(module)
     return module
 
 

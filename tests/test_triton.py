@@ -36,7 +36,9 @@ from conformance.support import (
     run_in_place,
 )
 from devices import call_on
-from normkit import _dispatch, _triton, reference
+from normkit import reference
+from normkit._serving import backends
+from normkit._serving import triton as _triton
 from normkit.testing import Inputs, make_inputs
 
 pytestmark = pytest.mark.usefixtures("triton_is_there")
@@ -251,9 +253,9 @@ def test_bits_are_those_of_the_plan_for_devices(op: Op, n: int) -> None:
     residual = inputs.residual if op.adds else None
     eps = 1e-6 if op.kind == "rms" or op.per_head else 1e-5
     with triton_backend.interpreting():
-        made = _triton.norm(
+        made = _triton.norm_saving(
             kind, inputs.x, residual, inputs.weight, inputs.bias, eps, 0.0, False, True, False,
-            None, None, None, _triton.SAVING,
+            None, None, None,
         )  # fmt: skip
     assert_same_bits(made[0], usual.y)
     assert_same_bits(made[1], usual.residual_out)
@@ -347,9 +349,8 @@ def test_saving_gives_what_the_backward_pass_needs(triton: Any, op: Op, n: int) 
         residual = inputs.residual if op.adds else None
         kind = (op.kind == "layer") + 2 * op.per_head + 4 * op.adds
         y, residual_out, rstd, mean = call_on(
-            triton.device, _dispatch.natives["triton"].norm, kind, inputs.x, residual,
+            triton.device, backends.natives["triton"].norm_saving, kind, inputs.x, residual,
             inputs.weight, inputs.bias, 1e-6, 0.0, False, round_sum, False, None, None, None,
-            _triton.SAVING,
         )  # fmt: skip
         rest = {"round_sum": round_sum} if op.adds else {}
         expected = run(triton, op, inputs, eps=1e-6, **rest)
@@ -396,11 +397,12 @@ def test_what_is_not_served_is_refused_with_the_reason() -> None:
     }
     for reason, (given, *weight) in cases.items():
         args = (0, given, None, *(weight or [None]), None, 1e-6, 0.0, False, True, False)
-        made = _dispatch.natives["triton"].norm(*args, None, None, None, 1)
-        assert made == reason
+        made = backends.natives["triton"].norm(*args, None, None, None)
+        assert str(made) == reason
     with torch.no_grad():
         wrong = (0, x, None, torch.ones(3), None, 1e-6, 0.0, False, True, False, None, None, None)
-        assert _dispatch.natives["triton"].norm(*wrong, _triton.SAVING).startswith("weight does")
+        refused = backends.natives["triton"].norm_saving(*wrong)
+        assert (refused.argument, refused.kind) == ("weight", "shape")
 
 
 def test_writes_are_counted() -> None:
@@ -415,23 +417,25 @@ def test_writes_are_counted() -> None:
 
 def test_only_rocm_and_xpu_devices_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", None)
-    assert "on cuda:0" in _triton.serves(torch.device("cuda:0"))
-    assert "on cpu" in _triton.serves(torch.device("cpu"))
-    assert _triton.serves(torch.device("xpu:0")) == ""
+    assert "on cuda:0" in _triton.why_not(torch.device("cuda:0"))
+    assert "on cpu" in _triton.why_not(torch.device("cpu"))
+    assert _triton.why_not(torch.device("xpu:0")) == ""
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    assert _triton.serves(torch.device("cuda:0")) == ""
+    assert _triton.why_not(torch.device("cuda:0")) == ""
     monkeypatch.setattr(_triton, "_kernels", lambda: "Triton could not be loaded: gone")
-    assert "gone" in _triton.serves(torch.device("cuda:0"))
+    assert "gone" in _triton.why_not(torch.device("cuda:0"))
 
 
 def test_on_the_cpu_compiled_kernels_refuse() -> None:
     x = torch.ones(2, 4)
     args = (0, x, None, None, None, 1e-6, 0.0, False, True, False, None, None, None)
-    assert _triton.norm(*args, 1) == "x is on cpu"
+    assert str(_triton.norm(*args)) == "x is on cpu"
 
 
 def test_importing_normkit_does_not_import_triton() -> None:
-    code = "import sys, normkit; from normkit import _triton; print('triton' in sys.modules)"
+    code = (
+        "import sys, normkit; from normkit._serving import triton; print('triton' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
 

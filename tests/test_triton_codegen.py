@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from normkit import _triton
+from normkit._serving import triton as _triton
 
 pytestmark = pytest.mark.usefixtures("triton_is_there")
 
@@ -28,7 +28,7 @@ def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_
     from triton.backends import backends
     from triton.backends.compiler import GPUTarget
 
-    from normkit import _triton_kernels
+    from normkit._serving import triton_kernels as _triton_kernels
 
     if request.param not in backends:
         pytest.skip(f"this Triton has no compiler for {request.param}")
@@ -97,7 +97,7 @@ def source(
 def assembly(target: Any, n: int, variant: str, *, aligned: bool) -> str:
     from triton import compiler
 
-    from normkit import _triton_kernels
+    from normkit._serving import triton_kernels as _triton_kernels
 
     plan = _triton.plan(n)
     kernel = getattr(_triton_kernels, plan.kernel)

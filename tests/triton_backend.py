@@ -23,9 +23,12 @@ from unittest import mock
 import numpy as np
 from torch import Tensor
 
-from normkit import _dispatch, _triton
+from normkit._serving import backends
+from normkit._serving import triton as _triton
 
-KERNELS = Path(_triton.__file__).with_name("_triton_kernels.py")
+KERNELS = Path(_triton.__file__).with_name("triton_kernels.py")
+
+ENTRIES = ("norm", "norm_saving", "plan_of")
 
 _lock = threading.Lock()
 _planned = _triton.plan
@@ -57,17 +60,18 @@ def register() -> bool:
     """Make "triton" a name of use_backend(); False without Triton."""
     if interpreted() is None:
         return False
-    _dispatch.natives["triton"] = _dispatch.Native(norm, _triton.norm_backward)
+    entries = (partial(_interpreted, getattr(_triton, name)) for name in ENTRIES)
+    backends.natives["triton"] = backends.Native(*entries, _triton.norm_backward)
     return True
 
 
-def norm(*args: Any) -> Any:
-    """`_triton.norm`, interpreted where x is on the CPU."""
+def _interpreted(entry: Callable[..., Any], *args: Any) -> Any:
+    """An entry of the backend, interpreted where x is on the CPU."""
     x = args[1]
     if x is not None and x.device.type != "cpu":
-        return _triton.norm(*args)
+        return entry(*args)
     with interpreting(), mock.patch.object(_triton, "plan", partial(_few_programs, x)):
-        return _triton.norm(*args)
+        return entry(*args)
 
 
 def _few_programs(x: Tensor, n: int) -> _triton.Plan:
@@ -78,7 +82,7 @@ def _few_programs(x: Tensor, n: int) -> _triton.Plan:
 
 @contextmanager
 def interpreting() -> Iterator[None]:
-    """Have `_triton.norm` serve tensors on the CPU, as it is planned for devices."""
+    """Have the entries run tensors on the CPU, as it is planned for devices."""
     with _lock, _mended(), mock.patch.object(_triton, "_kernels", interpreted):
         yield
 

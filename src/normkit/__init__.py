@@ -1,11 +1,14 @@
 """Every transformer norm, as fast as the memory allows, with any PyTorch from 2.10 on."""
 
+import sys as _sys
 from importlib import import_module as _import_module
 from importlib.metadata import version as _version
 
-from normkit._dispatch import Backend, Explanation, backends, use_backend
-from normkit.checkpoint import load_norm
+from normkit._serving.backends import Backend, backends, use_backend
+from normkit._serving.dispatch import Explanation
 from normkit.functional import (
+    add_head_norm,
+    add_head_norm_,
     add_layer_norm,
     add_layer_norm_,
     add_rms_norm,
@@ -18,6 +21,7 @@ from normkit.functional import (
     rms_norm,
     rms_norm_,
 )
+from normkit.loading import load_norm
 from normkit.modules import HeadNorm, LayerNorm, RMSNorm
 
 __version__ = _version("normkit")
@@ -28,6 +32,8 @@ __all__ = [
     "HeadNorm",
     "LayerNorm",
     "RMSNorm",
+    "add_head_norm",
+    "add_head_norm_",
     "add_layer_norm",
     "add_layer_norm_",
     "add_rms_norm",
@@ -50,3 +56,7 @@ def __getattr__(name: str) -> object:
     if name == "parallel":
         return _import_module("normkit.parallel")
     raise AttributeError(f"module 'normkit' has no attribute {name!r}")
+
+
+if "torch.distributed.tensor" in _sys.modules:  # else the first call of a DTensor does it
+    _import_module("normkit.parallel._dtensor").register_once()

@@ -11,10 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from normkit._checks import check_number
-from normkit.inplace import Kind
-
-DEFAULT_EPS: dict[Kind, float] = {"rms": 1e-6, "layer": 1e-5}  # as the modules have it
+from normkit._serving.checks import check_number
+from normkit._spec import DEFAULT_EPS, Kind
 
 
 def _set(names: str) -> frozenset[str]:

@@ -24,9 +24,10 @@ from rich.text import Text
 
 import normkit
 from normkit import HeadNorm, LayerNorm, RMSNorm, _bench, reference, testing
-from normkit._checks import FLOATS, FLOATS_TEXT
 from normkit._files import Files, printable
-from normkit.checkpoint import NormEntry, describe_norm, load_norm, weight_names
+from normkit._spec import FLOATS, FLOATS_TEXT
+from normkit.checkpoint import NormEntry, describe_norm, weight_names
+from normkit.loading import load_norm
 
 app = typer.Typer(
     add_completion=False,

@@ -10,46 +10,33 @@ residual where there is a residual, and x otherwise:
 Statistics and products are float32; y is rounded once, to the nearest even, when it is stored.  A
 row's bits depend on nothing but the row, the weights and the options.  docs/numerics.md states
 these promises, with their bounds.
+
+Arguments mean the same everywhere: `rms_norm` describes them, `add_rms_norm` those of a residual.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from normkit import _dispatch, _ops
-from normkit._checks import Call
-from normkit._dispatch import Explanation
-from normkit.inplace import (
-    Kind,
-    add_layer_norm_,
-    add_rms_norm_,
-    head_norm_,
-    is_layer,
-    layer_norm_,
-    rms_norm_,
-)
+from normkit._serving.backends import quick
+from normkit._serving.serve import FUNCTIONS, explain, serve
+from normkit._spec import ADD, LAYER, OPS, Call, Kind, heads
 
 __all__ = [
-    "Kind",
-    "add_layer_norm",
-    "add_layer_norm_",
-    "add_rms_norm",
-    "add_rms_norm_",
-    "explain",
-    "head_norm",
-    "head_norm_",
-    "layer_norm",
-    "layer_norm_",
-    "rms_norm",
+    "Kind", "add_head_norm", "add_head_norm_", "add_layer_norm", "add_layer_norm_", "add_rms_norm",
+    "add_rms_norm_", "explain", "head_norm", "head_norm_", "layer_norm", "layer_norm_", "rms_norm",
     "rms_norm_",
-]
+]  # fmt: skip
 
-_native = _dispatch.quick
+# One entry and one function under the types of what they return for these kinds.
+_norm: Callable[..., Tensor | None] = quick
+_add_norm: Callable[..., tuple[Tensor, Tensor] | None] = quick
+_serve: Callable[[Call], Tensor] = serve
+_serve_both: Callable[[Call], tuple[Tensor, Tensor]] = serve
 
 
 def rms_norm(
@@ -77,16 +64,17 @@ def rms_norm(
         eps: added to the mean of squares; None for the machine epsilon of the computing dtype, as
             torch has it.
         weight_offset: added to the weight in float32 (Gemma: 1.0); without a weight it is not used.
-        round_before_weight: round xhat to x's dtype before the weight
-            multiplies it, as Llama and Qwen of Hugging Face transformers do.
-        clamp_inf: count +-inf in a float16 x as +-65504, as ExLlamaV2 does; NaN stays.
+        round_before_weight: round xhat to the dtype of what is normalised (x, or the rounded sum)
+            before the weight multiplies it, as Llama and Qwen of Hugging Face transformers do.
+        clamp_inf: count +-inf in a float16 x, or in a sum rounded to float16, as +-65504, as
+            ExLlamaV2 does; NaN stays.
         out_dtype: dtype of the result; None for out's, or x's without an out.
         out: written and returned, if given: x's shape, last stride 1; may be x itself but not
-            overlap it in part.
-        memory_efficient: where a gradient is wanted, keep y for it instead of x, and
-            undo the affine map: for a y that is kept anyway.  The gradients carry y's rounding, and
-            a weight of 0 (with its offset) gets none.  Not with round_before_weight or clamp_inf,
-            which lose what would be undone: x is kept.
+            overlap it in part.  None: a new tensor, packed whatever x's strides are.
+        memory_efficient: where a gradient is needed, keep y for it instead of what was normalised,
+            and undo the affine map: for a y that is kept anyway.  The gradients carry y's rounding,
+            and a weight of 0 (with its offset) gets none.  Not with round_before_weight or
+            clamp_inf, which lose what would be undone: x, or the sum, is kept.
 
     Returns:
         y, of x's shape, in out_dtype.
@@ -94,8 +82,9 @@ def rms_norm(
     Raises:
         TypeError: an argument is no tensor, or of the wrong dtype.
         ValueError: a shape, stride, device, option or memory overlap is wrong, or a backend asked
-            for by name cannot serve the call.
-        RuntimeError: out is given where a gradient is needed.
+            for by name cannot run the call.
+        RuntimeError: what would be written (an output that is given, or x in place) is needed for
+            a gradient, or is an inference tensor outside of inference mode.
 
     y is rounded to out_dtype, and xhat where round_before_weight says so.  Semantics: Zhang and
     Sennrich 2019, arXiv:1910.07467; rounding as `torch.nn.functional.rms_norm`.
@@ -105,18 +94,38 @@ def rms_norm(
         >>> normkit.rms_norm(torch.randn(2, 4), torch.ones(4)).shape
         torch.Size([2, 4])
     """
-    if not is_dynamo_compiling():
-        result = _native(
-            0, x, None, weight, bias, eps, weight_offset, round_before_weight, True, clamp_inf,
-            out_dtype, out, None, 0,
-        )  # fmt: skip
-        if result is not None:
-            return result  # type: ignore[no-any-return]
-    call = Call(
-        "rms_norm", False, False, x, weight, bias, eps, weight_offset, round_before_weight,
-        clamp_inf, out_dtype, out, memory_efficient=memory_efficient,
+    call = (
+        0, x, None, weight, bias, eps, weight_offset, round_before_weight, True, clamp_inf,
+        out_dtype, out, None,
     )  # fmt: skip
-    return cast(Tensor, _ops.serve(call))
+    made = None if is_dynamo_compiling() else _norm(*call)
+    return _serve(Call(*call, memory_efficient)) if made is None else made
+
+
+def rms_norm_(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float | None = 1e-6,
+    *,
+    weight_offset: float = 0.0,
+    round_before_weight: bool = False,
+    clamp_inf: bool = False,
+) -> Tensor:
+    """`rms_norm` in place: x, whose last stride has to be 1, is overwritten and returned.
+
+    Example:
+        >>> import normkit, torch
+        >>> x = torch.randn(2, 3, 4)
+        >>> normkit.rms_norm_(x) is x
+        True
+    """
+    call = (
+        0, x, None, weight, bias, eps, weight_offset, round_before_weight, True, clamp_inf, None,
+        x, None,
+    )  # fmt: skip
+    made = None if is_dynamo_compiling() else _norm(*call)
+    return _serve(Call(*call, in_place=True)) if made is None else made
 
 
 def layer_norm(
@@ -136,54 +145,46 @@ def layer_norm(
 
         y = (x - mean(x)) / sqrt(var(x) + eps) * (weight + weight_offset) + bias
 
-    Args:
-        x: (..., n) in float32, float16 or bfloat16 (float64 takes the reference path).  Outer
-            strides are free; an x whose last stride is not 1 is copied once.
-        weight: (n,) in any of the three dtypes, whatever x is; None for no weight.
-        bias: (n,) in any of the three dtypes; None for no bias.
-        eps: added to the variance; None for the machine epsilon of the computing dtype, as torch
-            has it.
-        weight_offset: added to the weight in float32 (Gemma: 1.0); without a weight it is not used.
-        round_before_weight: round xhat to x's dtype before the weight
-            multiplies it, as Llama and Qwen of Hugging Face transformers do.
-        clamp_inf: count +-inf in a float16 x as +-65504, as ExLlamaV2 does; NaN stays.
-        out_dtype: dtype of the result; None for out's, or x's without an out.
-        out: written and returned, if given: x's shape, last stride 1; may be x itself but not
-            overlap it in part.
-        memory_efficient: where a gradient is wanted, keep y for it instead of x, and
-            undo the affine map: for a y that is kept anyway.  The gradients carry y's rounding, and
-            a weight of 0 (with its offset) gets none.  Not with round_before_weight or clamp_inf,
-            which lose what would be undone: x is kept.
-
-    Returns:
-        y, of x's shape, in out_dtype.
-
-    Raises:
-        TypeError: an argument is no tensor, or of the wrong dtype.
-        ValueError: a shape, stride, device, option or memory overlap is wrong, or a backend asked
-            for by name cannot serve the call.
-        RuntimeError: out is given where a gradient is needed.
-
-    y is rounded to out_dtype, and xhat where round_before_weight says so.  Semantics: Ba et al.
-    2016, arXiv:1607.06450.
+    Arguments, result, errors and rounding are those of `rms_norm`; eps is added to the variance.
+    Semantics: Ba et al. 2016, arXiv:1607.06450.
 
     Example:
         >>> import normkit, torch
-        >>> normkit.layer_norm(torch.randn(2, 4), torch.ones(4)).shape
-        torch.Size([2, 4])
+        >>> normkit.layer_norm(torch.tensor([1.0, 3.0]), eps=0.0)
+        tensor([-1.,  1.])
     """
-    if not is_dynamo_compiling():
-        result = _native(
-            1, x, None, weight, bias, eps, weight_offset, round_before_weight, True, clamp_inf,
-            out_dtype, out, None, 0,
-        )  # fmt: skip
-        if result is not None:
-            return result  # type: ignore[no-any-return]
-    call = Call(
-        "layer_norm", True, False, x, weight, bias, eps, weight_offset, round_before_weight,
-        clamp_inf, out_dtype, out, memory_efficient=memory_efficient,
+    call = (
+        LAYER, x, None, weight, bias, eps, weight_offset, round_before_weight, True, clamp_inf,
+        out_dtype, out, None,
     )  # fmt: skip
-    return cast(Tensor, _ops.serve(call))
+    made = None if is_dynamo_compiling() else _norm(*call)
+    return _serve(Call(*call, memory_efficient)) if made is None else made
+
+
+def layer_norm_(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float | None = 1e-5,
+    *,
+    weight_offset: float = 0.0,
+    round_before_weight: bool = False,
+    clamp_inf: bool = False,
+) -> Tensor:
+    """`layer_norm` in place: x, whose last stride has to be 1, is overwritten and returned.
+
+    Example:
+        >>> import normkit, torch
+        >>> x = torch.randn(2, 3, 4)
+        >>> normkit.layer_norm_(x) is x
+        True
+    """
+    call = (
+        LAYER, x, None, weight, bias, eps, weight_offset, round_before_weight, True, clamp_inf,
+        None, x, None,
+    )  # fmt: skip
+    made = None if is_dynamo_compiling() else _norm(*call)
+    return _serve(Call(*call, in_place=True)) if made is None else made
 
 
 def head_norm(
@@ -205,57 +206,52 @@ def head_norm(
         y = xhat * (weight + weight_offset) + bias,  xhat by `kind` as in `rms_norm` or `layer_norm`
 
     Args:
-        x: (..., heads, head_dim) in float32, float16 or bfloat16 (float64 takes the reference
-            path).  Outer strides are free, so q and k may be slices of a packed qkv; an x whose
-            last stride is not 1 is copied once.
-        weight: (heads, head_dim), or (head_dim,) for all heads, in any of the three dtypes; None
-            for no weight.
-        bias: likewise; None for no bias.
-        eps: added to the variance or mean of squares; None for the machine epsilon of the computing
-            dtype, as torch has it.
+        x: (..., heads, head_dim); q and k may be slices of a packed qkv.
+        weight: (heads, head_dim), or (head_dim,) for all heads; None for no weight.
+        bias: likewise.
         kind: "rms" or "layer".
-        weight_offset: added to the weight in float32 (Gemma: 1.0); without a weight it is not used.
-        round_before_weight: round xhat to x's dtype before the weight
-            multiplies it, as Llama and Qwen of Hugging Face transformers do.
-        clamp_inf: count +-inf in a float16 x as +-65504, as ExLlamaV2 does; NaN stays.
-        out_dtype: dtype of the result; None for out's, or x's without an out.
-        out: written and returned, if given: x's shape, last stride 1; may be x itself but not
-            overlap it in part.
-        memory_efficient: where a gradient is wanted, keep y for it instead of x, and
-            undo the affine map: for a y that is kept anyway.  The gradients carry y's rounding, and
-            a weight of 0 (with its offset) gets none.  Not with round_before_weight or clamp_inf,
-            which lose what would be undone: x is kept.
 
-    Returns:
-        y, of x's shape, in out_dtype.
-
-    Raises:
-        TypeError: an argument is no tensor, or of the wrong dtype.
-        ValueError: a shape, stride, device, option or memory overlap is wrong, or a backend asked
-            for by name cannot serve the call.
-        RuntimeError: out is given where a gradient is needed.
-
-    y is rounded to out_dtype, and xhat where round_before_weight says so.  Semantics: per-head q
-    and k norms of Qwen3, Gemma 3 (rms) and Cohere (layer, weight (heads, head_dim)).
+    The other arguments, result, errors and rounding are those of `rms_norm`.  Semantics: q and k
+    norms of Qwen3 and Gemma 3 (rms), and Cohere (layer, a weight per head).
 
     Example:
         >>> import normkit, torch
         >>> normkit.head_norm(torch.randn(2, 3, 4), torch.ones(3, 4)).shape
         torch.Size([2, 3, 4])
     """
-    layer = is_layer(kind)
-    if not is_dynamo_compiling():
-        result = _native(
-            layer + 2, x, None, weight, bias, eps, weight_offset, round_before_weight, True,
-            clamp_inf, out_dtype, out, None, 0,
-        )  # fmt: skip
-        if result is not None:
-            return result  # type: ignore[no-any-return]
-    call = Call(
-        "head_norm", layer, True, x, weight, bias, eps, weight_offset, round_before_weight,
-        clamp_inf, out_dtype, out, memory_efficient=memory_efficient,
+    call = (
+        heads(kind), x, None, weight, bias, eps, weight_offset, round_before_weight, True,
+        clamp_inf, out_dtype, out, None,
     )  # fmt: skip
-    return cast(Tensor, _ops.serve(call))
+    made = None if is_dynamo_compiling() else _norm(*call)
+    return _serve(Call(*call, memory_efficient)) if made is None else made
+
+
+def head_norm_(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float | None = 1e-6,
+    *,
+    kind: Kind = "rms",
+    weight_offset: float = 0.0,
+    round_before_weight: bool = False,
+    clamp_inf: bool = False,
+) -> Tensor:
+    """`head_norm` in place: x, whose last stride has to be 1, is overwritten and returned.
+
+    Example:
+        >>> import normkit, torch
+        >>> x = torch.randn(2, 3, 4)
+        >>> normkit.head_norm_(x) is x
+        True
+    """
+    call = (
+        heads(kind), x, None, weight, bias, eps, weight_offset, round_before_weight, True,
+        clamp_inf, None, x, None,
+    )  # fmt: skip
+    made = None if is_dynamo_compiling() else _norm(*call)
+    return _serve(Call(*call, in_place=True)) if made is None else made
 
 
 def add_rms_norm(
@@ -280,62 +276,61 @@ def add_rms_norm(
         y = s / sqrt(mean(s^2) + eps) * (weight + weight_offset) + bias
 
     Args:
-        x: (..., n) in float32, float16 or bfloat16 (float64 takes the reference path).  Outer
-            strides are free; an x whose last stride is not 1 is copied once.
         residual: of x's shape, in any of the three dtypes.
-        weight: (n,) in any of the three dtypes, whatever x is; None for no weight.
-        bias: (n,) in any of the three dtypes; None for no bias.
-        eps: added to the mean of squares; None for the machine epsilon of the computing dtype, as
-            torch has it.
         round_sum: take the statistic and y from the sum as rounded to residual's dtype, so that
             fused equals unfused, bit for bit; False: from the float32 sum, as FlashInfer and QuACK
             do.
-        weight_offset: added to the weight in float32 (Gemma: 1.0); without a weight it is not used.
-        round_before_weight: round xhat to the dtype of what is normalised (x, or the rounded sum)
-            before the weight multiplies it, as Llama and Qwen of Hugging Face transformers do.
-        clamp_inf: count +-inf in a float16 x, or in a sum rounded to float16, as +-65504, as
-            ExLlamaV2 does; NaN stays.
-        out_dtype: dtype of the result; None for out's, or x's without an out.
-        out: written and returned, if given: x's shape, last stride 1; may be x itself but not
-            overlap it in part.
         residual_out: written and returned, if given: x's shape, residual's dtype, last stride 1;
-            may be residual.
-        memory_efficient: where a gradient is wanted, keep y for it instead of residual_out, and
-            undo the affine map: for a y that is kept anyway.  The gradients carry y's rounding, and
-            a weight of 0 (with its offset) gets none.  Not with round_before_weight or clamp_inf,
-            which lose what would be undone: residual_out is kept.
+            may be residual, or x, but share no memory with weight or bias.
+
+    The other arguments and errors are those of `rms_norm`.
 
     Returns:
         y of x's shape in out_dtype, and residual_out of x's shape in residual's dtype.
 
-    Raises:
-        TypeError: an argument is no tensor, or of the wrong dtype.
-        ValueError: a shape, stride, device, option or memory overlap is wrong, or a backend asked
-            for by name cannot serve the call.
-        RuntimeError: out or residual_out is given where a gradient is needed.
-
     The sum is rounded to residual's dtype, y to out_dtype, and xhat where round_before_weight says
-    so.  Semantics: Zhang and Sennrich 2019, arXiv:1910.07467; rounding as
-    `torch.nn.functional.rms_norm`.
+    so.  Semantics: as `rms_norm` of the sum.
 
     Example:
         >>> import normkit, torch
-        >>> y, residual = normkit.add_rms_norm(torch.ones(2, 4), torch.ones(2, 4), torch.ones(4))
-        >>> residual[0, 0].item()
-        2.0
+        >>> y, total = normkit.add_rms_norm(torch.ones(2, 4), torch.ones(2, 4), torch.ones(4))
+        >>> total[0]
+        tensor([2., 2., 2., 2.])
     """
-    if not is_dynamo_compiling():
-        result = _native(
-            4, x, residual, weight, bias, eps, weight_offset, round_before_weight, round_sum,
-            clamp_inf, out_dtype, out, residual_out, 0,
-        )  # fmt: skip
-        if result is not None:
-            return result  # type: ignore[no-any-return]
-    call = Call(
-        "add_rms_norm", False, False, x, weight, bias, eps, weight_offset, round_before_weight,
-        clamp_inf, out_dtype, out, residual, residual_out, round_sum, memory_efficient,
+    call = (
+        ADD, x, residual, weight, bias, eps, weight_offset, round_before_weight, round_sum,
+        clamp_inf, out_dtype, out, residual_out,
     )  # fmt: skip
-    return cast("tuple[Tensor, Tensor]", _ops.serve(call))
+    made = None if is_dynamo_compiling() else _add_norm(*call)
+    return _serve_both(Call(*call, memory_efficient)) if made is None else made
+
+
+def add_rms_norm_(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float | None = 1e-6,
+    *,
+    round_sum: bool = True,
+    weight_offset: float = 0.0,
+    round_before_weight: bool = False,
+    clamp_inf: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`add_rms_norm` in place: x is overwritten by y and the residual by the sum; returns both.
+
+    Example:
+        >>> import normkit, torch
+        >>> x, residual = torch.ones(2, 3, 4), torch.ones(2, 3, 4)
+        >>> normkit.add_rms_norm_(x, residual)[1] is residual
+        True
+    """
+    call = (
+        ADD, x, residual, weight, bias, eps, weight_offset, round_before_weight, round_sum,
+        clamp_inf, None, x, residual,
+    )  # fmt: skip
+    made = None if is_dynamo_compiling() else _add_norm(*call)
+    return _serve_both(Call(*call, in_place=True)) if made is None else made
 
 
 def add_layer_norm(
@@ -359,104 +354,118 @@ def add_layer_norm(
         s = residual_out = x + residual
         y = (s - mean(s)) / sqrt(var(s) + eps) * (weight + weight_offset) + bias
 
-    Args:
-        x: (..., n) in float32, float16 or bfloat16 (float64 takes the reference path).  Outer
-            strides are free; an x whose last stride is not 1 is copied once.
-        residual: of x's shape, in any of the three dtypes.
-        weight: (n,) in any of the three dtypes, whatever x is; None for no weight.
-        bias: (n,) in any of the three dtypes; None for no bias.
-        eps: added to the variance; None for the machine epsilon of the computing dtype, as torch
-            has it.
-        round_sum: take the statistic and y from the sum as rounded to residual's dtype, so that
-            fused equals unfused, bit for bit; False: from the float32 sum, as FlashInfer and QuACK
-            do.
-        weight_offset: added to the weight in float32 (Gemma: 1.0); without a weight it is not used.
-        round_before_weight: round xhat to the dtype of what is normalised (x, or the rounded sum)
-            before the weight multiplies it, as Llama and Qwen of Hugging Face transformers do.
-        clamp_inf: count +-inf in a float16 x, or in a sum rounded to float16, as +-65504, as
-            ExLlamaV2 does; NaN stays.
-        out_dtype: dtype of the result; None for out's, or x's without an out.
-        out: written and returned, if given: x's shape, last stride 1; may be x itself but not
-            overlap it in part.
-        residual_out: written and returned, if given: x's shape, residual's dtype, last stride 1;
-            may be residual.
-        memory_efficient: where a gradient is wanted, keep y for it instead of residual_out, and
-            undo the affine map: for a y that is kept anyway.  The gradients carry y's rounding, and
-            a weight of 0 (with its offset) gets none.  Not with round_before_weight or clamp_inf,
-            which lose what would be undone: residual_out is kept.
-
-    Returns:
-        y of x's shape in out_dtype, and residual_out of x's shape in residual's dtype.
-
-    Raises:
-        TypeError: an argument is no tensor, or of the wrong dtype.
-        ValueError: a shape, stride, device, option or memory overlap is wrong, or a backend asked
-            for by name cannot serve the call.
-        RuntimeError: out or residual_out is given where a gradient is needed.
-
-    The sum is rounded to residual's dtype, y to out_dtype, and xhat where round_before_weight says
-    so.  Semantics: Ba et al. 2016, arXiv:1607.06450.
+    Arguments, results, errors and rounding are those of `add_rms_norm`; eps is added to the
+    variance.
 
     Example:
         >>> import normkit, torch
-        >>> y, residual = normkit.add_layer_norm(torch.ones(2, 4), torch.ones(2, 4), torch.ones(4))
-        >>> residual[0, 0].item()
-        2.0
+        >>> x = torch.tensor([1.0, 3.0])
+        >>> normkit.add_layer_norm(x, torch.tensor([2.0, 1.0]), eps=0.0)
+        (tensor([-1.,  1.]), tensor([3., 4.]))
     """
-    if not is_dynamo_compiling():
-        result = _native(
-            5, x, residual, weight, bias, eps, weight_offset, round_before_weight, round_sum,
-            clamp_inf, out_dtype, out, residual_out, 0,
-        )  # fmt: skip
-        if result is not None:
-            return result  # type: ignore[no-any-return]
-    call = Call(
-        "add_layer_norm", True, False, x, weight, bias, eps, weight_offset, round_before_weight,
-        clamp_inf, out_dtype, out, residual, residual_out, round_sum, memory_efficient,
+    call = (
+        ADD | LAYER, x, residual, weight, bias, eps, weight_offset, round_before_weight, round_sum,
+        clamp_inf, out_dtype, out, residual_out,
     )  # fmt: skip
-    return cast("tuple[Tensor, Tensor]", _ops.serve(call))
+    made = None if is_dynamo_compiling() else _add_norm(*call)
+    return _serve_both(Call(*call, memory_efficient)) if made is None else made
 
 
-_ops.FUNCTIONS.update(
-    (op.__name__, op)
-    for op in (
-        rms_norm,
-        layer_norm,
-        head_norm,
-        add_rms_norm,
-        add_layer_norm,
-        rms_norm_,
-        layer_norm_,
-        head_norm_,
-        add_rms_norm_,
-        add_layer_norm_,
-    )
-)
-
-
-def explain(op: str | Callable[..., Any], *tensors: Tensor | None, **options: Any) -> Explanation:
-    """Tell who would serve exactly this call, how, and why; nothing is computed or written.
-
-    Args:
-        op: one of normkit's functions, or its name.
-        tensors: its positional arguments.
-        options: its keyword arguments.
-
-    Returns:
-        An `Explanation` with `backend` ("cpu", "cuda", "triton" or "reference"), `plan` and
-        `reason`.
-
-    Raises:
-        ValueError: op is not one of normkit's functions.
-        Whatever the call itself would raise.
+def add_layer_norm_(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float | None = 1e-5,
+    *,
+    round_sum: bool = True,
+    weight_offset: float = 0.0,
+    round_before_weight: bool = False,
+    clamp_inf: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`add_layer_norm` in place: x is overwritten by y and the residual by the sum; returns both.
 
     Example:
         >>> import normkit, torch
-        >>> normkit.explain("rms_norm", torch.ones(2, 4, dtype=torch.float64)).reason
-        'x is float64'
+        >>> x, residual = torch.ones(2, 3, 4), torch.ones(2, 3, 4)
+        >>> normkit.add_layer_norm_(x, residual)[1] is residual
+        True
     """
-    functions = _ops.FUNCTIONS
-    function = functions.get(op) if isinstance(op, str) else op
-    if function is None or function not in functions.values():
-        raise ValueError(f"op: expected one of {', '.join(functions)} of normkit, got {op!r}")
-    return _dispatch.explain(function, *tensors, **options)
+    call = (
+        ADD | LAYER, x, residual, weight, bias, eps, weight_offset, round_before_weight, round_sum,
+        clamp_inf, None, x, residual,
+    )  # fmt: skip
+    made = None if is_dynamo_compiling() else _add_norm(*call)
+    return _serve_both(Call(*call, in_place=True)) if made is None else made
+
+
+def add_head_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float | None = 1e-6,
+    *,
+    kind: Kind = "rms",
+    round_sum: bool = True,
+    weight_offset: float = 0.0,
+    round_before_weight: bool = False,
+    clamp_inf: bool = False,
+    out_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+    residual_out: Tensor | None = None,
+    memory_efficient: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Add x to the residual and normalise each head of the sum, in one pass over memory.
+
+        s = residual_out = x + residual
+        y = xhat * (weight + weight_offset) + bias,  xhat of s by `kind`
+
+    x, weight, bias and kind are those of `head_norm`, the other arguments, the results, errors and
+    rounding those of `add_rms_norm`.
+
+    Example:
+        >>> import normkit, torch
+        >>> x = torch.ones(2, 3, 4)
+        >>> y, total = normkit.add_head_norm(x, x, torch.ones(3, 4))
+        >>> total[0, 0]
+        tensor([2., 2., 2., 2.])
+    """
+    call = (
+        ADD | heads(kind), x, residual, weight, bias, eps, weight_offset, round_before_weight,
+        round_sum, clamp_inf, out_dtype, out, residual_out,
+    )  # fmt: skip
+    made = None if is_dynamo_compiling() else _add_norm(*call)
+    return _serve_both(Call(*call, memory_efficient)) if made is None else made
+
+
+def add_head_norm_(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float | None = 1e-6,
+    *,
+    kind: Kind = "rms",
+    round_sum: bool = True,
+    weight_offset: float = 0.0,
+    round_before_weight: bool = False,
+    clamp_inf: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`add_head_norm` in place: x is overwritten by y and the residual by the sum; returns both.
+
+    Example:
+        >>> import normkit, torch
+        >>> x, residual = torch.ones(2, 3, 4), torch.ones(2, 3, 4)
+        >>> normkit.add_head_norm_(x, residual)[1] is residual
+        True
+    """
+    call = (
+        ADD | heads(kind), x, residual, weight, bias, eps, weight_offset, round_before_weight,
+        round_sum, clamp_inf, None, x, residual,
+    )  # fmt: skip
+    made = None if is_dynamo_compiling() else _add_norm(*call)
+    return _serve_both(Call(*call, in_place=True)) if made is None else made
+
+
+FUNCTIONS.update((name + form, globals()[name + form]) for name in OPS for form in ("", "_"))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 import torch
@@ -11,17 +12,15 @@ from torch.compiler import is_dynamo_compiling
 from torch.fx import Proxy
 from torch.nn import Parameter, init
 
-from normkit import _dispatch, _ops
-from normkit._checks import Call, check_eps, check_number, check_size
 from normkit._scripting import ScriptableNorm
+from normkit._serving.backends import quick
+from normkit._serving.checks import check_eps, check_number, check_size
+from normkit._serving.serve import serve
+from normkit._spec import ADD, LAYER, PER_HEAD, Call, Kind
 from normkit.checkpoint import Source, StoredNorm, read_norm
-from normkit.functional import add_layer_norm, add_rms_norm, head_norm, layer_norm, rms_norm
-from normkit.inplace import Kind
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-_native = _dispatch.quick
 
 
 class _Affine(torch.nn.Module):
@@ -54,6 +53,13 @@ class _Affine(torch.nn.Module):
             shown.append("memory_efficient=True")
         return ", ".join(filter(None, shown))
 
+    def _affine(self) -> tuple[Tensor | None, Tensor | None]:
+        try:  # self.weight takes ten times as long
+            parameters = self._parameters
+            return parameters["weight"], parameters["bias"]
+        except KeyError:  # parametrised, pruned or sharded: still attributes, but not parameters
+            return self.weight, self.bias
+
     def _trace(self, x: Any, residual: Any, out_dtype: torch.dtype | None) -> Any:
         """Record a call of this module by torch.fx, which takes only torch's own for leaves."""
         given = (x,) if residual is None else (x, residual)
@@ -69,12 +75,12 @@ class _Affine(torch.nn.Module):
 
 
 class _RowNorm(_Affine):
-    """A norm over the last dimensions; a class of torch and two functions make it whole."""
+    """A norm over the last dimensions; with a class of torch it is whole."""
 
     normalized_shape: tuple[int, ...]
+    eps: Any  # as the class of torch has it
     _kind: ClassVar[Kind]
-    _norm: ClassVar[Callable[..., Any]]
-    _add_norm: ClassVar[Callable[..., Any]]
+    _bits: ClassVar[int]
 
     @overload
     def forward(
@@ -106,71 +112,44 @@ class _RowNorm(_Affine):
             TypeError: an argument is no tensor, or of the wrong dtype.
             ValueError: a shape or a device is wrong.
         """
-        try:  # self.weight takes ten times as long
-            parameters = self._parameters
-            weight, bias = parameters["weight"], parameters["bias"]
-        except KeyError:  # parametrised, pruned or sharded: still attributes, but not parameters
-            weight, bias = self.weight, self.bias
-        if residual is None and weight is not None and not is_dynamo_compiling():
-            # The quick path of normkit.functional without its frame: a quarter microsecond.
-            y = _native(
-                self._kind == "layer", x, None, weight, bias, self.eps, self.weight_offset,
-                self.round_before_weight, True, False, out_dtype, None, None, 0,
-            )  # fmt: skip
-            if y is not None:
-                return y  # type: ignore[no-any-return]
+        weight, bias = self._affine()
+        kind = self._bits if residual is None else self._bits | ADD
+        call = (
+            kind, x, residual, weight, bias, self.eps, self.weight_offset,
+            self.round_before_weight, True, False, out_dtype, None, None,
+        )  # fmt: skip
+        # Without a weight nobody compares x's last size, nor that of several dimensions.
+        if weight is not None and not is_dynamo_compiling():
+            made = quick(*call)
+            if made is not None:
+                return made  # type: ignore[no-any-return]
         if isinstance(x, Proxy) or isinstance(residual, Proxy):
             return self._trace(x, residual, out_dtype)
         if weight is None or len(self.normalized_shape) > 1:
-            return self._as_one_row(x, residual, weight, bias, out_dtype)
-        if residual is None:
-            return self._norm(  # type: ignore[no-any-return]
-                x,
-                weight,
-                bias,
-                self.eps,
-                weight_offset=self.weight_offset,
-                round_before_weight=self.round_before_weight,
-                out_dtype=out_dtype,
-                memory_efficient=self.memory_efficient,
-            )
-        return self._add_norm(  # type: ignore[no-any-return]
-            x,
-            residual,
-            weight,
-            bias,
-            self.eps,
-            weight_offset=self.weight_offset,
-            round_before_weight=self.round_before_weight,
-            out_dtype=out_dtype,
-            memory_efficient=self.memory_efficient,
-        )
+            return self._as_one_row(Call(*call, self.memory_efficient))
+        return serve(Call(*call, self.memory_efficient))  # type: ignore[no-any-return]
 
-    def _as_one_row(
-        self,
-        x: Tensor,
-        residual: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        out_dtype: torch.dtype | None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    def _as_one_row(self, call: Call) -> Tensor | tuple[Tensor, Tensor]:
+        x, dims = call.x, len(self.normalized_shape)
         _check_ending("x", x, self.normalized_shape)
-        affine = [None if t is None else t.flatten() for t in (weight, bias)]
-        options: dict[str, Any] = {
-            "weight_offset": self.weight_offset,
-            "round_before_weight": self.round_before_weight,
-            "out_dtype": out_dtype,
-            "memory_efficient": self.memory_efficient,
-        }
-        dims = len(self.normalized_shape)
-        if residual is not None:
-            _check_ending("residual", residual, x.shape)
-        rows = [t if dims == 1 else t.flatten(-dims) for t in (x, residual) if t is not None]
-        op = self._norm if residual is None else self._add_norm
-        made = op(*rows, *affine, self.eps, **options)
+        shape = x.shape
+        if call.residual is not None:
+            _check_ending("residual", call.residual, shape)
         if dims == 1:
-            return made  # type: ignore[no-any-return]
-        return made.view(x.shape) if residual is None else tuple(t.view(x.shape) for t in made)
+            return serve(call)  # type: ignore[no-any-return]
+
+        def flat(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t.flatten(-dims)
+
+        rows = replace(
+            call,
+            x=x.flatten(-dims),
+            residual=flat(call.residual),
+            weight=flat(call.weight),
+            bias=flat(call.bias),
+        )
+        made = serve(rows)
+        return made.view(shape) if call.residual is None else tuple(t.view(shape) for t in made)
 
     def __prepare_scriptable__(self) -> torch.nn.Module:
         """Return what torch.jit.script compiles in the place of this module."""
@@ -269,8 +248,7 @@ class RMSNorm(_RowNorm, torch.nn.RMSNorm):
     """
 
     _kind = "rms"
-    _norm = staticmethod(rms_norm)
-    _add_norm = staticmethod(add_rms_norm)
+    _bits = 0
 
     def __init__(
         self,
@@ -327,8 +305,7 @@ class LayerNorm(_RowNorm, torch.nn.LayerNorm):
     """
 
     _kind = "layer"
-    _norm = staticmethod(layer_norm)
-    _add_norm = staticmethod(add_layer_norm)
+    _bits = LAYER
 
     def __init__(
         self,
@@ -375,7 +352,7 @@ class HeadNorm(_Affine):
     Raises:
         ValueError: kind is neither "rms" nor "layer".
 
-    What it takes and where it rounds: `normkit.head_norm`.
+    What it takes and where it rounds: `normkit.head_norm`, with a residual `normkit.add_head_norm`.
 
     Example:
         >>> import normkit, torch
@@ -445,44 +422,22 @@ class HeadNorm(_Affine):
 
         Outer strides are free: q and k may be slices of a packed qkv.  The rest is as in `RMSNorm`.
         """
-        try:  # as in the other norms
-            parameters = self._parameters
-            weight, bias = parameters["weight"], parameters["bias"]
-        except KeyError:
-            weight, bias = self.weight, self.bias
+        weight, bias = self._affine()
+        kind = PER_HEAD | (self.kind == "layer") * LAYER | (residual is not None) * ADD
+        call = (
+            kind, x, residual, weight, bias, self.eps, self.weight_offset,
+            self.round_before_weight, True, False, out_dtype, None, None,
+        )  # fmt: skip
+        if weight is not None and not is_dynamo_compiling():
+            made = quick(*call)
+            if made is not None:
+                return made  # type: ignore[no-any-return]
         if isinstance(x, Proxy) or isinstance(residual, Proxy):
             return self._trace(x, residual, out_dtype)
         if weight is None:  # whose shape would have been compared
             heads = () if self.num_heads is None else (self.num_heads,)
             _check_ending("x", x, (*heads, self.head_dim))
-        if residual is None:
-            return head_norm(
-                x,
-                weight,
-                bias,
-                self.eps,
-                kind=self.kind,
-                weight_offset=self.weight_offset,
-                round_before_weight=self.round_before_weight,
-                out_dtype=out_dtype,
-                memory_efficient=self.memory_efficient,
-            )
-        call = Call(  # no function has this name, but every backend can do it
-            "add_head_norm",
-            self.kind == "layer",
-            True,
-            x,
-            weight,
-            bias,
-            self.eps,
-            self.weight_offset,
-            self.round_before_weight,
-            clamp_inf=False,
-            out_dtype=out_dtype,
-            residual=residual,
-            memory_efficient=self.memory_efficient,
-        )
-        return _ops.serve(call)  # type: ignore[no-any-return]
+        return serve(Call(*call, self.memory_efficient))  # type: ignore[no-any-return]
 
     def __prepare_scriptable__(self) -> torch.nn.Module:
         """Return what torch.jit.script compiles in the place of this module."""

@@ -12,7 +12,7 @@ from conformance.gradients import Case, Gradients
 from conformance.gradients import check as check_gradients
 from conformance.support import LAYER, Op, assert_same_bits
 from devices import call_on
-from normkit._dispatch import natives
+from normkit._serving.backends import natives
 from normkit.testing import Inputs, assert_accurate
 
 

@@ -33,7 +33,7 @@ from conformance.support import (
     needs_kernels,
     threads,
 )
-from normkit._dispatch import natives
+from normkit._serving.backends import natives
 from normkit.testing import Inputs
 
 OPS = (RMS, LAYER, HEAD_RMS, HEAD_LAYER)

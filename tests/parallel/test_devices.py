@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 import normkit
-from normkit import _C, _dispatch, parallel
+from normkit import _C, parallel
+from normkit._serving import backends
 from normkit.parallel import BroadcastType, TPContext
 from torch_integration.support import assert_equal_bits
 
@@ -86,7 +87,7 @@ def test_heads_have_weights_of_their_own() -> None:
 def test_one_call_of_the_extension_runs_all_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     monkeypatch.setattr(
-        _dispatch, "quick_tp", lambda *args: calls.append(len(args[1])) or _C.norm_tp(*args)
+        backends, "quick_tp", lambda *args: calls.append(len(args[1])) or _C.norm_tp(*args)
     )
     monkeypatch.setattr(parallel.devices._ops, "serve", lambda call: pytest.fail("went one by one"))
     parallel.rms_norm_tp(*operands(3), context=TPContext(["cpu"] * 3))

@@ -301,7 +301,7 @@ def test_importing_normkit_loads_nothing_of_this() -> None:
     code = (
         "import sys, normkit;"
         "print([m for m in sys.modules if m.startswith(('torch.distributed.tensor',"
-        " 'normkit.parallel', 'normkit._parts', 'normkit._gather'))])"
+        " 'normkit.parallel', 'normkit.parallel._split_rows', 'normkit.parallel._gather'))])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -20,8 +20,7 @@ if not (dist.is_available() and dist.is_gloo_available()):
 
 import normkit
 from conformance.support import assert_same_bits
-from normkit import _gather
-from normkit.parallel import sharded_layer_norm, sharded_rms_norm
+from normkit.parallel import _gather, sharded_layer_norm, sharded_rms_norm
 from parallel.processes import GATHER, counted, join, on_ranks, run_processes
 
 

@@ -13,10 +13,10 @@ from torch._dynamo.backends.common import aot_autograd
 
 import normkit
 from conformance.support import bits
-from normkit import _ops
+from normkit._spec import OPS
 from normkit.testing import make_inputs
 
-NAMES = tuple(_ops.OPS)
+NAMES = tuple(OPS)
 FUNCTIONS = tuple(name for name in NAMES if hasattr(normkit, name))
 FORMS = ("", "_", "_out")
 MODULES: dict[str, Callable[..., torch.nn.Module]] = {

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import normkit
 from conformance.support import DTYPES
-from normkit import _ops
+from normkit._serving import serve
 from torch_integration.support import (
     FUNCTIONS,
     MODULES,
@@ -92,8 +92,8 @@ def fake_device(device: str) -> Iterator[Callable[[Tensor], Tensor]]:
 
 def under_autocast(layer: bool, dtype: torch.dtype) -> torch.dtype:
     """What y is on a device: float32, but where torch is 2.10 and has no such rule for rms_norm."""
-    assert ("cuda", True) in _ops.AUTOCAST_TO_FLOAT32
-    has_rule = ("cuda", layer) in _ops.AUTOCAST_TO_FLOAT32
+    assert ("cuda", True) in serve.AUTOCAST_TO_FLOAT32
+    has_rule = ("cuda", layer) in serve.AUTOCAST_TO_FLOAT32
     assert has_rule or torch.__version__ < "2.13"
     return torch.float32 if has_rule else dtype
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 import normkit
-from normkit import _ops
+from normkit._serving import operators
+from normkit._spec import OPS
 from torch_integration.support import (
     FORMS,
     FUNCTIONS,
@@ -115,13 +116,13 @@ def test_schemas_say_what_is_written_and_nothing_else(name: str) -> None:
         assert marked == written[form]
         assert schema.is_mutable == bool(written[form])
         assert all(r.alias_info is None for r in schema.returns)
-        sums, means = ["residual_out"] * adds(name), ["mean"] * (_ops.OPS[name].layer is not False)
+        sums, means = ["residual_out"] * adds(name), ["mean"] * (OPS[name].layer is not False)
         returned = [] if form else ["y", *sums, "rstd", *means]
         assert [r.name for r in schema.returns] == returned
     assert not operator("norm_backward")._schema.is_mutable
 
 
-@pytest.mark.parametrize("name", [name for name, *_ in _ops.SHARDED])
+@pytest.mark.parametrize("name", [name for name, *_ in operators.SHARDED])
 def test_operators_for_sharded_tensors_begin_with_a_tensor(name: str) -> None:
     """DTensor of torch 2.10 asks the first argument for the mesh, and no other."""
     assert str(operator(name)._schema.arguments[0].type) == "Tensor"
@@ -213,7 +214,7 @@ def test_operators_go_by_use_backend(kernels: Any, name: str) -> None:
 def test_operators_return_what_their_gradients_keep(name: str) -> None:
     given = tensors(name)
     statistics = operator(name)(*given)[1 + adds(name) :]
-    layer = _ops.OPS[name].layer is True
+    layer = OPS[name].layer is True
     total = given[0] + given[1] if adds(name) else given[0]
     centred = total - total.mean(-1, keepdim=True) if layer else total
     eps = 1e-5 if layer else 1e-6

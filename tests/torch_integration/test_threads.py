@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import normkit
-from normkit import _dispatch
+from normkit._serving import backends
 from torch_integration.support import (
     FUNCTIONS,
     MODULES,
@@ -110,12 +110,12 @@ def test_a_backend_is_chosen_for_one_thread_only() -> None:
                 assert leave.wait(30)
                 return normkit.explain("rms_norm", x).backend
         assert inside.wait(30)
-        chosen = _dispatch.wanted_backend()
+        chosen = backends.wanted_backend()
         leave.set()
         return chosen
 
     assert at_once(task, 2) == ["reference", "auto"]
-    assert _dispatch.wanted_backend() == "auto"
+    assert backends.wanted_backend() == "auto"
 
 
 def test_backends_of_threads_do_not_leak_into_each_other() -> None:
@@ -129,9 +129,9 @@ def test_backends_of_threads_do_not_leak_into_each_other() -> None:
     def task(index: int) -> None:
         for _ in range(20):
             with normkit.use_backend(names[index]):
-                assert _dispatch.wanted_backend() == names[index]
+                assert backends.wanted_backend() == names[index]
                 got = results_and_gradients(normkit.rms_norm, given)[1]
-            assert _dispatch.wanted_backend() == "auto"
+            assert backends.wanted_backend() == "auto"
             assert_equal_bits(got, expected[index])
 
     at_once(task)

@@ -7,9 +7,10 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from normkit import _dispatch
-from normkit._checks import FLOATS, FLOATS_TEXT, Call
-from normkit._dispatch import Formula, Wanted
+from normkit._serving import dispatch
+from normkit._serving.backends import wanted_backend
+from normkit._serving.dispatch import Formula, Wanted
+from normkit._spec import ADD, FLOATS, FLOATS_TEXT, LAYER, Call
 
 # ---------------------------------------------------------------- checks
 
@@ -188,12 +189,11 @@ def norm(
     is_rms_norm: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Add and normalise in one pass over memory: z, the sum if there is one, mu and rsigma."""
-    op = ("" if residual is None else "add_") + ("rms_norm" if is_rms_norm else "layer_norm")
+    kind = (not is_rms_norm) * LAYER | (residual is not None) * ADD
     call = Call(
-        op, not is_rms_norm, False, summand, gamma, beta, float(epsilon), 0.0, False, False,
-        out_dtype=z_dtype, residual=residual, round_sum=False,
-    )  # fmt: skip
-    z, x, rsigma, mu = _dispatch.save(call)
+        kind, summand, residual, gamma, beta, float(epsilon), round_sum=False, out_dtype=z_dtype
+    )
+    z, x, rsigma, mu = dispatch.save(call)
     return z, x, torch.zeros_like(rsigma) if mu is None else mu, rsigma
 
 
@@ -210,10 +210,10 @@ def gradients(
     """Make the gradients of the sum, in both dtypes, and of gamma and beta, and their parts."""
     formula = Formula(not is_rms_norm, False, False, 0.0, 0.0, False, False, True)
     weight = gamma.float()  # exact, and makes its gradient float32
-    first, second, of_gamma, of_beta = _dispatch.backward(
+    first, second, of_gamma, of_beta = dispatch.backward(
         formula,
         Wanted(*dtypes, weight=True, bias=True),
-        _dispatch.wanted_backend(),
+        wanted_backend(),
         dz,
         dx,
         x,

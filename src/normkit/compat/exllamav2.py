@@ -30,11 +30,11 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from normkit import functional, modules, parallel
+from normkit._spec import Kind
 from normkit.checkpoint import StoredNorm
 from normkit.compat._errors import raise_renamed
 from normkit.compat.exllamav2_module import Exposed, NormModule, torch_device
 from normkit.compat.exllamav2_tp import exllamav2_streams
-from normkit.inplace import Kind
 
 __all__ = ["ExLlamaV2HeadNorm", "ExLlamaV2LayerNorm", "ExLlamaV2RMSNorm"]
 

@@ -32,7 +32,9 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from normkit import _dispatch, functional, parallel
+from normkit import functional, parallel
+from normkit._serving.backends import quick
+from normkit._spec import LAYER, PER_HEAD
 from normkit.compat._errors import raise_renamed
 from normkit.compat.exllamav2_tp import (
     context_of,
@@ -57,8 +59,6 @@ __all__ = [
 
 none_tensor = torch.empty((1, 1), device="meta")
 """Stands for a tensor that is not there, as in `exllamav2.ext`."""
-
-_native = _dispatch.quick
 
 
 def rms_norm(x: Tensor, w: Tensor, y: Tensor, epsilon: float) -> None:
@@ -92,7 +92,7 @@ def rms_norm(x: Tensor, w: Tensor, y: Tensor, epsilon: float) -> None:
         or y is None
         or epsilon is None
         or is_dynamo_compiling()
-        or _native(0, x, None, w, None, epsilon, 0.0, False, True, True, None, y, None, 0) is None
+        or quick(0, x, None, w, None, epsilon, 0.0, False, True, True, None, y, None) is None
     ):
         _serve(functional.rms_norm, x, w, None, y, epsilon)
 
@@ -151,7 +151,7 @@ def layer_norm(x: Tensor, w: Tensor, b: Tensor | None, y: Tensor, epsilon: float
         or y is None
         or epsilon is None
         or is_dynamo_compiling()
-        or _native(1, x, None, w, b, epsilon, 0.0, False, True, True, None, y, None, 0) is None
+        or quick(LAYER, x, None, w, b, epsilon, 0.0, False, True, True, None, y, None) is None
     ):
         _serve(functional.layer_norm, x, w, b, y, epsilon)
 
@@ -207,13 +207,13 @@ def head_norm(x: Tensor, w: Tensor, b: Tensor | None, y: Tensor, epsilon: float,
         b = None
     if rms is not True and rms is not False:
         raise TypeError(f"rms: expected True or False, got {rms!r}")
-    kind = 2 if rms else 3
+    kind = PER_HEAD if rms else PER_HEAD | LAYER
     if (
         w is None
         or y is None
         or epsilon is None
         or is_dynamo_compiling()
-        or _native(kind, x, None, w, b, epsilon, 0.0, False, True, True, None, y, None, 0) is None
+        or quick(kind, x, None, w, b, epsilon, 0.0, False, True, True, None, y, None) is None
     ):
         _serve(functional.head_norm, x, w, b, y, epsilon, kind="rms" if rms else "layer")
 

@@ -11,11 +11,10 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from normkit import modules
-from normkit._checks import FLOATS, FLOATS_TEXT
-from normkit._dispatch import use_backend
+from normkit._serving.backends import use_backend
+from normkit._spec import FLOATS, FLOATS_TEXT, Kind
 from normkit.checkpoint import StoredNorm, read_norm
 from normkit.compat._errors import raise_renamed
-from normkit.inplace import Kind
 
 Exposed = Parameter | None | list[Parameter | None]
 

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from normkit import _dispatch, _ops
-from normkit._checks import Call, check, check_apart
-from normkit.inplace import Kind, is_layer
+from normkit._serving import backends
+from normkit._serving.checks import check, check_apart
+from normkit._serving.dispatch import check_backend
+from normkit._serving.serve import serve
+from normkit._spec import LAYER, Call, Kind, heads
 from normkit.parallel.context import TPContext
 
 Tensors = Sequence[Tensor]
@@ -72,7 +74,7 @@ def rms_norm_tp(
         [torch.Size([2, 4]), torch.Size([2, 4])]
     """
     return _norm_tp(
-        "rms_norm", 0, xs, weights, biases, eps, weight_offset, round_before_weight, clamp_inf,
+        0, xs, weights, biases, eps, weight_offset, round_before_weight, clamp_inf,
         out_dtype, outs, context,
     )  # fmt: skip
 
@@ -124,7 +126,7 @@ def layer_norm_tp(
         [tensor([[-1.,  1.]]), tensor([[ 1., -1.]])]
     """
     return _norm_tp(
-        "layer_norm", 1, xs, weights, biases, eps, weight_offset, round_before_weight, clamp_inf,
+        LAYER, xs, weights, biases, eps, weight_offset, round_before_weight, clamp_inf,
         out_dtype, outs, context,
     )  # fmt: skip
 
@@ -179,13 +181,12 @@ def head_norm_tp(
         [torch.Size([2, 7, 4, 16]), torch.Size([2, 7, 4, 16])]
     """
     return _norm_tp(
-        "head_norm", is_layer(kind) + 2, xs, weights, biases, eps, weight_offset,
+        heads(kind), xs, weights, biases, eps, weight_offset,
         round_before_weight, clamp_inf, out_dtype, outs, context,
     )  # fmt: skip
 
 
 def _norm_tp(
-    op: str,
     kind: int,
     xs: Tensors,
     weights: Affine,
@@ -201,7 +202,7 @@ def _norm_tp(
     if not isinstance(context, TPContext):
         raise TypeError(f"context: expected a TPContext, got {type(context).__name__}")
     if not is_dynamo_compiling():
-        made = _dispatch.quick_tp(
+        made = backends.quick_tp(
             kind, xs, weights, biases, eps, weight_offset, round_before_weight, clamp_inf,
             out_dtype, outs, context._handles,
         )  # fmt: skip
@@ -212,15 +213,15 @@ def _norm_tp(
     given |= {name: _listed(name, of, len(given["xs"])) for name, of in lists.items()}
     calls = [
         Call(
-            op, bool(kind & 1), bool(kind & 2), x, weight, bias, eps, weight_offset,
-            round_before_weight, clamp_inf, out_dtype, out,
+            kind, x, None, weight, bias, eps, weight_offset, round_before_weight, True, clamp_inf,
+            out_dtype, out,
         )
         for x, weight, bias, out in zip(*given.values(), strict=True)
     ]  # fmt: skip
-    _check_all(calls, context)
+    calls = _checked(calls, context)
     # Each in its device's current stream, which is ordered as well: what autograd and the allocator
     # know of a tensor's stream stays true.
-    return [cast(Tensor, _ops.serve(call)) for call in calls]
+    return [cast(Tensor, serve(call)) for call in calls]
 
 
 def _listed(name: str, of: Sequence[Any] | None, count: int | None) -> Sequence[Any]:
@@ -236,15 +237,16 @@ def _listed(name: str, of: Sequence[Any] | None, count: int | None) -> Sequence[
 _PLURALS = {"x": "xs", "weight": "weights", "bias": "biases", "out": "outs"}
 
 
-def _check_all(calls: list[Call], context: TPContext) -> None:
-    for i, call in enumerate(calls):
+def _checked(given: list[Call], context: TPContext) -> list[Call]:
+    calls = []
+    for i, call in enumerate(given):
         try:
-            check(call)
+            calls.append(check(call))
         except (TypeError, ValueError, RuntimeError) as error:
             name, colon, rest = str(error).partition(":")
             listed = f"{_PLURALS[name]}[{i}]" if name in _PLURALS else name
             raise type(error)(f"{listed}{colon}{rest}") from error
-        _dispatch.check_backend(call)
+        check_backend(call)
         if call.x.device not in context._stream_of:
             expected = ", ".join(map(str, context._stream_of))
             raise ValueError(
@@ -256,3 +258,4 @@ def _check_all(calls: list[Call], context: TPContext) -> None:
                 continue
             for name, t in other.tensors():
                 check_apart(f"outs[{i}]", call.out, f"{_PLURALS[name]}[{j}]", t)
+    return calls

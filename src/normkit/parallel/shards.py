@@ -14,6 +14,7 @@ eager call.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -21,10 +22,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from normkit import _ops, _parts
-from normkit._checks import Call, check
-from normkit._gather import Ranks
-from normkit._sharding import is_sharded
+from normkit._serving.checks import check
+from normkit._serving.operators import is_sharded
+from normkit._serving.serve import autocasts
+from normkit._spec import LAYER, PER_HEAD, Call
+from normkit.parallel import _split_rows
+from normkit.parallel._gather import Ranks
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -99,10 +102,10 @@ def sharded_rms_norm(
         >>> dist.destroy_process_group()
     """
     call = Call(
-        "sharded_rms_norm", False, _has_heads(weight, bias), x, weight, bias, eps, weight_offset,
-        round_before_weight, clamp_inf, out_dtype,
+        _heads(weight, bias), x, None, weight, bias, eps, weight_offset, round_before_weight,
+        clamp_inf=clamp_inf, out_dtype=out_dtype,
     )  # fmt: skip
-    return _serve(call, group, timeout)
+    return _run("sharded_rms_norm", call, group, timeout)
 
 
 def sharded_layer_norm(
@@ -173,36 +176,45 @@ def sharded_layer_norm(
         >>> dist.destroy_process_group()
     """
     call = Call(
-        "sharded_layer_norm", True, _has_heads(weight, bias), x, weight, bias, eps, weight_offset,
-        round_before_weight, clamp_inf, out_dtype,
+        LAYER | _heads(weight, bias), x, None, weight, bias, eps, weight_offset,
+        round_before_weight, clamp_inf=clamp_inf, out_dtype=out_dtype,
     )  # fmt: skip
-    return _serve(call, group, timeout)
+    return _run("sharded_layer_norm", call, group, timeout)
 
 
-def _has_heads(*affine: Tensor | None) -> bool:
-    return any(isinstance(t, Tensor) and t.ndim == 2 for t in affine)
+def _heads(*affine: Tensor | None) -> int:
+    return PER_HEAD if any(isinstance(t, Tensor) and t.ndim == 2 for t in affine) else 0
 
 
-def _serve(call: Call, group: ProcessGroup | None, timeout: float | timedelta | None) -> Tensor:
-    check(call)
+def _run(
+    op: str, call: Call, group: ProcessGroup | None, timeout: float | timedelta | None
+) -> Tensor:
+    call = check(call)
     for name, t in call.tensors():
         if is_sharded(t):
-            function = call.op.removeprefix("sharded_")
+            function = op.removeprefix("sharded_")
             raise TypeError(
                 f"{name}: expected the plain tensor of this rank, got a DTensor,"
                 f" which normkit.{function} takes"
             )
-    ranks = Ranks(call.op, _group(call.op, group), _seconds(timeout))
-    if _ops.autocasts(call):
-        call.out_dtype = torch.float32
+    ranks = Ranks(op, _group(op, group), _seconds(timeout))
+    if autocasts(call):
+        call = replace(call, out_dtype=torch.float32)
     if not call.per_head:
-        return _parts.serve(call, ranks)
+        return _split_rows.run(call, ranks)
     shape = call.x.shape
-    call.x, call.per_head = call.x.flatten(-2), False
-    for name in ("weight", "bias"):
-        t = getattr(call, name)
-        setattr(call, name, None if t is None else t.expand(shape[-2:]).flatten())
-    return _parts.serve(call, ranks).view(shape)
+
+    def flat(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.expand(shape[-2:]).flatten()
+
+    rows = replace(
+        call,
+        kind=call.kind & ~PER_HEAD,
+        x=call.x.flatten(-2),
+        weight=flat(call.weight),
+        bias=flat(call.bias),
+    )
+    return _split_rows.run(rows, ranks).view(shape)
 
 
 def _group(op: str, group: ProcessGroup | None) -> ProcessGroup:

@@ -16,8 +16,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from normkit import _ops, _sharding
 from normkit.modules import HeadNorm, LayerNorm, RMSNorm
+from normkit.parallel import _dtensor
 
 Split = Callable[[Tensor], Shard]
 
@@ -159,7 +159,7 @@ def _distribute(
     place: Callable[[Tensor], Shard | Replicate],
     source: int | None,
 ) -> None:
-    _sharding.register_once(_ops.SHARDED)
+    _dtensor.register_once()
     for name, p in list(module.named_parameters(recurse=False)):
         placed = distribute_tensor(p.detach(), mesh, [place(p)], src_data_rank=source)
         module.register_parameter(name, nn.Parameter(placed, requires_grad=p.requires_grad))

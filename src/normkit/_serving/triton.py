@@ -1,13 +1,12 @@
 """The Triton kernels as a backend, for devices without kernels of their own (ROCm and XPU).
 
-`norm` takes the arguments of `_C.norm`, in its modes 1 to 3, and gives what that gives.  Importing
-this module does not import Triton; the first call does.
+`norm`, `norm_saving` and `plan_of` take the arguments of `_C`'s entries, and give what those give.
+Importing this module does not import Triton; the first call does.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any, NamedTuple
@@ -16,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-EXPLAIN, SAVING = 2, 3
+from normkit._serving.refusal import Refusal
+from normkit._spec import FLOATS, Call
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 FLOAT32_EPSILON = 2.0**-23
 
 LONGEST_BLOCK = 16384  # what a program keeps in registers
@@ -45,7 +44,7 @@ class Plan(NamedTuple):
 
     @property
     def kernel(self) -> str:
-        """The name of the kernel in `normkit._triton_kernels`."""
+        """The name of the kernel in `normkit._serving.triton_kernels`."""
         return "norm_streamed_row" if self.streamed else "norm_rows"
 
 
@@ -59,7 +58,7 @@ def plan(n: int) -> Plan:
     return Plan(False, tile // block, block, min(tile // TILE, MOST_WARPS))
 
 
-def serves(device: torch.device) -> str:
+def why_not(device: torch.device) -> str:
     """Why calls on a device are not for Triton; an empty str when they are."""
     if device.type != "xpu" and not (device.type == "cuda" and torch.version.hip):
         return f"the Triton kernels are for ROCm and XPU devices, and x is on {device}"
@@ -76,69 +75,87 @@ def unusable() -> str:
 def _kernels() -> Any:
     """The module of the kernels; a str that says why there is none."""
     try:
-        return importlib.import_module("normkit._triton_kernels")
+        return importlib.import_module("normkit._serving.triton_kernels")
     except Exception as error:  # a broken installation of Triton raises whatever it likes
         return f"Triton could not be loaded: {error}"
 
 
-def norm(
-    kind: int,
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float | None,
-    weight_offset: float,
-    round_before_weight: bool,
-    round_sum: bool,
-    clamp_inf: bool,
-    out_dtype: torch.dtype | None,
-    out: Tensor | None,
-    residual_out: Tensor | None,
-    mode: int,
-) -> Any:
-    """Run a row norm, or say in a str why it is not served; `_C.norm` tells the rest.
+def norm(*values: Any) -> Tensor | tuple[Tensor, Tensor] | Refusal:
+    """Run a call: y, or (y, residual_out).
 
     What is written must overlap no input unless it is that input.
     """
-    tensors = (x, residual, weight, bias, out, residual_out)
-    refusal = _refuse(kind, tensors, out_dtype)
+    call = Call(*values)
+    way = _way_of(call)
+    if isinstance(way, Refusal):
+        return way
+    y, total, _, _ = _run(call, way, saving=False)
+    return y if total is None else (y, total)
+
+
+def norm_saving(*values: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None] | Refusal:
+    """Run a call and keep what its gradients need: (y, residual_out, rstd, mean)."""
+    call = Call(*values)
+    way = _way_of(call)
+    return way if isinstance(way, Refusal) else _run(call, way, saving=True)
+
+
+def plan_of(*values: Any) -> tuple[str, str] | Refusal:
+    """How a call would run: the backend's name and the plan in words."""
+    way = _way_of(Call(*values))
+    return way if isinstance(way, Refusal) else ("triton", str(way))
+
+
+def norm_backward(*_: Any) -> Refusal:
+    """Say why no kernel here makes gradients, with the arguments of `_C.norm_backward`."""
+    return Refusal("the Triton backend", "has no backward pass", "backend")
+
+
+def _way_of(call: Call) -> Plan | Refusal:
+    if refusal := _refuse(call):
+        return refusal
     kernels = _kernels()
-    if refusal or isinstance(kernels, str):
-        return refusal or kernels
-    on_host = x.device.type == "cpu"
-    if on_host and not kernels.INTERPRETED:
-        return f"x is on {x.device}"
+    if isinstance(kernels, str):
+        return Refusal(kernels, "", "backend")
+    if call.x.device.type == "cpu" and not kernels.INTERPRETED:
+        return Refusal("x", f"is on {call.x.device}", "device")
+    n = call.x.shape[-1]
+    way = plan(n)
+    if n > MOST_COLUMNS or _programs(call.x, way) > MOST_PROGRAMS:
+        return Refusal("x", f"has too many {'columns' if n > MOST_COLUMNS else 'rows'}", "shape")
+    return way
+
+
+def _programs(x: Tensor, way: Plan) -> int:
+    return -(-(x.numel() // x.shape[-1]) // way.rows)
+
+
+def _run(
+    call: Call, way: Plan, *, saving: bool
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    kernels = _kernels()
+    x, residual, weight, bias = call.x, call.residual, call.weight, call.bias
+    out, residual_out = call.out, call.residual_out
     n = x.shape[-1]
     rows = x.numel() // n
-    way = plan(n)
-    programs = -(-rows // way.rows)
-    if programs > MOST_PROGRAMS or n > MOST_COLUMNS:
-        return f"x has too many {'columns' if n > MOST_COLUMNS else 'rows'}"
-
     packed = torch.contiguous_format
-    y = torch.empty_like(x, dtype=out_dtype, memory_format=packed) if out is None else out
+    y = torch.empty_like(x, dtype=call.out_dtype, memory_format=packed) if out is None else out
     total = residual_out
     if residual is not None and residual_out is None:
         total = torch.empty_like(residual, memory_format=packed)
-    for name, t in (("out", y), ("residual_out", total)):
-        if t is not None and n > 1 and t.stride(-1) != 1:
-            return f"{name} has a last stride other than 1"
-    if mode == EXPLAIN:
-        return "triton", str(way)
     rstd = mean = None
-    if mode == SAVING:
+    if saving:
         rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
-        mean = torch.empty_like(rstd) if kind & 1 else None
+        mean = torch.empty_like(rstd) if call.layer else None
     if rows > 0:
         sizes, strides = _lay_out_rows(x, residual, y, total)
-        normalised = residual if residual is not None and round_sum else x
-        clamps_sum = clamp_inf and residual is not None and round_sum
+        normalised = residual if residual is not None and call.round_sum else x
+        clamps_sum = call.clamp_inf and residual is not None and call.round_sum
         inputs = {t.data_ptr() for t in (x, residual, weight, bias) if t is not None}
         written = {t.data_ptr() for t in (out, residual_out) if t is not None}
         launch = getattr(kernels, way.kernel)
         with _current(x.device):
-            launch[(programs,)](
+            launch[(_programs(x, way),)](
                 x,
                 residual,
                 weight,
@@ -152,19 +169,19 @@ def norm(
                 _head_stride(weight),
                 _head_stride(bias),
                 rows,
-                x.shape[-2] if kind & 2 else 1,
+                x.shape[-2] if call.per_head else 1,
                 n,
                 float(n),
-                FLOAT32_EPSILON if eps is None else float(eps),
-                float(weight_offset),
-                LAYER=bool(kind & 1),
+                FLOAT32_EPSILON if call.eps is None else float(call.eps),
+                float(call.weight_offset),
+                LAYER=call.layer,
                 PER_HEAD=any(t is not None and t.ndim == 2 for t in (weight, bias)),
-                HAS_OFFSET=weight is not None and weight_offset != 0,
+                HAS_OFFSET=weight is not None and call.weight_offset != 0,
                 XHAT_DTYPE=kernels.DTYPES[
-                    normalised.dtype if round_before_weight else torch.float32
+                    normalised.dtype if call.round_before_weight else torch.float32
                 ],
-                ROUND_SUM=round_sum,
-                CLAMP_X=clamp_inf and x.dtype == torch.float16,
+                ROUND_SUM=call.round_sum,
+                CLAMP_X=call.clamp_inf and x.dtype == torch.float16,
                 CLAMP_SUM=clamps_sum and normalised.dtype == torch.float16,
                 IN_PLACE=not inputs.isdisjoint(written),
                 DIMS=len(sizes),
@@ -176,14 +193,7 @@ def norm(
     given = [t for t in (out, residual_out) if t is not None]
     if given:  # autograd learns of a write by the version counter
         torch.autograd.graph.increment_version(given)
-    if mode == SAVING:
-        return y, total, rstd, mean
-    return y if residual is None else (y, total)
-
-
-def norm_backward(*_: Any) -> str:
-    """Say why no kernel here makes gradients, with the arguments of `_C.norm_backward`."""
-    return "the Triton backend has no backward pass"
+    return y, total, rstd, mean  # type: ignore[return-value]  # rstd is None where nobody looks
 
 
 def _current(device: torch.device) -> AbstractContextManager[Any]:
@@ -223,57 +233,58 @@ def _lay_out_rows(
     return tuple(sizes) or (1,), [tuple(s) or (0,) for s in strides]
 
 
-# ---------------------------------------------------------------- what is not served
-
-NAMES = ("x", "residual", "weight", "bias", "out", "residual_out")
+# ---------------------------------------------------------------- what no kernel here takes
 
 
-def _refuse(kind: int, tensors: Sequence[Tensor | None], out_dtype: torch.dtype | None) -> str:
-    """Why a call is not served: the reasons of `_C.norm`, in its words; or an empty str."""
+def _refuse(call: Call) -> Refusal | None:
+    """Why no kernel here takes a call: the reasons of `_C`, in its words."""
     if forward_ad._current_level >= 0:
-        return "forward-mode AD is on"
-    x = tensors[0]
-    if x is None:
-        return "x is None"
-    if (tensors[1] is not None) != bool(kind & 4):
-        return "residual is None"
-    for name, t in zip(NAMES, tensors, strict=True):
-        if t is not None and (why := _refuse_tensor(t) or _refuse_place(name, t, x, kind)):
-            return f"{name} {why}"
-    if out_dtype is not None and out_dtype not in FLOATS:
-        return "out_dtype is not float32, float16 or bfloat16"
+        return Refusal("forward-mode AD", "is on", "recorder")
+    if call.x is None:
+        return Refusal("x", "is None", "dtype")
+    if (call.residual is not None) != call.adds:
+        return Refusal("residual", "is None", "dtype")
+    tensors = [*call.inputs(), *call.written()]
+    for name, t in tensors:
+        if why := _refuse_tensor(t) or _refuse_place(name, t, call):
+            return Refusal(name, *why)
+    if call.out_dtype is not None and call.out_dtype not in FLOATS:
+        return Refusal("out_dtype", "is not float32, float16 or bfloat16", "option")
     if torch.is_grad_enabled():
-        for name, t in zip(NAMES, tensors, strict=True):
-            if t is not None and t.requires_grad:
-                return f"{name} requires a gradient"
-    return ""
+        for name, t in tensors:
+            if t.requires_grad:
+                return Refusal(name, "requires a gradient", "recorder")
+    return None
 
 
-def _refuse_tensor(t: Tensor) -> str:
+def _refuse_tensor(t: Tensor) -> tuple[str, str] | None:
     if type(t) not in (Tensor, torch.nn.Parameter):
-        return "is not a plain torch.Tensor"
+        return "is not a plain torch.Tensor", "dtype"
+    if t.dtype == torch.float64:
+        return "is float64", "dtype"
     if t.dtype not in FLOATS:
-        return "is float64" if t.dtype == torch.float64 else "is not float32, float16 or bfloat16"
+        return "is not float32, float16 or bfloat16", "dtype"
     if t.layout != torch.strided:
-        return "is not dense"
+        return "is not dense", "memory"
     try:
         missing = t.data_ptr() == 0 and t.numel() > 0
     except RuntimeError:  # a wrapper of torch.func has no memory of its own
         missing = True
-    return "has no memory" if missing else ""
+    return ("has no memory", "memory") if missing else None
 
 
-def _refuse_place(name: str, t: Tensor, x: Tensor, kind: int) -> str:
-    if t.ndim < 1 or (t is x and x.ndim < 1 + bool(kind & 2)):
-        return "has too few dimensions"
+def _refuse_place(name: str, t: Tensor, call: Call) -> tuple[str, str] | None:
+    x = call.x
+    if t.ndim < 1 or (t is x and x.ndim < 1 + call.per_head):
+        return "has too few dimensions", "shape"
     if name in ("weight", "bias"):
-        row_per_head = kind & 2 and t.shape == x.shape[-2:]
+        row_per_head = call.per_head and t.shape == x.shape[-2:]
         if not row_per_head and t.shape != x.shape[-1:]:
-            return "does not fit x's shape"
+            return "does not fit x's shape", "shape"
     elif t.shape != x.shape:
-        return "does not have x's shape"
+        return "does not have x's shape", "shape"
     if t.shape[-1] < 1:
-        return "has rows of no elements"
+        return "has rows of no elements", "shape"
     if t.shape[-1] > 1 and t.stride(-1) != 1:
-        return "has a last stride other than 1"
-    return "" if t.device == x.device else "is on another device than x"
+        return "has a last stride other than 1", "strides"
+    return None if t.device == x.device else ("is on another device than x", "device")

@@ -8,33 +8,33 @@ they are, too: the ranks tell each other the statistics of their parts.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import torch
 
 from normkit import reference
-from normkit._checks import Call
+from normkit._serving.operators import SHARDED, is_sharded
+from normkit._spec import ADD, Call
+from normkit.parallel import _split_rows
+from normkit.parallel._gather import Ranks
 
 
-def register_once(operators: Iterable[tuple[str, Sequence[str], Sequence[str]]]) -> None:
-    """Tell torch's DTensor of operators (name, arguments, outputs), once somebody has loaded it."""
-    if "torch.distributed.tensor" in sys.modules:
-        _register(tuple((name, tuple(given), tuple(made)) for name, given, made in operators))
-
-
-def is_sharded(t: torch.Tensor) -> bool:
-    """Whether it is a DTensor, which only torch's own operators may write in place."""
-    return type(t).__name__ == "DTensor"
+def run(call: Call) -> Any:
+    """Run a checked call of DTensors; None where it is one for an operator."""
+    register_once()
+    dim = split_columns(call)
+    return None if dim is None else norm_split_columns(call, dim)
 
 
 @cache
-def _register(operators: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...]) -> None:
+def register_once() -> None:
+    """Tell torch's DTensor of the operators."""
     from torch.distributed.tensor.experimental import register_sharding
 
-    for name, arguments, outputs in operators:
+    for name, arguments, outputs in SHARDED:
         operator = getattr(torch.ops.normkit, name).default
         register_sharding(operator)(_strategy(arguments, outputs))
 
@@ -120,10 +120,8 @@ def split_columns(call: Call) -> int | None:
     # What is added in float32 and not rounded has no dtype left to round its xhat to.
     if call.residual is not None and call.round_before_weight and not call.round_sum:
         return None
-    from normkit import _parts
-
     part = x._local_tensor
-    has_memory = type(part) is torch.Tensor or _parts.is_on_its_way(part)
+    has_memory = type(part) is torch.Tensor or _split_rows.is_on_its_way(part)
     return split[0] if has_memory and not part.is_meta else None
 
 
@@ -136,11 +134,8 @@ def _is_usable(placements: Sequence[Any], split: int) -> bool:
 
 
 def norm_split_columns(call: Call, dim: int) -> Any:
-    """Serve a call whose x is split in columns over a mesh dimension: nothing of it is moved."""
+    """Run a call whose x is split in columns over a mesh dimension: nothing of it is moved."""
     from torch.distributed.tensor import DTensor
-
-    from normkit import _parts
-    from normkit._gather import Ranks
 
     x: Any = call.x
     mesh, placements = x.device_mesh, x.placements
@@ -151,13 +146,19 @@ def norm_split_columns(call: Call, dim: int) -> Any:
             part.contiguous(), mesh, placements, run_check=False, shape=x.shape, stride=strides
         )
 
-    part, residual_out = part_of_rank(call, dim)
-    y = whole(_parts.serve(part, Ranks(call.op, mesh.get_group(dim), None)))
+    part, residual_out = _part_of_rank(call, dim)
+    y = whole(_split_rows.run(part, Ranks(call.op, mesh.get_group(dim), None)))
     return y if residual_out is None else (y, whole(residual_out))
 
 
-def part_of_rank(call: Call, dim: int) -> tuple[Call, torch.Tensor | None]:
-    """Return the norm of this rank's columns, and the sum that it normalises if call adds one."""
+def part_of_rank(call: Call) -> Call | None:
+    """The norm of this rank's columns that `run` makes of a call; None where it makes none."""
+    dim = split_columns(call)
+    return None if dim is None else _part_of_rank(call, dim)[0]
+
+
+def _part_of_rank(call: Call, dim: int) -> tuple[Call, torch.Tensor | None]:
+    """The norm of this rank's columns, and the sum that it normalises if call adds one."""
     x: Any = call.x
     part, residual_out = x.to_local(), None
     if call.residual is not None:
@@ -166,18 +167,15 @@ def part_of_rank(call: Call, dim: int) -> tuple[Call, torch.Tensor | None]:
         total = reference.added(part, residual, clamp_inf=call.clamp_inf)
         residual_out = total.to(residual.dtype)
         part = residual_out if call.round_sum else total
-    norm = Call(
-        call.op,
-        call.layer,
-        False,
-        part,
-        _columns_of_rank(call.weight, x, dim),
-        _columns_of_rank(call.bias, x, dim),
-        call.eps,
-        call.weight_offset,
-        call.round_before_weight,
-        call.clamp_inf,
-        call.out_dtype or x.dtype,
+    norm = replace(
+        call,
+        kind=call.kind & ~ADD,
+        x=part,
+        residual=None,
+        weight=_columns_of_rank(call.weight, x, dim),
+        bias=_columns_of_rank(call.bias, x, dim),
+        out_dtype=call.out_dtype or x.dtype,
+        memory_efficient=False,
     )
     return norm, residual_out
 

@@ -7,79 +7,18 @@ every backend.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-FLOATS_TEXT = "float32, float16 or bfloat16"
+from normkit._spec import FIELDS, FLOATS, FLOATS_TEXT, Call
+
+_FLAGS = tuple(name for name, field in FIELDS.items() if field.type == "bool")
 
 
-@dataclass
-class Call:
-    """The arguments of one call of an op, and where it came from."""
-
-    op: str
-    layer: bool
-    per_head: bool
-    x: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
-    eps: float | None
-    weight_offset: float
-    round_before_weight: bool
-    clamp_inf: bool
-    out_dtype: torch.dtype | None = None
-    out: Tensor | None = None
-    residual: Tensor | None = None
-    residual_out: Tensor | None = None
-    round_sum: bool = True
-    memory_efficient: bool = False
-
-    @property
-    def kind(self) -> str:
-        """The norm in words."""
-        return "layer" if self.layer else "rms"
-
-    @property
-    def in_place(self) -> bool:
-        """Whether x is the output as well, and the residual that of the sum."""
-        return self.op.endswith("_")
-
-    def tensors(self) -> list[tuple[str, Tensor]]:
-        """The tensors that were given, by name."""
-        return self.inputs() if self.in_place else self.inputs() + self.written()
-
-    def inputs(self) -> list[tuple[str, Tensor]]:
-        """Those that the call reads."""
-        return self._given("x", "residual", "weight", "bias")
-
-    def written(self) -> list[tuple[str, Tensor]]:
-        """Those that the call writes, under the names that its caller knows."""
-        return self._given("x", "residual") if self.in_place else self._given("out", "residual_out")
-
-    def _given(self, *names: str) -> list[tuple[str, Tensor]]:
-        return [(name, t) for name in names if (t := getattr(self, name)) is not None]
-
-    def needs_gradient(self) -> str | None:
-        """The name of a tensor for which autograd wants a gradient, if there is one."""
-        if not torch.is_grad_enabled():
-            return None
-        return next((name for name, t in self.tensors() if t.requires_grad), None)
-
-    def wants_gradient(self) -> bool:
-        """Whether there is one; the quick way."""
-        return torch.is_grad_enabled() and (
-            self.x.requires_grad
-            or (self.weight is not None and self.weight.requires_grad)
-            or (self.bias is not None and self.bias.requires_grad)
-            or (self.residual is not None and self.residual.requires_grad)
-        )
-
-
-def check(call: Call) -> None:
-    """Raise what is wrong with a call.
+def check(call: Call) -> Call:
+    """Return a call with its numbers as floats, or raise what is wrong with it.
 
     Raises:
         TypeError: an argument is of the wrong Python type or dtype.
@@ -87,18 +26,19 @@ def check(call: Call) -> None:
         RuntimeError: a tensor would be overwritten that a gradient needs.
     """
     _check_types(call)
-    _check_options(call)
+    call = _check_options(call)
     _check_shapes(call)
     _check_places(call)
     _check_gradients(call)
     if not torch.compiler.is_compiling():
         _check_memory(call)
+    return call
 
 
 def _check_types(call: Call) -> None:
     for name in ("x", "residual", "weight", "bias", "out", "residual_out"):
         value = getattr(call, name)
-        needed = name == "x" or (name == "residual" and call.op.startswith("add_"))
+        needed = name == "x" or (name == "residual" and call.adds)
         if value is None and not needed:
             continue
         if not isinstance(value, Tensor):
@@ -128,10 +68,10 @@ def _type_name(value: object) -> str:
     return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
 
 
-def _check_options(call: Call) -> None:
+def _check_options(call: Call) -> Call:
     if not torch.compiler.is_compiling():  # there, a number may be a symbol, which has no value yet
-        _check_numbers(call)
-    for name in ("round_before_weight", "round_sum", "clamp_inf", "memory_efficient"):
+        call = _check_numbers(call)
+    for name in _FLAGS:
         value = getattr(call, name)
         if not isinstance(value, bool):
             raise TypeError(f"{name}: expected True or False, got {_type_name(value)}")
@@ -141,12 +81,13 @@ def _check_options(call: Call) -> None:
             raise TypeError(f"out_dtype: expected torch.{FLOATS_TEXT}, got {call.out_dtype!r}")
         if call.out is not None and call.out.dtype != call.out_dtype:
             raise TypeError(f"out: expected out_dtype {call.out_dtype}, got {call.out.dtype}")
+    return call
 
 
-def _check_numbers(call: Call) -> None:
+def _check_numbers(call: Call) -> Call:
     dtype = torch.float64 if call.x.dtype == torch.float64 else torch.float32
-    call.eps = check_eps(call.eps, dtype=dtype)
-    call.weight_offset = check_number("weight_offset", call.weight_offset, dtype=dtype)
+    offset = check_number("weight_offset", call.weight_offset, dtype=dtype)
+    return replace(call, eps=check_eps(call.eps, dtype=dtype), weight_offset=offset)
 
 
 def check_number(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normkit._checks import Call
+from normkit._spec import Call
 
 
 def is_jagged(t: Any) -> bool:

@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from normkit import _dispatch, reference
-from normkit._checks import Call
-from normkit._gather import Ranks, gather
+from normkit import reference
+from normkit._serving import dispatch
+from normkit._serving.backends import ALWAYS_DISPATCH, natives, wanted_backend
+from normkit._serving.refusal import Refusal
+from normkit._spec import LAYER, Call
+from normkit.parallel._gather import Ranks, gather
 
 Made = tuple[Tensor, Tensor, Tensor | None]  # y, rstd, and mean but for rms
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -30,30 +33,26 @@ class Formula(NamedTuple):
     clamp_inf: bool
 
 
-def serve(call: Call, ranks: Ranks) -> Tensor:
-    """Serve a call that has been checked, of the part of this rank."""
+def run(call: Call, ranks: Ranks) -> Tensor:
+    """Run a call that has been checked, of the part of this rank."""
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         raise RuntimeError(
             f"{ranks.op}: torch.func and forward-mode AD cannot cross ranks; expected a call"
             " outside of both"
         )
-    if (
-        torch.compiler.is_compiling()
-        or _dispatch.ALWAYS_DISPATCH
-        or torch._C._len_torch_dispatch_stack() > 0
-    ):
+    if torch.compiler.is_compiling() or ALWAYS_DISPATCH or torch._C._len_torch_dispatch_stack() > 0:
         return _call_operator(call, ranks)
-    if call.wants_gradient():
+    if call.requires_grad():
         return _PartNorm.apply(call, ranks, call.x, call.weight, call.bias)  # type: ignore[no-any-return, no-untyped-call]
     return _forward(call, ranks)[0]
 
 
 def _forward(call: Call, ranks: Ranks) -> Made:
-    backend = _dispatch.wanted_backend()
+    backend = wanted_backend()
     x, weight, bias, clamp_inf = call.x, call.weight, call.bias, call.clamp_inf
     planes = _ask(ranks.op, backend, "part_statistics", call.layer, x, clamp_inf)
     if planes is None:
-        planes = reference.part_statistics(x, kind=call.kind, clamp_inf=clamp_inf)
+        planes = reference.part_statistics(x, kind=call.statistic, clamp_inf=clamp_inf)
     # What None means: the computing dtype's.
     eps = torch.finfo(planes.dtype).eps if call.eps is None else call.eps
     gathered = gather(planes, x.shape[-1], ranks, backward=False, eps=eps)
@@ -63,7 +62,7 @@ def _forward(call: Call, ranks: Ranks) -> Made:
     )  # fmt: skip
     if made is not None:
         return made  # type: ignore[no-any-return]
-    rstd, mean = reference.combined_statistics(gathered, x.shape[-1], call.eps, kind=call.kind)
+    rstd, mean = reference.combined_statistics(gathered, x.shape[-1], call.eps, kind=call.statistic)
     y = reference.part_norm(
         x,
         rstd,
@@ -75,7 +74,7 @@ def _forward(call: Call, ranks: Ranks) -> Made:
         clamp_inf=clamp_inf,
         out_dtype=call.out_dtype,
     )
-    return _dispatch.packed(y), rstd, mean
+    return dispatch.packed(y), rstd, mean
 
 
 def _backward(
@@ -111,7 +110,7 @@ def _backward(
         grad_y, x, rstd, mean, gathered, weight, bias, round_before_weight=rounded, **plain
     )
     of_x, of_weight, of_bias = (
-        _dispatch.packed(gradient.to(like.dtype))
+        dispatch.packed(gradient.to(like.dtype))
         if gradient is not None and like is not None and is_wanted
         else None
         for gradient, like, is_wanted in zip(gradients, (x, weight, bias), wanted, strict=True)
@@ -122,15 +121,15 @@ def _backward(
 def _ask(op: str, backend: str, step: str, layer: bool, *args: Any) -> Any:
     """Ask the kernels of a backend; None where plain torch has to make it."""
     device = next(t.device for t in args if isinstance(t, Tensor))
-    parts = _dispatch.natives[backend].parts
+    parts = natives[backend].parts
     if backend in ("cpu", "cuda") and device.type != backend:
-        made = f"x is on {device}"
+        made = Refusal("x", f"is on {device}", "device")
     elif parts is None:
-        made = "it has no kernels for rows that are split over ranks"
+        made = Refusal("it", "has no kernels for rows that are split over ranks", "backend")
     else:
         given = [_as_read(arg) if isinstance(arg, Tensor) else arg for arg in args]
         made = getattr(parts, step)(int(layer), *given)
-    if not isinstance(made, str):
+    if not isinstance(made, Refusal):
         return made
     if backend not in ("auto", "reference"):
         raise ValueError(f'use_backend("{backend}") cannot serve this {op}: {made}')
@@ -145,17 +144,17 @@ def is_on_its_way(t: Tensor) -> bool:
 def _as_read(t: Tensor) -> Tensor:
     if is_on_its_way(t):
         t = t.wait()  # type: ignore[attr-defined]
-    return _dispatch.as_kernels_read_it(t) if t.ndim else t
+    return dispatch.as_kernels_read_it(t) if t.ndim else t
 
 
 class _PartNorm(torch.autograd.Function):
-    """The way of eager calls that want a gradient."""
+    """Autograd function for eager calls that need a gradient."""
 
     @staticmethod
     def forward(ctx: Any, call: Call, ranks: Ranks, *tensors: Tensor | None) -> Tensor:
         y, rstd, mean = _forward(call, ranks)
         ctx.save_for_backward(*tensors, rstd, mean)
-        ctx.made_with = _formula(call), ranks, _dispatch.wanted_backend()
+        ctx.made_with = _formula(call), ranks, wanted_backend()
         return y
 
     @staticmethod
@@ -200,7 +199,10 @@ def _ranks(op: str, group: str, timeout: float | None) -> Ranks:
 def _sharded_norm(*values: Any) -> tuple[Tensor, Tensor, Tensor]:
     formula, ranks = Formula(*values[:_TAKEN]), _ranks(*values[_TAKEN : _TAKEN + 3])
     x, weight, bias, eps, out_dtype = values[_TAKEN + 3 :]
-    call = Call(ranks.op, formula.layer, False, x, weight, bias, eps, *formula[1:], out_dtype)
+    call = Call(
+        formula.layer * LAYER, x, None, weight, bias, eps, formula.weight_offset,
+        formula.round_before_weight, clamp_inf=formula.clamp_inf, out_dtype=out_dtype,
+    )  # fmt: skip
     y, rstd, mean = _forward(call, ranks)
     return y, rstd, rstd.new_empty(0) if mean is None else mean
 
@@ -218,7 +220,7 @@ def _sharded_norm_backward(*values: Any) -> tuple[Tensor, Tensor, Tensor]:
     wanted, tensors = values[_TAKEN + 3 : _TAKEN + 6], list(values[_TAKEN + 6 :])
     if not formula.layer:
         tensors[-1] = None
-    made = _backward(formula, wanted, ranks, _dispatch.wanted_backend(), *tensors)
+    made = _backward(formula, wanted, ranks, wanted_backend(), *tensors)
     of_x, of_weight, of_bias = (
         tensors[0].new_empty(0) if gradient is None else gradient for gradient in made
     )

@@ -1,0 +1,185 @@
+"""The backends: what each can do here, and which of them this thread's calls are for."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from normkit._serving import triton
+from normkit._serving.refusal import Refusal
+
+try:
+    from normkit import _C
+except ImportError as error:
+    _missing = f"the extension could not be loaded: {error}"
+else:
+    _missing = ""
+    _C.bind_torch(torch, Refusal)
+
+# The profiler of torch does not see the eager calls that go straight into the extension.
+ALWAYS_DISPATCH = os.environ.get("NORMKIT_ALWAYS_DISPATCH", "0") not in ("", "0")
+
+
+class Native(NamedTuple):
+    """The entries of a backend, with the arguments and results of `_C`'s.
+
+    `parts` has `_C`'s functions for rows that are split over processes; None where there are none.
+    """
+
+    norm: Callable[..., Any]
+    norm_saving: Callable[..., Any]
+    plan: Callable[..., Any]
+    norm_backward: Callable[..., Any]
+    parts: Any = None
+
+    @classmethod
+    def of(cls, extension: Any) -> Native:
+        """The entries of `_C`, or of another build of it."""
+        return cls(
+            extension.norm,
+            extension.norm_saving,
+            extension.plan,
+            extension.norm_backward,
+            extension,
+        )
+
+    @classmethod
+    def refusing(cls, argument: str, problem: str = "") -> Native:
+        """Entries of a backend that has no kernels."""
+
+        def refuse(*_: Any) -> Refusal:
+            return Refusal(argument, problem, "backend")
+
+        return cls(refuse, refuse, refuse, refuse)
+
+
+_extension = Native.refusing(_missing) if _missing else Native.of(_C)
+
+# By the names of use_backend(); "auto" takes the kernels for x's device.
+natives: dict[str, Native] = {
+    "auto": _extension,
+    "cpu": _extension,
+    "cuda": _extension,
+    "triton": Native(triton.norm, triton.norm_saving, triton.plan_of, triton.norm_backward),
+    "reference": Native.refusing('use_backend("reference")'),
+}
+
+
+def _refuse_quickly(*_: Any) -> None:
+    return None
+
+
+# The first try of an eager call; None where it has to be looked at.
+quick: Callable[..., Any]
+# Likewise of several calls, one on each of several devices.
+quick_tp: Callable[..., Any]
+if _missing or ALWAYS_DISPATCH:
+    quick = quick_tp = _refuse_quickly
+else:
+    quick, quick_tp = _C.try_norm, _C.norm_tp
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A backend, whether it works on this machine, and why, or why not."""
+
+    name: str
+    usable: bool
+    reason: str
+
+
+def backends() -> dict[str, Backend]:
+    """Tell which backends work on this machine, and why the others do not.
+
+    Returns:
+        A `Backend` (name, usable, reason) for each of "cpu", "cuda", "triton" and "reference".
+
+    Example:
+        >>> import normkit
+        >>> normkit.backends()["reference"].usable
+        True
+    """
+    listed = (_cpu(), _cuda(), _triton_backend(), Backend("reference", True, "plain torch"))
+    return {backend.name: backend for backend in listed}
+
+
+def _cpu() -> Backend:
+    if _missing:
+        return Backend("cpu", False, _missing)
+    used = _C.cpu_instruction_set()
+    if used is None:
+        return Backend("cpu", False, "the processor has none of AVX2, AVX-512 and NEON")
+    others = [name for name in _C.cpu_instruction_sets() if name != used]
+    return Backend("cpu", True, f"{used}" + (f" (also {', '.join(others)})" if others else ""))
+
+
+def _cuda() -> Backend:
+    if _missing:
+        return Backend("cuda", False, _missing)
+    devices, message = _C.cuda_devices()
+    if not devices:
+        return Backend("cuda", False, message)
+    usable = [name for name, unusable in devices if not unusable]
+    others = [unusable for _, unusable in devices if unusable]
+    return Backend("cuda", bool(usable), "; ".join([*usable, *others]))
+
+
+def _triton_backend() -> Backend:
+    kinds = ("xpu", "cuda") if torch.version.hip else ("xpu",)
+    devices = [f"{kind}:{i}" for kind in kinds for i in range(getattr(torch, kind).device_count())]
+    reasons = [triton.why_not(torch.device(device)) for device in devices]
+    if "" in reasons:
+        return Backend("triton", True, ", ".join(devices))
+    return Backend("triton", False, reasons[0] if reasons else "no ROCm or XPU device")
+
+
+class _State(threading.local):
+    backend = "auto"
+
+
+_state = _State()
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every call of this thread on one backend.
+
+    A call that the named backend cannot run raises; only "auto" falls back.
+
+    Args:
+        name: "auto" (the default state: the first that can), "cpu", "cuda", "triton" or
+            "reference".
+
+    Raises:
+        ValueError: name is none of these; or, from a call inside, the backend cannot run it.
+
+    Example:
+        >>> import normkit, torch
+        >>> with normkit.use_backend("reference"):
+        ...     y = normkit.rms_norm(torch.ones(2, 4))
+    """
+    if name not in natives:
+        raise ValueError(f"name: expected one of {', '.join(natives)}, got {name!r}")
+    before = _state.backend
+    _set_backend(name)
+    try:
+        yield
+    finally:
+        _set_backend(before)
+
+
+def _set_backend(name: str) -> None:
+    _state.backend = name
+    if not _missing:
+        _C.set_quick_path(name == "auto")
+
+
+def wanted_backend() -> str:
+    """The name that this thread's `use_backend` gave."""
+    return _state.backend

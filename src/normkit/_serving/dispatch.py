@@ -1,0 +1,298 @@
+"""Which backend runs a call that the quick path did not take, and why.
+
+`serve.py` has checked such a call, or `save` does; it runs on the backend that was asked for by
+name, or on the first that can.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from normkit import reference
+from normkit._serving import triton
+from normkit._serving.backends import Native, backends, natives, wanted_backend
+from normkit._serving.checks import check
+from normkit._serving.refusal import Refusal
+from normkit._spec import Call, Kind
+
+Result = Tensor | tuple[Tensor, Tensor]
+
+# What a forward pass made, and took of each row: y, residual_out, rstd, and mean, None for rms.
+Saved = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """How a call would run: the backend, what it does, and why this one."""
+
+    backend: str
+    plan: str
+    reason: str
+
+
+def run(call: Call) -> Result:
+    """Run a call that has been checked and needs no gradient."""
+    made: Result | Refusal = _ask(call, _chosen(call).norm)
+    return run_by_reference(call) if isinstance(made, Refusal) else made
+
+
+def save(call: Call) -> Saved:
+    """Check and run a call without outputs of its own, and keep what its gradients need.
+
+    The extension checks quickly; what it refuses is checked in full, and asked again.
+    """
+    native = _chosen(call).norm_saving
+    made: Saved | Refusal | None = None if _hides_signs(call.x) else native(*call.native())
+    if made is None or isinstance(made, Refusal):
+        call = check(call)
+        made = _ask(call, native)
+    if made is not None and not isinstance(made, Refusal):
+        return made
+    results = run_by_reference(call)
+    y, residual_out = results if isinstance(results, tuple) else (results, None)
+    rstd, mean = reference.statistics(
+        call.x,
+        call.residual,
+        call.eps,
+        kind=call.statistic,
+        round_sum=call.round_sum,
+        clamp_inf=call.clamp_inf,
+    )
+    return y, residual_out, rstd, mean
+
+
+class Formula(NamedTuple):
+    """What is differentiated: a norm of x or, with a residual, of x + residual in float32."""
+
+    layer: bool
+    per_head: bool
+    from_output: bool  # x is the output, of which xhat is made again
+    eps: float | None
+    weight_offset: float
+    round_before_weight: bool
+    clamp_inf: bool
+    round_sum: bool
+
+    @property
+    def statistic(self) -> Kind:
+        """The norm in words."""
+        return "layer" if self.layer else "rms"
+
+
+# Of x, residual, weight and bias; None where it is not wanted.  The first two may be one tensor.
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+class Wanted(NamedTuple):
+    """The dtypes of the gradients of x and residual, None for none, and which others there are."""
+
+    x: torch.dtype | None
+    residual: torch.dtype | None
+    weight: bool
+    bias: bool
+
+
+def backward_refusal(backend: str, clamp_inf: bool) -> str:
+    """Why no kernel makes these gradients; an empty str when one does."""
+    if backend == "triton":
+        return str(triton.norm_backward())
+    return "clamp_inf=True" if clamp_inf else ""
+
+
+def backward(
+    formula: Formula,
+    wanted: Wanted,
+    backend: str,
+    grad_y: Tensor,
+    grad_residual_out: Tensor | None,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    rstd: Tensor,
+    mean: Tensor | None,
+) -> Gradients:
+    """Make the gradients of a norm; backend is what `use_backend` named for the forward pass."""
+    if not backward_refusal(backend, formula.clamp_inf):
+        native = natives[backend].norm_backward
+        kind = formula.layer + 2 * formula.per_head + 8 * formula.from_output
+        options = (
+            rstd,
+            mean,
+            formula.weight_offset,
+            formula.round_before_weight,
+            wanted.x,
+            wanted.residual,
+            wanted.weight + 2 * wanted.bias,
+        )
+        tensors = (grad_y, grad_residual_out, x, residual, weight, bias)
+        made: Gradients | Refusal = _with_copies(native, kind, tensors, options)
+        if not isinstance(made, Refusal):
+            return made
+        if backend not in ("auto", "reference"):
+            raise ValueError(f'use_backend("{backend}") cannot make these gradients: {made}')
+    return backward_by_reference(
+        formula, wanted, grad_y, grad_residual_out, x, residual, weight, bias, rstd
+    )
+
+
+def backward_by_reference(
+    formula: Formula,
+    wanted: Wanted,
+    grad_y: Tensor,
+    grad_residual_out: Tensor | None,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    rstd: Tensor,
+    *,
+    differentiable: bool = False,
+) -> Gradients:
+    """Make the gradients of a norm in plain torch; differentiable ones take rstd from x again."""
+    # What was kept of a float64 x may be narrower: a rounded sum, or the output.
+    compute = torch.float64 if rstd.dtype == torch.float64 else None
+    of_sum, of_weight, of_bias = reference.norm_backward(
+        grad_y,
+        x,
+        residual,
+        weight,
+        bias,
+        formula.eps,
+        kind=formula.statistic,
+        rstd=None if differentiable else rstd,
+        from_output=formula.from_output,
+        round_sum=formula.round_sum,
+        weight_offset=formula.weight_offset,
+        round_before_weight=formula.round_before_weight,
+        clamp_inf=formula.clamp_inf,
+        compute_dtype=compute,
+    )
+    if grad_residual_out is not None:
+        of_sum = of_sum + grad_residual_out
+    of_x = of_sum
+    if formula.clamp_inf and x.dtype == torch.float16:  # what was clamped is a constant
+        of_x = torch.where(x.isinf(), 0.0, of_sum)
+    return (
+        None if wanted.x is None else packed(of_x.to(wanted.x)),
+        None if wanted.residual is None else packed(of_sum.to(wanted.residual)),
+        _as_wanted(of_weight, weight, wanted.weight),
+        _as_wanted(of_bias, bias, wanted.bias),
+    )
+
+
+def _as_wanted(gradient: Tensor | None, like: Tensor | None, wanted: bool) -> Tensor | None:
+    if gradient is None or like is None or not wanted:
+        return None
+    return packed(gradient.to(like.dtype))
+
+
+def explain_call(call: Call) -> Explanation:
+    """Tell how a call that has been checked would run."""
+    gradient = call.needs_gradient()
+    with torch.no_grad():
+        made: tuple[str, str] | Refusal = _ask(call, _chosen(call).plan)
+    if isinstance(made, Refusal):
+        return Explanation("reference", "plain torch", str(made))
+    backend, plan = made
+    reason = "served natively"
+    if gradient:
+        why_not = backward_refusal(backend, call.clamp_inf)
+        reason += f"; the gradients by plain torch: {why_not}" if why_not else ", gradients too"
+    copied = [name for name, t in call.inputs() if as_kernels_read_it(t) is not t]
+    if copied:
+        reason += f"; copied first, for a last stride of 1: {', '.join(copied)}"
+    return Explanation(backend, plan, reason)
+
+
+def check_backend(call: Call) -> None:
+    """Raise if a backend that was asked for by name cannot run a call, before anything runs."""
+    if wanted_backend() not in ("auto", "reference"):
+        with torch.no_grad():
+            _ask(call, _chosen(call).plan)
+
+
+def _chosen(call: Call) -> Native:
+    """The entries that this call is for."""
+    wanted, device = wanted_backend(), getattr(call.x, "device", None)
+    if wanted in ("cpu", "cuda") and isinstance(device, torch.device) and device.type != wanted:
+        unusable = "" if (backend := backends()[wanted]).usable else f"; {backend.reason}"
+        return Native.refusing("x", f"is on {device}{unusable}")
+    if wanted == "auto" and device is not None and device.type != "cpu":
+        return natives["auto" if triton.why_not(device) else "triton"]
+    return natives[wanted]
+
+
+def _ask(call: Call, native: Callable[..., Any]) -> Any:
+    """What a backend's entry gives; an error if a backend was asked for by name and refuses."""
+    kind, x, residual, weight, bias, *rest = call.native()
+    made = _with_copies(native, kind, (x, residual, weight, bias), rest)
+    wanted = wanted_backend()
+    if isinstance(made, Refusal) and wanted not in ("auto", "reference"):
+        raise ValueError(f'use_backend("{wanted}") cannot serve this {call.op}: {made}')
+    return made
+
+
+def _with_copies(
+    native: Callable[..., Any], kind: int, tensors: tuple[Tensor | None, ...], rest: Any
+) -> Any:
+    """Ask for these tensors, or where strides are the reason why not for copies of them."""
+    if not _hides_signs(tensors[0]):
+        made = native(kind, *tensors, *rest)
+        if not (isinstance(made, Refusal) and made.kind == "strides"):
+            return made
+    copies = tuple(t if t is None else as_kernels_read_it(t) for t in tensors)
+    return native(kind, *copies, *rest)
+
+
+def _hides_signs(x: Tensor | None) -> bool:
+    """Whether the extension cannot tell from strides that rows are lazily negated."""
+    return x is not None and x.shape[-1:] == (1,)
+
+
+def as_kernels_read_it(t: Tensor) -> Tensor:
+    """The tensor itself, or a copy with a last stride of 1 and its signs in its memory."""
+    if t.ndim > 0 and t.shape[-1] > 1 and t.stride(-1) != 1:
+        # contiguous() would return an empty tensor as it is.
+        t = t.clone(memory_format=torch.contiguous_format)
+    return t.resolve_neg()
+
+
+def run_by_reference(call: Call) -> Result:
+    """Run a call that has been checked in plain torch; what it makes is packed."""
+    options: dict[str, Any] = {
+        "kind": call.statistic,
+        "weight_offset": call.weight_offset,
+        "round_before_weight": call.round_before_weight,
+        "clamp_inf": call.clamp_inf,
+        "out_dtype": call.out_dtype if call.out is None else call.out.dtype,
+    }
+    affine = (call.weight, call.bias, call.eps)
+    if call.residual is None:
+        y = reference.norm(call.x, *affine, **options)
+        return packed(y) if call.out is None else call.out.copy_(y)
+    y, residual_out = reference.add_norm(
+        call.x, call.residual, *affine, round_sum=call.round_sum, **options
+    )
+    if call.residual_out is not None:
+        residual_out = call.residual_out.copy_(residual_out)
+    else:
+        residual_out = packed(residual_out)
+    return (packed(y) if call.out is None else call.out.copy_(y)), residual_out
+
+
+def packed(t: Tensor) -> Tensor:
+    """The tensor itself, or a copy with the strides of a new one, also of dimensions of size 1."""
+    if torch.compiler.is_compiling():  # where strides may be symbols, which a comparison would fix
+        return t.contiguous()
+    expected = 1
+    for size, stride in zip(reversed(t.shape), reversed(t.stride()), strict=True):
+        if stride != expected:
+            return t.clone(memory_format=torch.contiguous_format)
+        expected *= max(size, 1)
+    return t

@@ -1,0 +1,180 @@
+"""How a call that the quick path did not take goes on: operators, autograd, or a backend.
+
+Compiled, traced and subclassed tensors take an operator of `operators.py`; a call that needs a
+gradient an autograd function; the rest a backend.  Types that `normkit.parallel` knows are handed
+over to it, by the name of the type.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.overrides import handle_torch_function, has_torch_function
+
+from normkit._serving import dispatch, nested, operators
+from normkit._serving.backends import ALWAYS_DISPATCH, wanted_backend
+from normkit._serving.checks import check
+from normkit._serving.dispatch import Explanation, Result
+from normkit._spec import OPS, Call
+
+# Devices on which torch's autocast has its layer norm (True) or rms norm (False) return float32.
+# Torch itself is asked: that of 2.10 has no such rule for rms_norm.
+AUTOCAST_TO_FLOAT32 = tuple(
+    (device, layer)
+    for device in ("cuda", "xpu")
+    for layer, norm in ((False, "aten::rms_norm"), (True, "aten::layer_norm"))
+    if torch._C._dispatch_has_kernel_for_dispatch_key(norm, f"Autocast{device.upper()}")
+)
+
+PLAIN = (Tensor, torch.nn.Parameter)
+
+# The public functions by name: what other types than tensors are told of, as torch tells its own.
+FUNCTIONS: dict[str, Callable[..., Any]] = {}
+
+# Who runs calls of tensors of a type, and explains them: found by name, so that nobody who has none
+# pays for importing torch.distributed.
+PLUG_INS = {"DTensor": "normkit.parallel._dtensor"}
+
+
+def serve(call: Call) -> Any:
+    """Check and run a call that the quick path did not take."""
+    if type(call.x) not in PLAIN:
+        if nested.is_jagged(call.x):
+            return _run_jagged(call)
+        if not isinstance(call.x, Tensor | type) and has_torch_function((call.x,)):
+            return _hand_over(call)
+    call = _autocast(call)
+    transformed = _is_transformed()
+    if torch.compiler.is_compiling():
+        check(call)
+        return dispatch.run_by_reference(call) if transformed else operators.call_operator(call)
+    transformed = transformed or torch._C._is_tracing()
+    if ALWAYS_DISPATCH or torch._C._len_torch_dispatch_stack() > 0 or not _is_plain(call):
+        call = check(call)
+        plug_in = _plug_in(call)
+        if plug_in is not None and not transformed:
+            made = plug_in.run(call)
+            if made is not None:
+                return made
+        # A backend asked for by name has to say that it cannot run these.
+        by_name = transformed or wanted_backend() not in ("auto", "reference")
+        return dispatch.run(call) if by_name else operators.call_operator(call)
+    writes = call.out is not None or call.residual_out is not None
+    if transformed or writes or not call.requires_grad():
+        return dispatch.run(check(call))
+    # The extension checks, and what it refuses dispatch.save; but neither sees these.
+    if type(call.memory_efficient) is not bool or (call.adds and call.residual is None):
+        check(call)
+    return operators.run_with_gradient(call)
+
+
+def explain(op: str | Callable[..., Any], *args: Any, **options: Any) -> Explanation:
+    """Tell how exactly this call would run, and why; nothing is computed, written or allocated.
+
+    Args:
+        op: one of normkit's functions, or its name.
+        args: its positional arguments.
+        options: its keyword arguments.
+
+    Returns:
+        An `Explanation` with `backend` ("cpu", "cuda", "triton" or "reference"), `plan` and
+        `reason`.
+
+    Raises:
+        ValueError: op is not one of normkit's functions.
+        Whatever the call itself would raise.
+
+    Example:
+        >>> import normkit, torch
+        >>> normkit.explain("rms_norm", torch.ones(2, 4, dtype=torch.float64)).reason
+        'x is float64'
+    """
+    function = FUNCTIONS.get(op) if isinstance(op, str) else op
+    if function is None or function not in FUNCTIONS.values():
+        raise ValueError(f"op: expected one of {', '.join(FUNCTIONS)} of normkit, got {op!r}")
+    name: str = function.__name__
+    given = inspect.signature(function).bind(*args, **options)
+    given.apply_defaults()
+    return _explain(OPS[name.rstrip("_")].call(given.arguments, in_place=name[-1] == "_"))
+
+
+def _explain(call: Call) -> Explanation:
+    if nested.is_jagged(call.x):
+        return _explain(nested.norm_of_values(call))
+    call = check(_autocast(call))
+    plug_in = _plug_in(call)
+    if plug_in is not None and not (_is_transformed() or torch._C._is_tracing()):
+        call = plug_in.part_of_rank(call) or call
+    return dispatch.explain_call(call)
+
+
+def _is_transformed() -> bool:
+    """Whether only torch's own operators know what to do, as in a trace of torch.jit."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _plug_in(call: Call) -> Any:
+    name = PLUG_INS.get(type(call.x).__name__)
+    return None if name is None else import_module(name)
+
+
+def _run_jagged(call: Call) -> Result:
+    made = serve(nested.norm_of_values(call))
+    made = made if isinstance(made, tuple) else (made,)
+    given = (call.out, call.residual_out)
+    returned = tuple(
+        nested.ragged_as(call.x, values) if out is None else out
+        for values, out in zip(made, given, strict=False)
+    )
+    return returned if len(returned) > 1 else returned[0]  # type: ignore[return-value]
+
+
+def _hand_over(call: Call) -> Any:
+    """Let an x that is no tensor, as torch.fx traces with, say what a call of it means."""
+    function = FUNCTIONS[call.op]
+    given: dict[str, Any] = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        value = call.statistic if name == "kind" else getattr(call, name)
+        default = parameter.default
+        is_default = value is default or (type(value) is type(default) and value == default)
+        if not is_default or default is parameter.empty:
+            given[name] = value
+    return handle_torch_function(function, (call.x,), given.pop("x"), **given)
+
+
+def _autocast(call: Call) -> Call:
+    return replace(call, out_dtype=torch.float32) if autocasts(call) else call
+
+
+def autocasts(call: Call) -> bool:
+    """Whether torch's rules for autocast have this call return float32."""
+    if not isinstance(call.x, Tensor) or call.x.is_cpu:
+        return False
+    if call.out_dtype is not None or call.out is not None:
+        return False
+    device = call.x.device.type
+    return (
+        (device, call.layer) in AUTOCAST_TO_FLOAT32
+        and call.x.dtype != torch.float64
+        and torch.is_autocast_enabled(device)
+    )
+
+
+def _is_plain(call: Call) -> bool:
+    """Whether kernels may read the tensors, and autograd needs no help of the dispatcher."""
+    for t in (call.residual, call.weight, call.bias, call.out, call.residual_out):
+        if t is not None and not _is_plain_tensor(t):
+            return False
+    return _is_plain_tensor(call.x) and (call.x.is_cpu or call.x.is_cuda or call.x.is_xpu)
+
+
+def _is_plain_tensor(t: Any) -> bool:
+    # A nested tensor of the older kind is a plain Tensor without a shape.
+    return type(t) in PLAIN and not t.is_nested

@@ -1,0 +1,239 @@
+"""What an op is: the one place that says it.
+
+A norm is a `NormSpec`; a call of an op is a `Call`, whose first fields are the arguments of the
+extension, in its order.  `FIELDS` has the type, default and meaning of each argument, and `OPS` the
+ops.  Schemas of operators, their fakes, the option table of docs/api.md and the lists of ops in
+tests and benchmarks come from these; signatures are written by hand, and a test compares them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from operator import attrgetter
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Kind = Literal["rms", "layer"]
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+FLOATS_TEXT = "float32, float16 or bfloat16"
+DEFAULT_EPS: dict[Kind, float] = {"rms": 1e-6, "layer": 1e-5}
+
+# The bits of a call's kind, as the extension has them; 0 is an rms norm of rows.
+LAYER, PER_HEAD, ADD = 1, 2, 4
+
+
+def is_layer(kind: Kind) -> bool:
+    """Whether a kind of norm subtracts the mean.
+
+    Raises:
+        ValueError: kind is neither "rms" nor "layer".
+    """
+    if kind not in ("rms", "layer"):
+        raise ValueError(f'kind: expected "rms" or "layer", got {kind!r}')
+    return kind == "layer"
+
+
+def heads(kind: Kind) -> int:
+    """The bits of a norm of heads."""
+    return PER_HEAD | is_layer(kind) * LAYER
+
+
+@dataclass(frozen=True)
+class NormSpec:
+    """What a norm computes, whatever its weights are.
+
+    Attributes:
+        kind: "rms" or "layer".
+        eps: added to the mean of squares or the variance; None for the computing dtype's.
+        weight_offset: added to the weight in float32.
+        round_before_weight: whether xhat is rounded to x's dtype before the weight multiplies it.
+        has_bias: whether there is a bias.
+    """
+
+    kind: Kind
+    eps: float | None
+    weight_offset: float = 0.0
+    round_before_weight: bool = False
+    has_bias: bool = False
+
+
+@dataclass
+class Call:
+    """One call of an op: the extension's arguments, and two that only Python knows.
+
+    No NamedTuple, of which Dynamo of torch 2.10 cannot trace the properties.
+    """
+
+    kind: int
+    x: Tensor
+    residual: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    eps: float | None = None
+    weight_offset: float = 0.0
+    round_before_weight: bool = False
+    round_sum: bool = True
+    clamp_inf: bool = False
+    out_dtype: torch.dtype | None = None
+    out: Tensor | None = None
+    residual_out: Tensor | None = None
+    memory_efficient: bool = False
+    in_place: bool = False  # out is x and residual_out the residual, and so are they called
+
+    @property
+    def op(self) -> str:
+        """The name of the function that was called."""
+        return _NAMES[self.kind] + "_" * self.in_place
+
+    @property
+    def layer(self) -> bool:
+        """Whether the mean is subtracted."""
+        return bool(self.kind & LAYER)
+
+    @property
+    def per_head(self) -> bool:
+        """Whether weight and bias may have a row per head."""
+        return bool(self.kind & PER_HEAD)
+
+    @property
+    def adds(self) -> bool:
+        """Whether a residual is added first."""
+        return bool(self.kind & ADD)
+
+    @property
+    def statistic(self) -> Kind:
+        """The norm in words."""
+        return "layer" if self.layer else "rms"
+
+    def native(self) -> tuple[Any, ...]:
+        """The arguments of the extension."""
+        return _native_values(self)
+
+    def tensors(self) -> list[tuple[str, Tensor]]:
+        """The tensors that were given, by name."""
+        return self.inputs() if self.in_place else self.inputs() + self.written()
+
+    def inputs(self) -> list[tuple[str, Tensor]]:
+        """Those that the call reads."""
+        return self._given("x", "residual", "weight", "bias")
+
+    def written(self) -> list[tuple[str, Tensor]]:
+        """Those that the call writes, under the names that its caller knows."""
+        return self._given("x", "residual") if self.in_place else self._given("out", "residual_out")
+
+    def _given(self, *names: str) -> list[tuple[str, Tensor]]:
+        return [(name, t) for name in names if (t := getattr(self, name)) is not None]
+
+    def needs_gradient(self) -> str | None:
+        """The name of a tensor that requires grad, if there is one and gradients are recorded."""
+        if not torch.is_grad_enabled():
+            return None
+        return next((name for name, t in self.tensors() if t.requires_grad), None)
+
+    def requires_grad(self) -> bool:
+        """Whether an input requires grad and gradients are recorded; the quick way."""
+        return torch.is_grad_enabled() and (
+            self.x.requires_grad
+            or (self.weight is not None and self.weight.requires_grad)
+            or (self.bias is not None and self.bias.requires_grad)
+            or (self.residual is not None and self.residual.requires_grad)
+        )
+
+
+# The fields that are the extension's arguments, in its order.
+NATIVE = tuple(field.name for field in fields(Call))[:-2]
+_native_values = attrgetter(*NATIVE)
+
+
+class Field(NamedTuple):
+    """An argument of the ops: its type in an operator's schema, its default, what it means."""
+
+    type: str
+    default: Any  # Ellipsis: none
+    meaning: str
+
+    def declared(self, name: str) -> str:
+        """Write it as schemas do."""
+        if self.default is ...:
+            return f"{self.type} {name}"
+        default = f'"{self.default}"' if isinstance(self.default, str) else self.default
+        return f"{self.type} {name}={default}"
+
+
+Fields = dict[str, Field]
+
+FIELDS: Fields = {
+    "x": Field("Tensor", ..., "what is normalised, row by row"),
+    "residual": Field("Tensor", ..., "added to x first"),
+    "weight": Field("Tensor?", None, "multiplies xhat; None for no weight"),
+    "bias": Field("Tensor?", None, "added last; None for no bias"),
+    "eps": Field("float?", 1e-6, "added to the statistic; None for the computing dtype's epsilon"),
+    "kind": Field("str", "rms", '"rms" or "layer", of a norm of heads'),
+    "round_sum": Field("bool", True, "normalise the sum as rounded to residual's dtype"),
+    "weight_offset": Field("float", 0.0, "added to the weight in float32"),
+    "round_before_weight": Field("bool", False, "round xhat to x's dtype before the weight"),
+    "clamp_inf": Field("bool", False, "count +-inf in a float16 x as +-65504"),
+    "out_dtype": Field("ScalarType?", None, "dtype of y; None for out's, or x's"),
+    "out": Field("Tensor?", None, "where y goes; None for a new tensor"),
+    "residual_out": Field("Tensor?", None, "where the sum goes; None for a new tensor"),
+    "memory_efficient": Field("bool", False, "keep y instead of x for the gradients"),
+}
+# What forms that write in place do not take.
+OF_RESULTS = ("out_dtype", "out", "residual_out", "memory_efficient")
+
+
+class Op(NamedTuple):
+    """A norm, before it is called."""
+
+    name: str
+    layer: bool | None  # None: the argument `kind` says it
+    per_head: bool = False
+    adds: bool = False
+
+    @property
+    def bits(self) -> int:
+        """The kind of its calls, but for what `kind` says."""
+        return bool(self.layer) * LAYER | self.per_head * PER_HEAD | self.adds * ADD
+
+    @property
+    def fields(self) -> Fields:
+        """The arguments that every form takes, in the order of schemas."""
+        eps = DEFAULT_EPS["layer" if self.layer else "rms"]
+        taken = {name: field for name, field in FIELDS.items() if name not in OF_RESULTS}
+        taken["eps"] = taken["eps"]._replace(default=eps)
+        if not self.adds:
+            del taken["residual"], taken["round_sum"]
+        if self.layer is not None:
+            del taken["kind"]
+        return taken
+
+    def call(self, given: dict[str, Any], *, in_place: bool = False) -> Call:
+        """Make the call that these arguments mean; those in place are written, too."""
+        kind = self.bits
+        if self.layer is None:
+            kind |= is_layer(given.get("kind", "rms")) * LAYER
+        rest = {name: value for name, value in given.items() if name != "kind"}
+        if in_place:
+            rest |= {"out": rest["x"], "residual_out": rest.get("residual")}
+        return Call(kind, in_place=in_place, **rest)
+
+
+OPS = {
+    op.name: op
+    for op in (
+        Op("rms_norm", False),
+        Op("layer_norm", True),
+        Op("head_norm", None, per_head=True),
+        Op("add_rms_norm", False, adds=True),
+        Op("add_layer_norm", True, adds=True),
+        Op("add_head_norm", None, per_head=True, adds=True),
+    )
+}
+_NAMES = {
+    op.bits | layer: op.name
+    for op in OPS.values()
+    for layer in ((0, LAYER) if op.layer is None else (op.bits & LAYER,))
+}

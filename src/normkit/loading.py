@@ -1,0 +1,79 @@
+"""A module for a norm that is stored in a checkpoint."""
+
+from __future__ import annotations
+
+import torch
+
+from normkit._spec import Kind
+from normkit.checkpoint import Source, is_head_norm, read_norm
+from normkit.modules import HeadNorm, LayerNorm, RMSNorm
+
+
+def load_norm(
+    source: Source,
+    key: str,
+    *,
+    kind: Kind | None = None,
+    eps: float | None = None,
+    weight_offset: float | None = None,
+    round_before_weight: bool | None = None,
+    device: torch.device | str | None = None,
+) -> RMSNorm | LayerNorm | HeadNorm:
+    """Make the module of a norm in a checkpoint, of the class that fits what is stored.
+
+    The kind is "layer" if there is a bias; else "rms" if the name says so; else what config.json
+    says: "layer" for the families that have LayerNorms without a bias, and where it has a
+    layer_norm_eps and no rms_norm_eps, except in families whose RMSNorms take their eps from there
+    (T5, Mamba); else "rms".  So a LayerNorm without a bias needs kind="layer" where there is no
+    config.json, and an RMSNorm with a bias always needs kind="rms".  The weight (heads, head_dim)
+    of a q_norm or k_norm makes a `HeadNorm` of that kind, any other an `RMSNorm` or `LayerNorm`.
+
+    Args:
+        source: a .safetensors file; a folder with model.safetensors, or with
+            model.safetensors.index.json and its shards, or with one .safetensors file; a dict of
+            tensors; or an object with get_tensor(name), which has keys() or raises KeyError for
+            what it lacks.  Only the tensors of this norm are read, from a file those of up to 128
+            MiB; docs/api.md has what else is refused in files.  A config.json beside the file
+            is used: its text_config, or vision_config or audio_config where the key says so.
+        key: name of the norm ("model.norm") or of its weight ("model.norm.weight").
+        kind: "rms" or "layer"; None for the rule above.
+        eps: None for that of config.json, or, without one, 1e-6 for "rms" and 1e-5 for "layer".
+        weight_offset: None for 1.0 where the model family of config.json adds 1 (Gemma 1 to 3,
+            Qwen3-Next and 3.5), else 0.
+        round_before_weight: None for True where the family does so (Llama, Mistral, Qwen2, Qwen3
+            and most that descend from them), else False.
+        device: None for where the source gives its tensors.
+
+    Returns:
+        An RMSNorm, LayerNorm or HeadNorm with copies of the stored tensors, bit for bit and in the
+        dtype stored.
+
+    Raises:
+        KeyError: source has no such norm; the message names the nearest.
+        TypeError: source is none of these, an argument is of the wrong type, or a tensor is stored
+            in a dtype that is no floating one.
+        ValueError: a value is none of these, eps is not a finite number from 0 on, a file is
+            malformed, or the stored shapes do not fit.
+        OSError: a file is missing or cannot be read.
+
+    Nothing is rounded in loading.  Families are as in Hugging Face transformers.
+
+    Example:
+        >>> import normkit, torch
+        >>> normkit.load_norm({"ln.weight": torch.ones(4), "ln.bias": torch.zeros(4)}, "ln")
+        LayerNorm((4,), eps=1e-05, elementwise_affine=True, bias=True)
+    """
+    stored = read_norm(
+        source,
+        key,
+        kind=kind,
+        eps=eps,
+        weight_offset=weight_offset,
+        round_before_weight=round_before_weight,
+        device=device,
+    )
+    if is_head_norm(stored.key, tuple(stored.weight.shape)):
+        return HeadNorm.from_stored(stored)
+    if stored.kind == "layer":
+        return LayerNorm.from_stored(stored)
+    return RMSNorm.from_stored(stored)
