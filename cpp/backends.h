@@ -34,7 +34,7 @@ inline constexpr Backend kEmulated{
     nullptr, false};
 
 inline Refusal find_backend(DLDevice device, const Backend*& backend) {
-  if (device.device_type != kDLCPU) return {"x", "is not on the CPU"};
+  if (device.device_type != kDLCPU) return {"x", "is not on the CPU", Refusal::kDevice};
   backend = &kEmulated;
   return {};
 }
@@ -63,22 +63,23 @@ inline constexpr Backend kCuda{"cuda",
 
 inline Refusal find_backend(DLDevice device, const Backend*& backend) {
   if (device.device_type == kDLCPU) {
-    if (!cpu::instruction_set()) return {"the processor", "has none of AVX2, AVX-512 and NEON"};
+    if (!cpu::instruction_set())
+      return {"the processor", "has none of AVX2, AVX-512 and NEON", Refusal::kDevice};
     backend = &kCpu;
     return {};
   }
 #ifdef NORMKIT_HAS_CUDA
   if (device.device_type == kDLCUDA) {
     const std::string& unusable = cuda::device(device.device_id).unusable;
-    if (!unusable.empty()) return {"x's device:", unusable.c_str()};
+    if (!unusable.empty()) return {"x's device:", unusable.c_str(), Refusal::kDevice};
     backend = &kCuda;
     return {};
   }
-  return {"x", "is neither on the CPU nor on a CUDA device"};
+  return {"x", "is neither on the CPU nor on a CUDA device", Refusal::kDevice};
 #else
   if (device.device_type == kDLCUDA)
-    return {"x", "is on a CUDA device, and this build has no CUDA kernels"};
-  return {"x", "is not on the CPU"};
+    return {"x", "is on a CUDA device, and this build has no CUDA kernels", Refusal::kDevice};
+  return {"x", "is not on the CPU", Refusal::kDevice};
 #endif
 }
 #endif

@@ -34,11 +34,11 @@ inline Refusal read(BackwardArguments& a, PyObject* const* args) {
       &a.grad_y, &a.grad_residual_out, &a.x, &a.residual, &a.weight, &a.bias, &a.rstd, &a.mean};
   for (int i = 0; i < 8; ++i)
     if (const Refusal no = tensors[i]->read(args[kGradY + i])) return no;
-  if (!a.x) return {"x", "is None"};
+  if (!a.x) return {"x", "is None", Refusal::kOption};
   if (!read_number(args[kBackwardWeightOffset], a.weight_offset))
-    return {"weight_offset", "is not a number"};
+    return {"weight_offset", "is not a number", Refusal::kOption};
   if (!read_flag(args[kBackwardRoundBeforeWeight], a.round_before_weight))
-    return {"round_before_weight", "is not a bool"};
+    return {"round_before_weight", "is not a bool", Refusal::kOption};
   return {};
 }
 
@@ -67,10 +67,10 @@ inline void run_backward(const Backend& backend, const RowNormBackward& job, con
 
 inline nb::object norm_backward(PyObject* const* args) {
   BackwardArguments a;
-  if (const Refusal no = read(a, args)) return refuse(false, no);
+  if (const Refusal no = read(a, args)) return refuse(no);
   const Backend* backend = nullptr;
-  if (const Refusal no = find_backend(a.x.device, backend)) return refuse(false, no);
-  if (const Refusal no = check(a)) return refuse(false, no);
+  if (const Refusal no = find_backend(a.x.device, backend)) return refuse(no);
+  if (const Refusal no = check(a)) return refuse(no);
   const long wanted = PyLong_AsLong(args[kWanted]);
   if (wanted == -1 && PyErr_Occurred()) throw nb::python_error();
 
@@ -86,7 +86,7 @@ inline nb::object norm_backward(PyObject* const* args) {
   if (!no && (wanted & 1) && a.weight)
     no = make_gradient(a.grad_weight, grad_weight, a.weight, Py_None);
   if (!no && (wanted & 2) && a.bias) no = make_gradient(a.grad_bias, grad_bias, a.bias, Py_None);
-  if (no) return refuse(false, no);
+  if (no) return refuse(no);
 
   run_backward(*backend, row_norm_backward_of(a), a.x);
   return nb::make_tuple(grad_x, grad_residual, grad_weight, grad_bias);

@@ -56,6 +56,33 @@ inline bool find_stream(PyObject* streams, DLDevice device, void* current, void*
   return true;
 }
 
+// What all devices have in common.
+inline Refusal read_shared(Arguments& a, PyObject* const* args) {
+  const long kind = PyLong_AsLong(args[kTpKind]);
+  if (kind == -1 && PyErr_Occurred()) throw nb::python_error();
+  if (kind & 4) return {"residual", "is None", Refusal::kOption};
+  a.statistic = static_cast<Statistic>(kind & 1);
+  a.per_head = kind & 2;
+  a.round_sum = true;
+  if (const Refusal no = read_eps(args[kTpEps], a)) return no;
+  if (!read_number(args[kTpWeightOffset], a.weight_offset))
+    return {"weight_offset", "is not a number", Refusal::kOption};
+  if (!read_flag(args[kTpRoundBeforeWeight], a.round_before_weight))
+    return {"round_before_weight", "is not a bool", Refusal::kOption};
+  if (!read_flag(args[kTpClampInf], a.clamp_inf))
+    return {"clamp_inf", "is not a bool", Refusal::kOption};
+  return {};
+}
+
+inline Refusal read_of_device(Arguments& a, PyObject* x, PyObject* weight, PyObject* bias,
+                              PyObject* out) {
+  if (const Refusal no = a.x.read(x)) return no;
+  if (!a.x) return {"x", "is None", Refusal::kOption};
+  if (const Refusal no = a.weight.read(weight)) return no;
+  if (const Refusal no = a.bias.read(bias)) return no;
+  return a.out.read(out);
+}
+
 // None where a call cannot be served, before anything has run.
 inline nb::object norm_tp(PyObject* const* args) {
   if (quick_path_is_off) return nb::none();
@@ -77,27 +104,21 @@ inline nb::object norm_tp(PyObject* const* args) {
     return of.is_valid() ? PyTuple_GetItem(of.ptr(), i) : Py_None;
   };
 
+  Arguments shared;
+  if (read_shared(shared, args)) return nb::none();
+  PyObject* const out_dtype = args[kTpOutDtype];
   const std::unique_ptr<Prepared[]> calls(new Prepared[count]);
   const std::unique_ptr<void*[]> streams(new void*[count]);
   int64_t elements = 0;
   bool waits = false;
   for (Py_ssize_t i = 0; i < count; ++i) {
-    PyObject* const of_device[kPositions] = {args[kTpKind],
-                                             item(lists[0], i),
-                                             Py_None,
-                                             item(lists[1], i),
-                                             item(lists[2], i),
-                                             args[kTpEps],
-                                             args[kTpWeightOffset],
-                                             args[kTpRoundBeforeWeight],
-                                             Py_True,
-                                             args[kTpClampInf],
-                                             args[kTpOutDtype],
-                                             item(lists[3], i),
-                                             Py_None};
     Prepared& p = calls[i];
-    if (prepare(p, of_device, true)) return nb::none();
-    p.stream = stream_for(*p.backend, p.a.x.device);
+    p.a = shared;
+    if (read_of_device(p.a, item(lists[0], i), item(lists[1], i), item(lists[2], i),
+                       item(lists[3], i)) ||
+        check_out_dtype(out_dtype, p.a.out) || p.check_call(out_dtype, true) ||
+        p.make_outputs(out_dtype))
+      return nb::none();
     if (!find_stream(args[kTpStreams], p.a.x.device, p.stream, streams[i])) return nb::none();
     elements += p.job.rows * p.job.n;
     waits = waits || p.backend->has_streams;

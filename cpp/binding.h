@@ -14,10 +14,11 @@ namespace nb = nanobind;
 // Work below this is over before another thread could take the interpreter.
 inline constexpr int64_t kReleaseGilElements = 32 << 10;
 
-// What norm() returns instead of a result: the quick path only wants to know that there is none.
-inline nb::object refuse(bool quick, const Refusal& no) {
-  if (quick) return nb::none();
-  return nb::str((std::string(no.argument) + " " + no.what).c_str());
+// What a function returns instead of a result: normkit's Refusal(argument, problem, kind).
+inline nb::object refuse(const Refusal& no) {
+  if (!torch_objects.refusal) throw std::runtime_error("bind_torch() was not called");
+  return nb::handle(torch_objects.refusal)(no.argument, no.problem,
+                                           nb::handle(torch_objects.kinds[no.kind]));
 }
 
 // Calls a Python function of at most one argument; 25 ns less than PyObject_Call for torch's own,
@@ -57,7 +58,8 @@ inline nb::object empty_like(const Tensor& like, nb::handle dtype) {
 inline Refusal make_output(const Tensor& like, nb::handle dtype, nb::object& made, Tensor& output) {
   made = empty_like(like, dtype);
   if (const Refusal no = output.read(made.ptr())) return no;
-  if (!same_shape(output, like) || !is_packed(output)) return {output.name, "was not made packed"};
+  if (!same_shape(output, like) || !is_packed(output))
+    return {output.name, "was not made packed", Refusal::kMemory};
   return {};
 }
 

@@ -43,10 +43,12 @@ inline bool is_packed(const Tensor& t) {
   return true;
 }
 
-inline Refusal check_rows(const Tensor& t, const Tensor& x) {
+// of_strides: kStrides for an input, of which a copy can be made.
+inline Refusal check_rows(const Tensor& t, const Tensor& x, Refusal::Kind of_strides) {
   if (!t) return {};
-  if (!same_shape(t, x)) return {t.name, "does not have x's shape"};
-  if (t.size(1) > 1 && t.stride(1) != 1) return {t.name, "has a last stride other than 1"};
+  if (!same_shape(t, x)) return {t.name, "does not have x's shape", Refusal::kShape};
+  if (t.size(1) > 1 && t.stride(1) != 1)
+    return {t.name, "has a last stride other than 1", of_strides};
   return {};
 }
 
@@ -55,8 +57,9 @@ inline Refusal check_affine(const Tensor& t, const Tensor& x, bool per_head) {
   const bool row = t.ndim == 1 && t.size(1) == x.size(1);
   const bool row_per_head =
       per_head && t.ndim == 2 && t.size(1) == x.size(1) && t.size(2) == x.size(2);
-  if (!row && !row_per_head) return {t.name, "does not fit x's shape"};
-  if (t.size(1) > 1 && t.stride(1) != 1) return {t.name, "has a last stride other than 1"};
+  if (!row && !row_per_head) return {t.name, "does not fit x's shape", Refusal::kShape};
+  if (t.size(1) > 1 && t.stride(1) != 1)
+    return {t.name, "has a last stride other than 1", Refusal::kStrides};
   return {};
 }
 
@@ -92,14 +95,17 @@ inline Refusal check_memory(const Arguments& a) {
   const Tensor* inputs[] = {&a.x, &a.residual, &a.weight, &a.bias};
   for (const Tensor* written : {&a.out, &a.residual_out}) {
     if (!*written) continue;
-    if (!rows_are_apart(*written)) return {written->name, "may overlap itself"};
+    if (!rows_are_apart(*written)) return {written->name, "may overlap itself", Refusal::kMemory};
     for (const Tensor* input : inputs)
-      if (may_overlap(*written, *input)) return {written->name, "may overlap an input"};
+      if (may_overlap(*written, *input))
+        return {written->name, "may overlap an input", Refusal::kMemory};
   }
   // The sum is written before weight and bias are read: not even one memory of one row is harmless.
   for (const Tensor* affine : {&a.weight, &a.bias})
-    if (share_memory(a.residual_out, *affine)) return {"residual_out", "overlaps weight or bias"};
-  if (share_memory(a.out, a.residual_out)) return {a.out.name, "may overlap residual_out"};
+    if (share_memory(a.residual_out, *affine))
+      return {"residual_out", "overlaps weight or bias", Refusal::kMemory};
+  if (share_memory(a.out, a.residual_out))
+    return {a.out.name, "may overlap residual_out", Refusal::kMemory};
   return {};
 }
 
@@ -107,23 +113,27 @@ inline Refusal check_device(const Tensor& t, const Tensor& x) {
   if (!t ||
       (t.device.device_type == x.device.device_type && t.device.device_id == x.device.device_id))
     return {};
-  return {t.name, "is on another device than x"};
+  return {t.name, "is on another device than x", Refusal::kDevice};
 }
 
 // memory_checked: the caller knows that what is written overlaps nothing.
 inline Refusal check(const Arguments& a, bool memory_checked) {
-  if (a.x.ndim < (a.per_head ? 2 : 1)) return {"x", "has too few dimensions"};
-  if (a.x.size(1) < 1) return {"x", "has rows of no elements"};
+  if (a.x.ndim < (a.per_head ? 2 : 1)) return {"x", "has too few dimensions", Refusal::kShape};
+  if (a.x.size(1) < 1) return {"x", "has rows of no elements", Refusal::kShape};
   for (const Tensor* t : {&a.residual, &a.weight, &a.bias, &a.out, &a.residual_out})
     if (const Refusal no = check_device(*t, a.x)) return no;
-  for (const Tensor* t : {&a.x, &a.residual, &a.out, &a.residual_out})
-    if (const Refusal no = check_rows(*t, a.x)) return no;
+  for (const Tensor* t : {&a.x, &a.residual})
+    if (const Refusal no = check_rows(*t, a.x, Refusal::kStrides)) return no;
+  for (const Tensor* t : {&a.out, &a.residual_out})
+    if (const Refusal no = check_rows(*t, a.x, Refusal::kMemory)) return no;
   for (const Tensor* t : {&a.weight, &a.bias})
     if (const Refusal no = check_affine(*t, a.x, a.per_head)) return no;
-  if (!(a.eps >= 0.f && a.eps <= 3.4028235e38f)) return {"eps", "is not a finite number >= 0"};
-  if (!(a.weight_offset - a.weight_offset == 0.f)) return {"weight_offset", "is not finite"};
+  if (!(a.eps >= 0.f && a.eps <= 3.4028235e38f))
+    return {"eps", "is not a finite number >= 0", Refusal::kOption};
+  if (!(a.weight_offset - a.weight_offset == 0.f))
+    return {"weight_offset", "is not finite", Refusal::kOption};
   if (a.residual_out && a.residual_out.dtype != a.residual.dtype)
-    return {"residual_out", "is not of residual's dtype"};
+    return {"residual_out", "is not of residual's dtype", Refusal::kDtype};
   return memory_checked ? Refusal{} : check_memory(a);
 }
 

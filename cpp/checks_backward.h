@@ -19,33 +19,35 @@ struct BackwardArguments {
 // rstd or mean: a float32 for each row, in their order.
 inline Refusal check_row_values(const Tensor& t, const Tensor& x) {
   if (!t) return {};
-  if (t.dtype != DType::kFloat32) return {t.name, "is not float32"};
-  if (t.ndim != x.ndim - 1) return {t.name, "does not fit x's shape"};
+  if (t.dtype != DType::kFloat32) return {t.name, "is not float32", Refusal::kDtype};
+  if (t.ndim != x.ndim - 1) return {t.name, "does not fit x's shape", Refusal::kShape};
   for (int d = 0; d < t.ndim; ++d)
-    if (t.shape[d] != x.shape[d]) return {t.name, "does not fit x's shape"};
-  if (!is_dense(t)) return {t.name, "is not contiguous"};
+    if (t.shape[d] != x.shape[d]) return {t.name, "does not fit x's shape", Refusal::kShape};
+  if (!is_dense(t)) return {t.name, "is not contiguous", Refusal::kMemory};
   return {};
 }
 
 inline Refusal check(const BackwardArguments& a) {
-  if (a.x.ndim < (a.per_head ? 2 : 1)) return {"x", "has too few dimensions"};
-  if (a.x.size(1) < 1) return {"x", "has rows of no elements"};
+  if (a.x.ndim < (a.per_head ? 2 : 1)) return {"x", "has too few dimensions", Refusal::kShape};
+  if (a.x.size(1) < 1) return {"x", "has rows of no elements", Refusal::kShape};
   for (const Tensor* t :
        {&a.grad_y, &a.grad_residual_out, &a.residual, &a.weight, &a.bias, &a.rstd, &a.mean})
     if (const Refusal no = check_device(*t, a.x)) return no;
   for (const Tensor* t : {&a.x, &a.grad_y, &a.grad_residual_out, &a.residual})
-    if (const Refusal no = check_rows(*t, a.x)) return no;
+    if (const Refusal no = check_rows(*t, a.x, Refusal::kStrides)) return no;
   for (const Tensor* t : {&a.weight, &a.bias})
     if (const Refusal no = check_affine(*t, a.x, a.per_head)) return no;
-  if (!a.grad_y || !a.rstd) return {"grad_y or rstd", "is None"};
+  if (!a.grad_y || !a.rstd) return {"grad_y or rstd", "is None", Refusal::kOption};
   if (bool(a.mean) != (a.statistic == Statistic::kLayer && !a.from_output))
-    return {"mean", "is wrong for this kind of norm"};
+    return {"mean", "is wrong for this kind of norm", Refusal::kOption};
   for (const Tensor* t : {&a.rstd, &a.mean})
     if (const Refusal no = check_row_values(*t, a.x)) return no;
-  if (!(a.weight_offset - a.weight_offset == 0.f)) return {"weight_offset", "is not finite"};
-  if (a.from_output && a.residual) return {"residual", "is not None although x is the output"};
+  if (!(a.weight_offset - a.weight_offset == 0.f))
+    return {"weight_offset", "is not finite", Refusal::kOption};
+  if (a.from_output && a.residual)
+    return {"residual", "is not None although x is the output", Refusal::kOption};
   if (a.from_output && a.round_before_weight)
-    return {"round_before_weight", "loses what is undone"};
+    return {"round_before_weight", "loses what is undone", Refusal::kOption};
   return {};
 }
 

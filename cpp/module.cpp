@@ -57,7 +57,7 @@ const DLPackExchangeAPI* exchange_api(nb::handle capsule) {
 }
 
 // torch's objects live as long as the interpreter: what is kept of them is never let go.
-void bind_torch(nb::handle torch) {
+void bind_torch(nb::handle torch, nb::handle refusal) {
   const auto keep = [torch](const char* path) {
     return torch_attribute(torch, path).release().ptr();
   };
@@ -84,30 +84,37 @@ void bind_torch(nb::handle torch) {
   bound.dtypes[int(DType::kFloat32)] = keep("float32");
   bound.dtypes[int(DType::kFloat16)] = keep("float16");
   bound.dtypes[int(DType::kBFloat16)] = keep("bfloat16");
+  bound.refusal = nb::borrow(refusal).release().ptr();
+  for (int i = 0; i < Refusal::kKinds; ++i)
+    bound.kinds[i] = nb::str(Refusal::kKindNames[i]).release().ptr();
   torch_objects = bound;
 }
 
 PyMethodDef methods[] = {
+    {"try_norm", as_method<try_norm, kPositions>(), METH_FASTCALL,
+     "try_norm(*call)\n\n"
+     "Run a row norm of eager tensors, if all of it is as the kernels want it: y, or\n"
+     "(y, residual_out) when there is a residual; None where it is not.\n\n"
+     "A call has the arguments that `fields` names.  kind is 0 for rms and 1 for layer, plus 2\n"
+     "when weight and bias may have a row per head, plus 4 when there is a residual."},
     {"norm", as_method<norm, kPositions>(), METH_FASTCALL,
-     "norm(kind, x, residual, weight, bias, eps, weight_offset, round_before_weight, round_sum,\n"
-     "     clamp_inf, out_dtype, out, residual_out, mode)\n\n"
-     "Run a row norm: y, or (y, residual_out) when there is a residual.\n\n"
-     "kind is 0 for rms and 1 for layer, plus 2 when weight and bias may have a row per head, "
-     "plus\n"
-     "4 when there is a residual.\n"
-     "mode is 0 for the first try, which returns None where it cannot serve; 1 when the caller "
-     "has\n"
-     "checked that outputs overlap nothing, and wants a str that says why not; 2 like 1 but to "
-     "get\n"
-     "the backend's name and its plan, as a tuple of two str, instead of running; and 3 like 1 "
-     "but\n"
-     "to get (y, residual_out or None, rstd, mean or None), with what norm_backward() needs."},
+     "norm(*call)\n\n"
+     "try_norm() for a caller who has checked that what is written overlaps nothing else: the\n"
+     "same, or a Refusal."},
+    {"norm_saving", as_method<norm_saving, kPositions>(), METH_FASTCALL,
+     "norm_saving(*call)\n\n"
+     "norm() with what norm_backward() needs: (y, residual_out or None, rstd, mean or None), or a\n"
+     "Refusal."},
+    {"plan", as_method<plan, kPositions>(), METH_FASTCALL,
+     "plan(*call)\n\n"
+     "What norm() would do, without making or running anything: (name of the backend, its plan\n"
+     "in words), or a Refusal."},
     {"norm_backward", as_method<norm_backward, kBackwardPositions>(), METH_FASTCALL,
      "norm_backward(kind, grad_y, grad_residual_out, x, residual, weight, bias, rstd, mean,\n"
      "              weight_offset, round_before_weight, x_dtype, residual_dtype, wanted)\n\n"
      "Gradients of a row norm: (grad_x, grad_residual, grad_weight, grad_bias), each None where "
      "it\n"
-     "is not wanted; or a str that says why there are none.\n\n"
+     "is not wanted; or a Refusal.\n\n"
      "kind is as in norm(), plus 8 when x is the output and is to be undone.  x is what was\n"
      "normalised; or x + residual was, in float32.  x_dtype and residual_dtype are those of the\n"
      "first two gradients, or None; both are one tensor where they are of one dtype.  wanted is 1\n"
@@ -156,15 +163,21 @@ NB_MODULE(_C, m) {
       "normkit's kernels.  Private: normkit.functional is the way in, and says what each argument "
       "means.";
 
-  m.def("bind_torch", &bind_torch, "torch"_a,
-        "Take what the extension needs of torch.  Raises ImportError for what this torch lacks.");
+  m.def(
+      "bind_torch", &bind_torch, "torch"_a, "refusal"_a,
+      "Take what the extension needs of torch, raising ImportError for what this torch lacks, and "
+      "the class Refusal(argument, problem, kind) that it calls where no kernel runs a call.");
 
   if (PyModule_AddFunctions(m.ptr(), methods) || PyModule_AddFunctions(m.ptr(), part_methods))
     throw nb::python_error();
 
+  nb::list fields;
+  for (const char* name : kFieldNames) fields.append(name);
+  m.attr("fields") = nb::tuple(fields);
+
   m.def(
       "set_quick_path", [](bool on) { quick_path_is_off = !on; }, "on"_a,
-      "Whether this thread's calls in mode 0 are served.");
+      "Whether this thread's calls of try_norm() and norm_tp() are taken.");
 
   m.def("cuda_devices", &cuda_devices,
         "(name, why it is not usable or an empty str) of each CUDA device, and why there is none "

@@ -10,7 +10,22 @@
 
 namespace normkit {
 
-// The Python objects of torch that the extension needs; set once, by normkit._dispatch.
+// Why no kernel here runs a call: an argument, and what is wrong with it; problem is null where
+// nothing is.
+struct Refusal {
+  // kStrides: a copy of the inputs would help.  kRecorder: autograd, a tracer or the like records.
+  enum Kind { kStrides, kDtype, kDevice, kOption, kMemory, kRecorder, kShape };
+  static constexpr const char* kKindNames[] = {"strides", "dtype",    "device", "option",
+                                               "memory",  "recorder", "shape"};
+  static constexpr int kKinds = 7;
+
+  const char* argument = nullptr;
+  const char* problem = nullptr;
+  Kind kind = kOption;
+  explicit operator bool() const { return problem != nullptr; }
+};
+
+// The Python objects that the extension needs; set once, by bind_torch().
 struct Torch {
   PyTypeObject* tensor = nullptr;
   PyTypeObject* parameter = nullptr;
@@ -28,19 +43,14 @@ struct Torch {
   PyObject* uint8 = nullptr;
   PyObject* is_autocast_enabled = nullptr;
   PyObject* is_tracing = nullptr;
-  PyObject* modes = nullptr;      // the dict of torch.utils._python_dispatch
-  PyObject* in_a_mode = nullptr;  // "_is_in_torch_dispatch_mode"
-  PyObject* cuda = nullptr;       // "cuda"
-  PyObject* dtypes[3] = {};       // in the order of DType
+  PyObject* modes = nullptr;              // the dict of torch.utils._python_dispatch
+  PyObject* in_a_mode = nullptr;          // "_is_in_torch_dispatch_mode"
+  PyObject* cuda = nullptr;               // "cuda"
+  PyObject* dtypes[3] = {};               // in the order of DType
+  PyObject* refusal = nullptr;            // normkit's class of that name
+  PyObject* kinds[Refusal::kKinds] = {};  // in the order of Refusal::Kind
 };
 inline Torch torch_objects;
-
-// Why a call is not served here.  what is null when it is.
-struct Refusal {
-  const char* argument = nullptr;
-  const char* what = nullptr;
-  explicit operator bool() const { return what != nullptr; }
-};
 
 inline std::optional<DType> dtype_of(const DLDataType& type) {
   if (type.lanes != 1) return std::nullopt;
@@ -85,17 +95,19 @@ struct Tensor {
   Refusal read(PyObject* source) {
     if (source == Py_None) return {};
     if (Py_TYPE(source) != torch_objects.tensor && Py_TYPE(source) != torch_objects.parameter)
-      return {name, "is not a plain torch.Tensor"};
+      return {name, "is not a plain torch.Tensor", Refusal::kDtype};
     DLTensor view;
     if (torch_objects.api->dltensor_from_py_object_no_sync(source, &view)) {
       PyErr_Clear();
-      return {name, "has no memory that DLPack can describe"};
+      return {name, "has no memory that DLPack can describe", Refusal::kMemory};
     }
     const auto type = dtype_of(view.dtype);
     if (!type)
-      return {name, view.dtype.code == kDLFloat && view.dtype.bits == 64
-                        ? "is float64"
-                        : "is not float32, float16 or bfloat16"};
+      return {name,
+              view.dtype.code == kDLFloat && view.dtype.bits == 64
+                  ? "is float64"
+                  : "is not float32, float16 or bfloat16",
+              Refusal::kDtype};
     object = source;
     device = view.device;
     data = static_cast<char*>(view.data) + view.byte_offset;
@@ -105,7 +117,7 @@ struct Tensor {
     strides = view.strides;
     if (!view.data)
       for (int d = 0;; ++d) {
-        if (d == ndim) return {name, "has no memory"};
+        if (d == ndim) return {name, "has no memory", Refusal::kMemory};
         if (shape[d] == 0) break;
       }
     return {};
