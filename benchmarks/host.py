@@ -1,132 +1,86 @@
 """What does a call cost on the host, before any kernel matters?
 
     python benchmarks/host.py               # tensors of 4x64, two minutes
-    python benchmarks/host.py --rows 1 --n 4096
+    python benchmarks/host.py --rows 1 --n 4096 --device cuda      # not run yet
 
-Prints a Markdown table of nanoseconds per call, and keeps it in results/host-<machine>.json.  An
-empty loop is taken off.  One thread; every candidate of a line is timed in turn, round by round.
+Prints the time of a call, on one thread, and keeps it in results/host-<machine>.json, in
+nanoseconds.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
-import timeit
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from cpu import machine_slug
+from graphs import Baselines, Launch
+from machine import RESULTS, gpu, results_path
+from torch.utils.benchmark import Compare, Measurement
 
 import normkit
 from normkit import _bench, parallel
 
-NAMES = ("rms_norm", "layer_norm", "F.rms_norm", "F.layer_norm", "nn.RMSNorm")
-# What the project wants to reach: nanoseconds, or a share of another line.
-AIMS = {
-    "out=": "rms_norm at most 500 ns",
-    "allocating": "rms_norm at most 1300 ns",
-    "module call": "rms_norm at most 1000 ns above Identity",
-    "forward and backward": "rms_norm at most half of F.rms_norm",
-    "4 devices, out=": "rms_norm_tp at most 1200 ns above four of rms_norm",
+FUNCTIONS = {
+    "rms_norm": "rms_norm(x, w)",
+    "layer_norm": "layer_norm(x, w)",
+    "F.rms_norm": "F.rms_norm(x, shape, w, 1e-6)",
+    "F.layer_norm": "F.layer_norm(x, shape, w)",
+    "nn.RMSNorm": "torch_rms(x)",
+}
+MODULES = {"rms_norm": "rms(x)", "layer_norm": "layer(x)", "F.layer_norm": "torch_layer(x)"}
+BACKWARD = ".backward(g); x.grad = None; w.grad = None"
+TP, NEW = (f"rms_norm_tp(xs, ws, {outs}context=context)" for outs in ("outs=outs, ", ""))
+BARE, LAUNCHES = "bare launch", 64  # so many in one statement, from a loop in C
+# Line -> candidate -> statement.  Aims: rms_norm 500 ns with out=, 1300 allocating, 1000 as module
+# above Identity, with its backward half of F.rms_norm; rms_norm_tp 1200 above four of rms_norm.
+CALLS = {
+    "out=": {"rms_norm": "rms_norm(x, w, out=y)", "layer_norm": "layer_norm(x, w, out=y)"},
+    "allocating": FUNCTIONS,
+    "module call": MODULES | {"nn.RMSNorm": "torch_rms(x)", "Identity": "identity(x)"},
+    "forward that requires grad": FUNCTIONS,
+    "forward and backward": {name: code + BACKWARD for name, code in FUNCTIONS.items()},
+    "4 devices, out=": {"rms_norm": "; ".join(["rms_norm(x, w, out=y)"] * 4), "rms_norm_tp": TP},
+    "4 devices, allocating": {"rms_norm": "; ".join(["rms_norm(x, w)"] * 4), "rms_norm_tp": NEW},
+    "compiled call": {"rms_norm": "compiled(x, w)", "F.rms_norm": "compiled_torch(x, w)"},
 }
 
 
-def cases(rows: int, n: int) -> dict[str, dict[str, str]]:
-    """Line -> candidate -> statement."""
-    clear = "; x.grad = None; w.grad = None"
-    rms, layer = "rms_norm(x, w)", "layer_norm(x, w)"
-    f_rms, f_layer = f"F.rms_norm(x, ({n},), w, 1e-6)", f"F.layer_norm(x, ({n},), w)"
-    eager = dict(zip(NAMES, (rms, layer, f_rms, f_layer, "torch_module(x)"), strict=True))
-    back = {name: f"{code}.backward(g){clear}" for name, code in eager.items()}
-    return {
-        "out=": {
-            "rms_norm": "rms_norm(x, w, out=out)",
-            "layer_norm": "layer_norm(x, w, out=out)",
-        },
-        "allocating": eager,
-        "module call": {
-            "rms_norm": "module(x)",
-            "layer_norm": "layer_module(x)",
-            "F.layer_norm": "torch_layer_module(x)",
-            "nn.RMSNorm": "torch_module(x)",
-            "Identity": "identity(x)",
-        },
-        "forward that wants gradients": eager,
-        "forward and backward": back,
-        "4 devices, out=": {
-            "rms_norm": "; ".join(["rms_norm(x, w, out=out)"] * 4),
-            "rms_norm_tp": "rms_norm_tp(xs, ws, outs=outs, context=context)",
-        },
-        "4 devices, allocating": {
-            "rms_norm": "; ".join(["rms_norm(x, w)"] * 4),
-            "rms_norm_tp": "rms_norm_tp(xs, ws, context=context)",
-        },
-        "compiled call": {
-            "rms_norm": "compiled(x, w)",
-            "F.rms_norm": "compiled_torch(x, w)",
-        },
-    }
+def operands(rows: int, n: int, grad: bool, device: str) -> dict[str, Any]:
+    """The names that the statements use, made on the default device."""
+    x, y, w = torch.randn(rows, n), torch.empty(rows, n), torch.ones(n)
+    names: dict[str, Any] = {"x": x.requires_grad_(grad), "y": y, "g": torch.randn(rows, n)}
+    names |= {"w": torch.nn.Parameter(w.clone()), "shape": (n,), "F": F}
+    names |= {"rms_norm": normkit.rms_norm, "layer_norm": normkit.layer_norm}
+    names |= {"rms": normkit.RMSNorm(n), "layer": normkit.LayerNorm(n, bias=False)}
+    names |= {"torch_rms": torch.nn.RMSNorm(n, eps=1e-6), "identity": torch.nn.Identity()}
+    names |= {"torch_layer": torch.nn.LayerNorm(n, bias=False)}
+    names |= {"xs": [x] * 4, "ws": [w] * 4, "outs": [torch.empty_like(y) for _ in range(4)]}
+    names |= {"rms_norm_tp": parallel.rms_norm_tp, "context": parallel.TPContext([device] * 4)}
+    functions = {"compiled": normkit.rms_norm}
+    functions["compiled_torch"] = lambda x, w: F.rms_norm(x, (n,), w, 1e-6)
+    return names | {k: torch.compile(f, fullgraph=True) for k, f in functions.items()}
 
 
-def operands(rows: int, n: int) -> dict[str, Any]:
-    """The names that the statements use."""
-    x = torch.randn(rows, n)
-    return {
-        "F": F,
-        "rms_norm": normkit.rms_norm,
-        "layer_norm": normkit.layer_norm,
-        "rms_norm_tp": parallel.rms_norm_tp,
-        "context": parallel.TPContext(["cpu"] * 4),
-        "xs": [x] * 4,
-        "ws": [torch.ones(n)] * 4,
-        "outs": [torch.empty_like(x) for _ in range(4)],
-        "x": x,
-        "out": torch.empty_like(x),
-        "g": torch.randn(rows, n),
-        "w": torch.nn.Parameter(torch.ones(n)),
-        "module": normkit.RMSNorm(n),
-        "layer_module": normkit.LayerNorm(n, bias=False),
-        "torch_module": torch.nn.RMSNorm(n, eps=1e-6),
-        "torch_layer_module": torch.nn.LayerNorm(n, bias=False),
-        "identity": torch.nn.Identity(),
-        "compiled": torch.compile(lambda x, w: normkit.rms_norm(x, w), fullgraph=True),
-        "compiled_torch": torch.compile(lambda x, w: F.rms_norm(x, (n,), w, 1e-6), fullgraph=True),
-    }
-
-
-def measure(codes: dict[str, str], names: dict[str, Any], rounds: int) -> dict[str, float]:
-    """Nanoseconds per call, the median over the rounds, without the empty loop."""
-    timers = {name: timeit.Timer(code, globals=names) for name, code in codes.items()}
-    timers["empty"] = timeit.Timer("pass", globals=names)
-    compared = _bench.paired(timers, rounds, seconds=2e-3)
-    empty = min(compared.samples["empty"])
-    return {name: (statistics.median(compared.samples[name]) - empty) * 1e9 for name in codes}
-
-
-def run(rows: int, n: int, rounds: int) -> dict[str, dict[str, float]]:
-    found = {}
-    for line, codes in cases(rows, n).items():
-        print(line, file=sys.stderr)
-        names = operands(rows, n)
-        wants = "gradients" in line or "backward" in line
-        names["x"].requires_grad_(wants)
-        mode: Callable[[], Any] = torch.enable_grad if wants else torch.no_grad
-        with mode():
-            found[line] = measure(codes, names, rounds)
-    return found
-
-
-def markdown(found: dict[str, dict[str, float]]) -> str:
-    columns = [*NAMES, "Identity", "rms_norm_tp"]
-    lines = [f"| ns per call | {' | '.join(columns)} | aim |", "|---" * (len(columns) + 2) + "|"]
-    for line, values in found.items():
-        cells = [f"{values[name]:.0f}" if name in values else "" for name in columns]
-        lines.append(f"| {line} | {' | '.join(cells)} | {AIMS.get(line, '')} |")
-    return "\n".join(lines)
+def measure(line: str, rows: int, n: int, rounds: int, device: str) -> _bench.Comparison:
+    """The calls of a line, an empty loop, and on a GPU the launch of an empty kernel."""
+    grad = "grad" in line or "backward" in line
+    labels = {"label": "a call on the host", "sub_label": line}
+    with torch.device(device):
+        names = operands(rows, n, grad, device)
+    code = CALLS[line] | {"empty loop": "pass"}
+    if device == "cuda":
+        code |= {BARE: "launch()"}
+        names["launch"] = partial(Baselines().launch, Launch(rows, 128, 1, True), LAUNCHES)
+    timers = {k: _bench.timer(v, names, description=k, **labels) for k, v in code.items()}
+    with torch.set_grad_enabled(grad):
+        compared = _bench.paired(timers, rounds, seconds=2e-3)
+    if BARE in code:
+        compared.measurements[BARE].number_per_run *= LAUNCHES
+    return compared
 
 
 def main() -> None:
@@ -134,18 +88,23 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--n", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     _bench.pin_heap(1)
     torch.set_num_threads(1)
-    found = run(args.rows, args.n, args.rounds)
-    machine = _bench.machine()
-    path = args.out / f"host-{machine_slug(machine)}.json"
-    shape = f"{args.rows}x{args.n}"
-    stamp = _bench.run_stamp()
-    _bench.write_json(path, {"machine": machine, "shape": shape, "run": stamp, "ns": found})
-    print(markdown(found))
-    print(f"\n{path}", file=sys.stderr)
+    found, measured = {}, list[Measurement]()
+    for line in CALLS:
+        print(line, file=sys.stderr)
+        compared = measure(line, args.rows, args.n, args.rounds, args.device)
+        measured += compared.measurements.values()
+        times = {name: compared.us(name) * 1e3 for name in compared.measurements}
+        found[line] = {"ns": times, **_bench.retakes(compared)}
+    machine = _bench.machine() if args.device == "cpu" else gpu()
+    path = results_path("host", machine, args.out)
+    kept = {"machine": machine, "shape": f"{args.rows}x{args.n}", "run": _bench.run_stamp()}
+    _bench.write_json(path, {**kept, "lines": found})
+    print(f"{Compare(measured)}\n{path}")
 
 
 if __name__ == "__main__":

@@ -1,118 +1,135 @@
-"""Measuring and reporting shared by ``normkit check``, ``normkit bench`` and ``benchmarks/cpu.py``.
+"""Measure and report: shared by `normkit check`, `normkit bench` and the scripts of benchmarks/.
 
-A time is a `timeit.Timer`, so that what is measured is a statement as a user would write it, and
-the statement goes into the report. Candidates are compared in pairs: every round runs each of them
-once, a ratio is taken inside a round, and the median goes over the rounds. A slow spell of a shared
-machine then hits both sides of a ratio.
+Statements as a user would write them are timed in pairs: every round takes a sample of each, a
+ratio is taken inside a round, and the median goes over the rounds, so that a slow spell of a shared
+machine hits both sides.  A sample during which the kernel took a core away is taken again.
 
-rich and matplotlib are imported by the functions that draw with them; measuring needs neither.
+torch.utils.benchmark (which loads setuptools), rich and matplotlib are imported where needed.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import platform
+import resource
+import shutil
 import statistics
 import subprocess
 import sys
-import timeit
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
 import normkit
+from normkit import _ops
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from torch.utils.benchmark import Measurement, Timer
 
-# A sample shorter than this is dominated by the clock and by the interpreter's own jitter.
-UNTIMED_CALLS = 4
-MIN_SAMPLE_SECONDS = 3e-4
-COPY = "copy"
-NORMKIT = "normkit"
-TORCH = "torch"
-
-# glibc gives large blocks back to the system after every call by default, and the next call then
-# pays about 2 us per page to get them again: the price of the allocator's mood, not of a kernel.
-HEAP_SETTINGS = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(16 << 30),
-    "MALLOC_ARENA_MAX": "1",
-}
+COPY, NORMKIT, TORCH = "copy", "normkit", "torch"
 
 # --------------------------------------------------------------------------------------- measuring
 
+# A shorter sample is dominated by the clock and by the interpreter's own jitter, and a longer one
+# is more often interrupted.
+SAMPLE_SECONDS = 4e-4
+# Before a sample, so that a candidate is measured on the caches that it leaves behind itself, not
+# on its neighbour's: a copy after stores around the caches took up to 2.8 times its own time.
+UNTIMED_CALLS = 4
+# At most so many retakes of a sample, each after a pause in which the scheduler can spread the
+# threads over the cores again: without it they stay together, and every retake is interrupted too.
+RETAKES, PAUSE_SECONDS = 6, 0.02
 
-class Timer(Protocol):
-    """What `paired` needs of a candidate; `timeit.Timer` has it."""
-
-    def timeit(self, number: int) -> float: ...
+# glibc gives large blocks back to the system after every call by default, and the next call then
+# pays about 2 us per page to get them again: the price of the allocator's mood, not of a kernel.
+HEAP_SETTINGS = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}
+HEAP_SETTINGS["MALLOC_ARENA_MAX"] = "1"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Seconds per call of each candidate, one value a round."""
+    """A measurement of each candidate; its sample i was taken in round i."""
 
-    samples: Mapping[str, Sequence[float]]
+    measurements: Mapping[str, Measurement]
+    retaken: int = 0  # samples that were thrown away
+    disturbed: int = 0  # samples that were kept, because the last retake was interrupted too
 
     def us(self, name: str) -> float:
-        return statistics.median(self.samples[name]) * 1e6
-
-    def ratios(self, name: str, to: str) -> list[float]:
-        return [a / b for a, b in zip(self.samples[name], self.samples[to], strict=True)]
+        return float(self.measurements[name].median) * 1e6
 
     def ratio(self, name: str, to: str) -> float:
-        """Median over the rounds of the ratio inside a round."""
-        return statistics.median(self.ratios(name, to))
+        """The median of the ratios inside the rounds."""
+        return statistics.median(a / b for a, b in self._rounds(name, to))
+
+    def over_us(self, name: str, to: str) -> float:
+        """The median of what `name` takes longer than `to` inside a round, in microseconds."""
+        return statistics.median(a - b for a, b in self._rounds(name, to)) * 1e6
 
     def quartiles(self, name: str, to: str) -> tuple[float, float]:
-        ratios = self.ratios(name, to)
+        """Half of the ratios lie between these two; a single one is both."""
+        ratios = [a / b for a, b in self._rounds(name, to)]
         if len(ratios) == 1:
             return ratios[0], ratios[0]
         low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
         return low, high
 
-
-def calls_per_sample(timer: Timer, seconds: float = MIN_SAMPLE_SECONDS) -> int:
-    """How many calls one sample takes to last from `seconds` to twice that; 1 for longer calls."""
-    timer.timeit(1)  # the first call compiles, allocates and faults pages in
-    calls = 1
-    while timer.timeit(calls) < seconds and calls < 1 << 20:
-        calls *= 2
-    return calls
+    def _rounds(self, name: str, to: str) -> Iterator[tuple[float, float]]:
+        return zip(self.measurements[name].times, self.measurements[to].times, strict=True)
 
 
-def paired(
-    timers: Mapping[str, Timer], rounds: int, seconds: float = MIN_SAMPLE_SECONDS
-) -> Comparison:
-    """Times all candidates in `rounds` rounds; each round starts with the next candidate.
+def timer(code: str, names: dict[str, Any], **labels: Any) -> Timer:
+    """Return torch's timer of a statement, on as many threads as torch takes now."""
+    from torch.utils.benchmark import Timer
 
-    Before each sample the candidate runs untimed: it is measured on the caches that it leaves
-    behind itself, not on those that its neighbour in the round left.  Once is too little for that:
-    a copy that followed stores around the caches took up to 2.8 times its own time.
-    """
+    return Timer(code, globals=names, num_threads=torch.get_num_threads(), **labels)
+
+
+def paired(timers: Mapping[str, Timer], rounds: int, seconds: float = SAMPLE_SECONDS) -> Comparison:
+    """Take a sample of each candidate in each round; a round starts with the next candidate."""
+    from torch.utils.benchmark import Measurement
+
     if rounds < 1:
-        raise ValueError(f"rounds must be at least 1, got {rounds}")
+        raise ValueError(f"rounds: expected at least 1, got {rounds}")
     names = list(timers)
-    calls = {name: calls_per_sample(timers[name], seconds) for name in names}
-    samples: dict[str, list[float]] = {name: [] for name in names}
+    quick_looks = {k: t.blocked_autorange(min_run_time=seconds) for k, t in timers.items()}
+    calls = {name: max(1, round(seconds / min(look.times))) for name, look in quick_looks.items()}
+    samples: dict[str, list[Measurement]] = {name: [] for name in names}
+    retaken = disturbed = 0
     for turn in range(rounds):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
-            timers[name].timeit(UNTIMED_CALLS)
-            samples[name].append(timers[name].timeit(calls[name]) / calls[name])
-    return Comparison(samples)
+            for attempt in range(RETAKES + 1):
+                timers[name].timeit(UNTIMED_CALLS)
+                before = _interruptions()
+                sample = timers[name].timeit(calls[name])
+                if _interruptions() == before:
+                    break
+                retaken += attempt < RETAKES
+                time.sleep(PAUSE_SECONDS)
+            else:
+                disturbed += 1
+            samples[name].append(sample)
+    merged = {name: Measurement.merge(of_name)[0] for name, of_name in samples.items()}
+    return Comparison(merged, retaken, disturbed)
+
+
+def _interruptions() -> int:
+    """How often the kernel took a core away from a thread of this process."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
 def pin_heap(threads: int) -> None:
-    """Starts this process again with a heap that keeps its pages and with `threads` OpenMP threads.
+    """Start this process again with a heap that keeps its pages and with `threads` OpenMP threads.
 
     Both are read once, before Python starts, so setting them here would do nothing. Returns where
     they are set already, and on systems whose C library is not glibc.
@@ -121,7 +138,6 @@ def pin_heap(threads: int) -> None:
     if platform.libc_ver()[0] != "glibc" or all(os.environ.get(k) == v for k, v in wanted.items()):
         return
     sys.stdout.flush()
-    sys.stderr.flush()
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | wanted)
 
 
@@ -132,95 +148,78 @@ def pin_heap(threads: int) -> None:
 class Op:
     """One op as statements over the names that `operands` gives."""
 
-    normkit: str
-    allocating: str
-    torch: str
-    copy: str
-    heads: bool = False
+    function: str
+    layer: bool
+    adds: bool
+    heads: bool  # weights per head
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        return ("x", *["residual"] * self.adds, "weight", *["bias"] * self.layer)
+
+    @property
+    def allocating(self) -> str:
+        kind = ", 1e-5, kind='layer'" * (self.heads and self.layer)
+        return f"{self.function}({', '.join(self.tensors)}{kind})"
+
+    @property
+    def normkit(self) -> str:
+        return f"{self.allocating[:-1]}, out=y{', residual_out=residual_out' * self.adds})"
+
+    @property
+    def torch(self) -> str:
+        x = "residual_out" if self.adds else "x"
+        norm = {
+            (False, False): f"F.rms_norm({x}, shape, weight, 1e-6)",
+            (False, True): f"F.layer_norm({x}, shape, weight, bias)",
+            (True, False): f"torch.mul(F.rms_norm({x}, shape, None, 1e-6), weight, out=y)",
+            (True, True): f"torch.addcmul(bias, F.layer_norm({x}, shape), weight, out=y)",
+        }[self.heads, self.layer]
+        return "torch.add(x, residual, out=residual_out); " * self.adds + norm
+
+    @property
+    def copy(self) -> str:
+        return "y.copy_(x)" + "; residual_out.copy_(residual)" * self.adds
 
 
-_ONE_COPY = "y.copy_(x)"
-_TWO_COPIES = "y.copy_(x); residual_out.copy_(residual)"
-_TORCH_SUM = "torch.add(x, residual, out=residual_out); "
-
+# A head norm has both statistics, by an argument.
 OPS = {
-    "rms_norm": Op(
-        "rms_norm(x, weight, out=y)",
-        "rms_norm(x, weight)",
-        "F.rms_norm(x, shape, weight, 1e-6)",
-        _ONE_COPY,
-    ),
-    "layer_norm": Op(
-        "layer_norm(x, weight, bias, out=y)",
-        "layer_norm(x, weight, bias)",
-        "F.layer_norm(x, shape, weight, bias)",
-        _ONE_COPY,
-    ),
-    "add_rms_norm": Op(
-        "add_rms_norm(x, residual, weight, out=y, residual_out=residual_out)",
-        "add_rms_norm(x, residual, weight)",
-        _TORCH_SUM + "F.rms_norm(residual_out, shape, weight, 1e-6)",
-        _TWO_COPIES,
-    ),
-    "add_layer_norm": Op(
-        "add_layer_norm(x, residual, weight, bias, out=y, residual_out=residual_out)",
-        "add_layer_norm(x, residual, weight, bias)",
-        _TORCH_SUM + "F.layer_norm(residual_out, shape, weight, bias)",
-        _TWO_COPIES,
-    ),
-    "head_norm": Op(
-        "head_norm(x, weight, out=y)",
-        "head_norm(x, weight)",
-        "torch.mul(F.rms_norm(x, shape, None, 1e-6), weight, out=y)",
-        _ONE_COPY,
-        heads=True,
-    ),
-    "head_norm_layer": Op(
-        "head_norm(x, weight, bias, 1e-5, kind='layer', out=y)",
-        "head_norm(x, weight, bias, 1e-5, kind='layer')",
-        "torch.addcmul(bias, F.layer_norm(x, shape), weight, out=y)",
-        _ONE_COPY,
-        heads=True,
-    ),
+    op.name + "_layer" * (op.layer is None and layer): Op(op.name, layer, op.adds, op.per_head)
+    for op in _ops.OPS.values()
+    for layer in ((False, True) if op.layer is None else (op.layer,))
+    if hasattr(normkit, op.name)
 }
-
 HEAD_DIM = 128
+Names = dict[str, Any]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def shape_for(op: Op, rows: int, n: int) -> tuple[int, ...]:
-    """The shape of x: (rows, n); for a head norm as many elements, (tokens, heads, head_dim)."""
+    """(rows, n), or for a head norm as many elements as (tokens, heads, head_dim)."""
     if not op.heads:
         return rows, n
     head_dim = min(n, HEAD_DIM)
     if n % head_dim:
-        raise ValueError(f"a head norm needs n to be a multiple of {HEAD_DIM}, got {n}")
+        raise ValueError(f"n: expected a multiple of {HEAD_DIM} for a head norm, got {n}")
     heads = n // head_dim if n > head_dim else math.gcd(rows, 32)
     return rows * n // (heads * head_dim), heads, head_dim
 
 
-def operands(op: Op, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
+def operands(op: Op, shape: Sequence[int], dtype: torch.dtype, device: str = "cpu") -> Names:
     """The names that the statements of `op` use: the functions, and tensors of the given shape."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def normal(*sizes: int) -> torch.Tensor:
-        return torch.randn(sizes, generator=generator).to(dtype)
+        return torch.randn(sizes, generator=generator, dtype=dtype, device=device)
 
     x = normal(*shape)
     affine = shape[1:] if op.heads else shape[-1:]
-    names: dict[str, Any] = {
-        "torch": torch,
-        "F": F,
-        "shape": shape[-1:],
-        "x": x,
-        "y": torch.empty_like(x),
-        "weight": torch.nn.Parameter(normal(*affine)),
-        "bias": torch.nn.Parameter(normal(*affine)),
-    }
-    if "residual" in op.normkit:
+    names: Names = {"torch": torch, "F": F, "shape": shape[-1:]}
+    names |= {"x": x, "y": torch.empty_like(x)}
+    names |= {name: torch.nn.Parameter(normal(*affine)) for name in ("weight", "bias")}
+    if op.adds:
         names |= {"residual": normal(*shape), "residual_out": torch.empty_like(x)}
-    functions = ("rms_norm", "layer_norm", "head_norm", "add_rms_norm", "add_layer_norm")
-    return names | {name: getattr(normkit, name) for name in functions}
+    return names | {op.function: getattr(normkit, op.function)}
 
 
 def measure(
@@ -229,210 +228,180 @@ def measure(
     n: int,
     dtype: str,
     rounds: int,
-    more: Callable[[Op, dict[str, Any]], Mapping[str, str]] = lambda op, names: {},
+    more: Mapping[str, str] | None = None,
+    names: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Times op `name` with out= against torch and a plain copy; returns one entry of the report.
+    """Time op `name` with out= against torch and a plain copy; returns one entry of the report.
 
-    `more` adds candidates: it gets the op and the names, may add names, and returns statements.
+    `more` are candidates beside these, and `names` what their statements use.
     """
     op = OPS[name]
     shape = shape_for(op, rows, n)
+    code = {COPY: op.copy, NORMKIT: op.normkit, TORCH: op.torch, **(more or {})}
+    every = operands(op, shape, DTYPES[dtype]) | dict(names or {})
     with torch.no_grad():
-        names = operands(op, shape, DTYPES[dtype])
-        code = {COPY: op.copy, NORMKIT: op.normkit, TORCH: op.torch, **more(op, names)}
-        compared = paired({k: timeit.Timer(v, globals=names) for k, v in code.items()}, rounds)
+        compared = paired({k: timer(v, every) for k, v in code.items()}, rounds)
+    cells = {k: cell | {"code": code[k]} for k, cell in cells_of(compared, COPY).items()}
+    case = {"op": name, "dtype": dtype, "shape": "x".join(map(str, shape)), "elements": rows * n}
+    case |= {"rounds": rounds, "threads": torch.get_num_threads(), **retakes(compared)}
+    return case | {"candidates": cells}
+
+
+def cells_of(compared: Comparison, floor: str) -> dict[str, dict[str, Any]]:
+    """What a report says of each candidate; `floor` is what they are held against."""
     return {
-        "op": name,
-        "dtype": dtype,
-        "shape": "x".join(map(str, shape)),
-        "elements": rows * n,
-        "rounds": rounds,
-        "threads": torch.get_num_threads(),
-        "candidates": {
-            k: {
-                "us": compared.us(k),
-                "copies": compared.ratio(k, COPY),
-                "copies_quartiles": compared.quartiles(k, COPY),
-                "of_normkit": compared.ratio(k, NORMKIT),
-                "code": statement,
-            }
-            for k, statement in code.items()
-        },
+        name: {
+            "us": compared.us(name),
+            "copies": compared.ratio(name, floor),
+            "copies_quartiles": compared.quartiles(name, floor),
+            "over_us": compared.over_us(name, floor),
+            "of_normkit": compared.ratio(name, NORMKIT),
+        }
+        for name in compared.measurements
     }
+
+
+def retakes(compared: Comparison) -> dict[str, int]:
+    """What a report says of interruptions."""
+    samples = sum(len(m.raw_times) for m in compared.measurements.values())
+    return {"samples": samples, "retaken": compared.retaken, "disturbed": compared.disturbed}
 
 
 # ------------------------------------------------------------------------------------- description
 
+# What tells one CPU from another, as Linux names it on x86 and on Arm.
+_IDENTITY = ["vendor_id", "cpu family", "model", "stepping"]
+_IDENTITY += ["CPU implementer", "CPU part", "CPU variant", "CPU revision"]
+
 
 def machine() -> dict[str, Any]:
     """The hardware and system, as far as they decide how fast a norm is."""
+    facts = _cpuinfo()
+    bf16 = "+BF16" if "avx512_bf16" in facts.get("flags", "").split() else ""
     return {
-        "cpu": _cpu_model(),
+        "cpu": facts.get("model name") or platform.processor() or platform.machine(),
+        "model": "-".join(facts[name] for name in _IDENTITY if name in facts) or None,
         "cores": os.cpu_count(),
-        "isa": torch.backends.cpu.get_cpu_capability(),
+        "isa": torch.backends.cpu.get_cpu_capability() + bf16,
         "caches": _caches(),
         "os": platform.platform(),
     }
 
 
+def _cpuinfo() -> dict[str, str]:
+    """What Linux says of the first processor."""
+    path = Path("/proc/cpuinfo")
+    first = path.read_text().partition("\n\n")[0] if path.exists() else ""
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def _caches() -> list[str]:
+    indices = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"))
+    caches = [[(i / f).read_text().strip() for f in ("type", "level", "size")] for i in indices]
+    return [f"L{level} {size}" for kind, level, size in caches if kind != "Instruction"]
+
+
 def versions() -> dict[str, str]:
-    return {
-        "normkit": normkit.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
+    python = platform.python_version()
+    return {"normkit": normkit.__version__, "torch": torch.__version__, "python": python}
 
 
 def run_stamp() -> dict[str, Any]:
     """What differs from one run on a machine to the next."""
-    return {
-        **versions(),
-        "commit": commit(),
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {**versions(), "commit": commit(), "time": now}
 
 
 def commit() -> str | None:
     """The commit of the sources that run, or None when they are not a git checkout of normkit."""
     root = Path(__file__).resolve().parents[2]
-    if not (
-        root / ".git"
-    ).exists():  # an environment inside some other repository must not name its commit
+    # An environment inside some other repository must not name its commit.
+    if not (root / ".git").exists() or shutil.which("git") is None:
         return None
-    sources = ("src", "cpp", "cuda", "CMakeLists.txt")
-    head = _git(root, "rev-parse", "--short=12", "HEAD")
-    return head and head + ("-dirty" if _git(root, "status", "--porcelain", "--", *sources) else "")
 
-
-def _git(root: Path, *arguments: str) -> str | None:
-    try:
+    def git(*arguments: str) -> str:
         done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True)
-    except FileNotFoundError:
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
+        return "" if done.returncode else done.stdout.strip()
 
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _caches() -> list[str]:
-    caches = []
-    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
-        level, kind, size = ((index / f).read_text().strip() for f in ("level", "type", "size"))
-        if kind != "Instruction":
-            caches.append(f"L{level} {size}")
-    return caches
+    head = git("rev-parse", "--short=12", "HEAD")
+    changed = git("status", "--porcelain", "--", "src", "cpp", "cuda", "CMakeLists.txt")
+    return head + "-dirty" * bool(changed) if head else None
 
 
 # --------------------------------------------------------------------------------------- reporting
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Writes in one step, so that an interrupted run never leaves half a file."""
+    """Write in one step, so that an interrupted run never leaves half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".part")
     partial.write_text(json.dumps(data, indent=1) + "\n")
     partial.replace(path)
 
 
-def bench_table(results: Iterable[Mapping[str, Any]]) -> Table:
-    """The results as a rich table, in microseconds and in units of a copy of the same bytes."""
+def bench_table(results: Sequence[Mapping[str, Any]]) -> Table:
+    """The results as a rich table; gains are a competitor's time over normkit's."""
     from rich.table import Table
 
-    table = Table(caption="x copy: time in units of a plain copy of the same bytes")
-    for header in ("op", "dtype", "shape"):
-        table.add_column(header, no_wrap=True)
-    for header in ("copy us", "torch us", "normkit us", "torch x copy", "normkit x copy", "gain"):
-        table.add_column(header, justify="right")
-    for result in results:
-        ours, theirs, copy = (result["candidates"][k] for k in (NORMKIT, TORCH, COPY))
-        gain = theirs["of_normkit"]
-        table.add_row(
-            *(result[key] for key in ("op", "dtype", "shape")),
-            *(f"{c['us']:.2f}" for c in (copy, theirs, ours)),
-            *(f"{c['copies']:.2f}" for c in (theirs, ours)),
-            f"[{'green' if gain >= 1 else 'red'}]{gain:.1f}x[/]",
-        )
+    floor = results[0].get("floor", COPY)
+    names = dict.fromkeys(name for r in results for name in r["candidates"])
+    rivals = [name for name in names if name not in (floor, NORMKIT)]
+    told = {"samples": "samples", "retaken": "retaken", "disturbed": "kept though interrupted"}
+    counts = [f"{sum(r.get(key, 0) for r in results)} {text}" for key, text in told.items()]
+    columns = ["op", "dtype", "case", f"{floor} us", "normkit us", f"x {floor}", "quartiles"]
+    table = Table(*columns, "us above", *rivals, caption=", ".join(counts))
+    for i, column in enumerate(table.columns):
+        column.no_wrap, column.justify = True, "right" if i > 2 else "left"
+    for r in results:
+        ours, cells = r["candidates"][NORMKIT], r["candidates"]
+        row = [r["op"], r["dtype"], r.get("label", r["shape"])]
+        row += [f"{cells[name]['us']:.2f}" if name in cells else "" for name in (floor, NORMKIT)]
+        row += [f"{ours['copies']:.2f}", "{:.2f}-{:.2f}".format(*ours["copies_quartiles"])]
+        row.append(f"{ours['over_us']:.2f}")
+        gains = [cells[name]["of_normkit"] if name in cells else None for name in rivals]
+        colours = [f"[{'green' if g >= 1 else 'red'}]{g:.1f}x[/]" if g else "" for g in gains]
+        table.add_row(*row, *colours)
     return table
 
 
-_MARKS = {
-    NORMKIT: {"marker": "o", "color": "#0060c0"},
-    TORCH: {"marker": "s", "color": "#d95f02"},
-    "torch.compile": {"marker": "^", "color": "#7a7a7a"},
-}
-
-
 def plot(results: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
-    """Draws a panel per op and dtype: copies over shapes; a result's "limit" becomes a bar."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    """Draw a panel per op and dtype: copies over shapes; a result's "limit" becomes a bar."""
+    from matplotlib.figure import Figure
 
     ops = list(dict.fromkeys(r["op"] for r in results))
     dtypes = [d for d in DTYPES if any(r["dtype"] == d for r in results)]
-    figure, axes = plt.subplots(
-        len(ops),
-        len(dtypes),
-        figsize=(max(8.0, 1.2 + 3.9 * len(dtypes)), 1.6 + 2.5 * len(ops)),
-        squeeze=False,
-        sharey=True,
-        layout="constrained",
-    )
-    for i, op in enumerate(ops):
-        for j, dtype in enumerate(dtypes):
-            panel = [r for r in results if (r["op"], r["dtype"]) == (op, dtype)]
-            if not panel:
-                axes[i][j].set_visible(False)
-                continue
-            _draw_panel(axes[i][j], sorted(panel, key=lambda r: r["elements"]))
-            axes[i][j].set_title(f"{op}, {dtype}", fontsize=10)
-        axes[i][0].set_ylabel("time in copies")
-    entries: dict[str, Any] = {}
-    for axis in axes.flat:
-        handles, labels = axis.get_legend_handles_labels()
-        entries |= dict(zip(labels, handles, strict=True))
-    figure.legend(
-        entries.values(), entries.keys(), loc="outside lower center", ncols=5, frameon=False
-    )
+    size = max(8.0, 1.2 + 3.9 * len(dtypes)), 1.6 + 2.5 * len(ops)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(ops), len(dtypes), squeeze=False, sharey=True)
+    for axis, (op, dtype) in zip(axes.flat, itertools.product(ops, dtypes), strict=True):
+        panel = [r for r in results if (r["op"], r["dtype"]) == (op, dtype)]
+        _draw_panel(axis, sorted(panel, key=lambda r: r["elements"]))
+        axis.set_title(f"{op}, {dtype}", fontsize=10)
+    legends = [axis.get_legend_handles_labels() for axis in axes.flat]
+    entries = {label: handle for legend in legends for handle, label in zip(*legend, strict=True)}
+    figure.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=5)
     figure.suptitle(f"{title}\ntime in units of a plain copy of the same bytes; lower is better")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def _draw_panel(axis: Any, results: Sequence[Mapping[str, Any]]) -> None:
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-
-    for name, style in _MARKS.items():
-        cells = {
-            at: result["candidates"][name]
-            for at, result in enumerate(results)
-            if name in result["candidates"]
-        }
-        if not cells:
-            continue
+    candidates = dict.fromkeys(name for r in results for name in r["candidates"] if name != COPY)
+    for name, marker in zip(candidates, "os^vDPX*", strict=False):
+        cells = {i: r["candidates"][name] for i, r in enumerate(results) if name in r["candidates"]}
         middle = [cell["copies"] for cell in cells.values()]
-        quartiles = zip(*(cell["copies_quartiles"] for cell in cells.values()), strict=True)
-        spread = [[abs(q - m) for q, m in zip(side, middle, strict=True)] for side in quartiles]
-        axis.errorbar(list(cells), middle, yerr=spread, label=name, linewidth=1.2, **style)
+        ends = [[abs(q - c["copies"]) for q in c["copies_quartiles"]] for c in cells.values()]
+        spread = list(zip(*ends, strict=True))
+        axis.errorbar(list(cells), middle, yerr=spread, label=name, marker=marker, linewidth=1.2)
     for at, result in enumerate(results):
         if result.get("limit"):
-            low, high = at - 0.3, at + 0.3
-            axis.hlines(result["limit"], low, high, color="black", label="aim", zorder=3)
+            axis.hlines(result["limit"], at - 0.3, at + 0.3, color="black", label="aim", zorder=3)
     axis.axhline(1, color="#2ca02c", linewidth=1, linestyle="--", label="one copy", zorder=0)
     axis.set_yscale("log")
-    axis.yaxis.set_major_locator(FixedLocator([0.5, 1, 2, 5, 10, 20, 50, 100]))
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.yaxis.set_minor_locator(NullLocator())
+    ticks = ["0.5", "1", "2", "5", "10", "20", "50", "100"]
+    axis.set_yticks(list(map(float, ticks)), ticks)
+    axis.minorticks_off()
     axis.grid(axis="y", alpha=0.3)
     axis.set_xticks(range(len(results)), [r["shape"] for r in results], rotation=25, ha="right")
     axis.tick_params(axis="x", labelsize=8)
-    axis.set_xlim(-0.5, len(results) - 0.5)

@@ -7,12 +7,11 @@ import json
 import math
 import statistics
 import sys
-import timeit
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeAlias, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +27,9 @@ from normkit._files import Files, printable
 from normkit._spec import FLOATS, FLOATS_TEXT
 from normkit.checkpoint import NormEntry, describe_norm, weight_names
 from normkit.loading import load_norm
+
+if TYPE_CHECKING:
+    from torch.utils.benchmark import Timer
 
 app = typer.Typer(
     add_completion=False,
@@ -131,20 +133,20 @@ def activations(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.
     return ((student_t + 0.3 * normal(n)) * channel * scale + 0.5).reshape(shape).to(dtype)
 
 
-def _torch_timer(module: Norm, kind: str, x: torch.Tensor) -> timeit.Timer:
+def _torch_timer(module: Norm, kind: str, x: torch.Tensor) -> Timer:
     """Time torch's function, on weights as it wants them: of x's dtype, the offset added."""
     weight = (module.weight + module.weight_offset).to(x.dtype)
     bias = None if module.bias is None else module.bias.to(x.dtype)
     names = {"F": F, "x": x, "shape": x.shape[-1:], "weight": weight, "bias": bias}
     names["eps"] = module.eps
     if kind == "layer" and weight.ndim == 1:
-        return timeit.Timer("F.layer_norm(x, shape, weight, bias, eps)", globals=names)
+        return _bench.timer("F.layer_norm(x, shape, weight, bias, eps)", names)
     # torch has neither a bias in rms_norm nor weights per head
     if weight.ndim == 1:
         code = "F.rms_norm(x, shape, weight, eps)"
     else:
         code = f"F.{kind}_norm(x, shape, eps=eps) * weight"
-    return timeit.Timer(code + (" + bias" if bias is not None else ""), globals=names)
+    return _bench.timer(code + (" + bias" if bias is not None else ""), names)
 
 
 def _options(module: Norm) -> dict[str, Any]:
@@ -199,7 +201,7 @@ def check_norm(module: Norm, entry: NormEntry, rows: int, dtypes: Sequence[str])
     with torch.no_grad():
         errors = {d: _worst_error(module, entry.kind, x) for d, x in inputs.items()}
         x = inputs[timed]
-        timers = {"ours": timeit.Timer("module(x)", globals={"module": module, "x": x})}
+        timers = {"ours": _bench.timer("module(x)", {"module": module, "x": x})}
         timers["torch"] = _torch_timer(module, entry.kind, x)
         compared = _bench.paired(timers, CHECK_ROUNDS)
         backend = _backend(module, entry.kind, x)
