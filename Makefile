@@ -74,11 +74,12 @@ build/emu-tsan/.built: $(VENV)/.test $(emu_sources)
 
 # One whose torch has CUDA.
 GPU_PYTHON ?= python3
-GPU_BENCH ?= --quick
+GPU_BENCH ?=
 
 # A part that fails does not keep the others from running: time on a device is scarce.
 gpu:
-	@if $(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \
+	@$(GPU_PYTHON) -c 'import torch'
+	@if $(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 	  $(MAKE) --keep-going gpu-conformance gpu-tests gpu-bench; \
 	else echo 'make gpu: skipped, the torch of $(GPU_PYTHON) finds no CUDA device'; fi
 
@@ -94,7 +95,9 @@ gpu-tests: gpu-build
 
 gpu-bench: gpu-build
 	$(GPU_PYTHON) benchmarks/gpu.py $(GPU_BENCH)
+	NORMKIT_PDL=0 $(GPU_PYTHON) benchmarks/gpu.py --parts latency
 	$(GPU_PYTHON) benchmarks/backward.py --device cuda
+	$(GPU_PYTHON) benchmarks/host.py --device cuda --rows 1 --n 4096
 
 gpu-tune: gpu-build
 	$(GPU_PYTHON) benchmarks/tune.py
