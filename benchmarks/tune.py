@@ -35,8 +35,10 @@ import gpu
 import normkit
 import normkit.modules
 from gpu import Result, Run, in_graphs
-from normkit import _dispatch, functional, inplace
+from normkit import functional
 from normkit._bench import DTYPES, NORMKIT
+from normkit._serving import backends
+from normkit._serving.refusal import Refusal
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "tune"
@@ -91,20 +93,22 @@ def load(path: Path) -> ModuleType:
     loader = importlib.machinery.ExtensionFileLoader("normkit._C", str(path))
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader("normkit._C", loader))
     loader.exec_module(module)
-    module.bind_torch(torch)
+    module.bind_torch(torch, Refusal)
     return module
 
 
 @contextmanager
 def serving(module: ModuleType) -> Iterator[None]:
     """Have this copy run the norms."""
-    native = _dispatch.Native(module.norm, module.norm_backward)
-    natives = _dispatch.natives | dict.fromkeys(("auto", "cpu", "cuda"), native)
+    native = backends.Native.of(module)
+    natives = dict.fromkeys(("auto", "cpu", "cuda"), native)
     with ExitStack() as stack:
         # _C is told whether its quick path is on.
-        stack.enter_context(patch.multiple(_dispatch, _C=module, natives=natives))
-        for place in (functional, inplace, normkit.modules):
-            stack.enter_context(patch.object(place, "_native", module.norm))
+        stack.enter_context(patch.object(backends, "_C", module))
+        stack.enter_context(patch.dict(backends.natives, natives))
+        for name in ("_norm", "_add_norm"):
+            stack.enter_context(patch.object(functional, name, module.try_norm))
+        stack.enter_context(patch.object(normkit.modules, "quick", module.try_norm))
         yield
 
 

@@ -17,6 +17,7 @@ import torch
 import normkit
 from normkit import _bench
 from normkit._bench import COPY, NORMKIT, TORCH
+from normkit._serving import backends
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 if not BENCHMARKS.is_dir():
@@ -384,10 +385,10 @@ def test_another_copy_of_the_extension_can_run_the_norms(tmp_path: Path) -> None
     assert module.__file__ == str(copy)
     x = torch.randn(3, 64)
     with tune.serving(module):
-        assert normkit._dispatch._C is module
+        assert backends._C is module
         y = normkit.rms_norm(x)
     assert torch.equal(y, normkit.rms_norm(x))
-    assert normkit._dispatch._C is normkit._C
+    assert backends._C is normkit._C
 
 
 def test_each_variant_concerns_a_case_and_a_macro_of_the_sources(monkeypatch: Any) -> None:

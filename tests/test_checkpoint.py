@@ -23,8 +23,8 @@ from checkpoints import (
     same_bits,
     tensors,
 )
-from normkit import HeadNorm, LayerNorm, RMSNorm, _files, load_norm
-from normkit.checkpoint import find_norms, read_norm
+from normkit import HeadNorm, LayerNorm, RMSNorm, load_norm
+from normkit.checkpoint import _files, find_norms, read_norm
 
 SOURCES = {
     "file": file_of,

@@ -22,8 +22,8 @@ pytest.importorskip("typer")
 from typer.testing import CliRunner
 
 from hostile_files import FOLLOWS, INDEX, LARGEST, TABLE, Hostile, good, outside
-from normkit import RMSNorm, _files, cli, load_norm
-from normkit.checkpoint import find_norms
+from normkit import RMSNorm, cli, load_norm
+from normkit.checkpoint import _files, find_norms
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="made with what POSIX has")
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from normkit._spec import Refusal
+from normkit._serving.refusal import Refusal
 
 # A call: what `fields` names, in that order.
 _Call: TypeAlias = tuple[

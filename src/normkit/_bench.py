@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 
 import normkit
-from normkit import _ops
+from normkit._spec import OPS as SPECS
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -185,7 +185,7 @@ class Op:
 # A head norm has both statistics, by an argument.
 OPS = {
     op.name + "_layer" * (op.layer is None and layer): Op(op.name, layer, op.adds, op.per_head)
-    for op in _ops.OPS.values()
+    for op in SPECS.values()
     for layer in ((False, True) if op.layer is None else (op.layer,))
     if hasattr(normkit, op.name)
 }

@@ -23,9 +23,9 @@ from rich.text import Text
 
 import normkit
 from normkit import HeadNorm, LayerNorm, RMSNorm, _bench, reference, testing
-from normkit._files import Files, printable
 from normkit._spec import FLOATS, FLOATS_TEXT
 from normkit.checkpoint import NormEntry, describe_norm, weight_names
+from normkit.checkpoint._files import Files, printable
 from normkit.loading import load_norm
 
 if TYPE_CHECKING:

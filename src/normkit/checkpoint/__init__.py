@@ -14,10 +14,10 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from normkit._families import Config, config_of
-from normkit._files import Files, describe_slice, printable
 from normkit._serving.checks import check_eps, check_number
 from normkit._spec import Kind
+from normkit.checkpoint._families import Config, config_of
+from normkit.checkpoint._files import Files, describe_slice, printable
 
 
 class HasGetTensor(Protocol):

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from normkit._families import Config, config_of
+from normkit.checkpoint._families import Config, config_of
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
