@@ -16,7 +16,8 @@ PACKAGE = ROOT / "src" / "normkit"
 
 # A module imports from the layers before its own, never from its own; a new file needs a place.
 LAYERS = [
-    {"_C", "_scripting", "_serving.refusal", "_serving.triton_kernels", "_spec", "reference"},
+    {"_C", "_scripting", "_serving", "_spec", "reference"},
+    {"_serving.refusal", "_serving.triton_kernels"},
     {"_serving.checks", "_serving.nested", "_serving.triton", "testing"},
     {"_serving.backends", "checkpoint._families"},
     {"_serving.dispatch", "checkpoint._files"},

@@ -1,0 +1,107 @@
+"""What an op is stands in normkit._spec; what is written by hand elsewhere agrees with it."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import math
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+
+import normkit
+from normkit._serving import backends
+from normkit._spec import FIELDS, NATIVE, OF_RESULTS, OPS, Call, Op
+
+ROOT = Path(__file__).parents[1]
+OPTIONS = [name for name, field in FIELDS.items() if field.type not in ("Tensor", "Tensor?")] + [
+    "out",
+    "residual_out",
+]
+
+
+def expected_of(op: Op, *, in_place: bool) -> dict[str, object]:
+    """Arguments and defaults of a function, in its order but for options."""
+    taken = {name: field.default for name, field in op.fields.items()}
+    if in_place:
+        return taken
+    results = {name: FIELDS[name].default for name in OF_RESULTS}
+    if not op.adds:
+        del results["residual_out"]
+    return taken | results
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+def test_signatures_are_those_of_the_table(op: Op, in_place: bool) -> None:
+    function = getattr(normkit, op.name + "_" * in_place)
+    parameters = inspect.signature(function).parameters
+    found = {name: ... if p.default is p.empty else p.default for name, p in parameters.items()}
+    assert found == expected_of(op, in_place=in_place)
+    positional = [n for n, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    tensors = [n for n in ("x", "residual", "weight", "bias") if n in op.fields]
+    assert positional == [*tensors, "eps"]
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+def test_modules_and_operators_have_the_defaults_of_the_table(op: Op) -> None:
+    schema = getattr(torch.ops.normkit, op.name).default._schema
+    for argument in schema.arguments:
+        field = op.fields.get(argument.name, FIELDS[argument.name])
+        assert argument.has_default_value() == (field.default is not ...)
+        if argument.has_default_value():
+            assert argument.default_value == field.default
+    assert [a.name for a in schema.arguments][: len(op.fields)] == list(op.fields)
+
+
+def test_a_call_is_the_arguments_of_the_extension() -> None:
+    if backends._missing:
+        pytest.skip("no extension")
+    assert normkit._C.fields == NATIVE
+    assert tuple(field.name for field in fields(Call))[: len(NATIVE)] == NATIVE
+
+
+def test_the_stub_has_a_call_of_as_many_values() -> None:
+    tree = ast.parse((Path(normkit.__file__).parent / "_C.pyi").read_text())
+    (call,) = [n for n in ast.walk(tree) if isinstance(n, ast.AnnAssign) and _name(n) == "_Call"]
+    assert isinstance(call.value, ast.Subscript)
+    assert isinstance(call.value.slice, ast.Tuple)
+    assert len(call.value.slice.elts) == len(NATIVE)
+
+
+def _name(node: ast.AnnAssign) -> str:
+    return node.target.id if isinstance(node.target, ast.Name) else ""
+
+
+def option_table() -> str:
+    lines = ["| option | default | |", "|---|---|---|"]
+    for name in OPTIONS:
+        default = FIELDS[name].default
+        if name == "eps":
+            default = "1e-6 for rms, 1e-5 for layer"
+        shown = f'"{default}"' if name == "kind" else default
+        lines.append(f"| `{name}` | {shown} | {FIELDS[name].meaning} |")
+    return "\n".join(lines)
+
+
+def test_the_table_of_options_in_the_docs_is_that_of_the_fields() -> None:
+    page = ROOT / "docs" / "api.md"
+    if not page.is_file():
+        pytest.skip("the docs are not part of this tree")
+    assert option_table() in page.read_text()
+
+
+def test_kinds_name_every_op_once() -> None:
+    x = torch.ones(2, 2, 4)
+    for op in OPS.values():
+        given = {"x": x} | ({"residual": x} if op.adds else {})
+        for kind in ("rms", "layer") if op.layer is None else (None,):
+            call = op.call(given | ({} if kind is None else {"kind": kind}))
+            assert call.op == op.name
+            assert call.statistic == (kind or ("layer" if op.layer else "rms"))
+            in_place = op.call(given, in_place=True)
+            assert in_place.op == op.name + "_"
+            assert in_place.out is x
+    assert math.log2(max(op.bits for op in OPS.values()) + 1) <= 3
