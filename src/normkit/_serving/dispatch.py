@@ -219,12 +219,12 @@ def check_backend(call: Call) -> None:
 
 def _chosen(call: Call) -> Native:
     """The entries that this call is for."""
-    wanted, device = wanted_backend(), getattr(call.x, "device", None)
-    if wanted in ("cpu", "cuda") and isinstance(device, torch.device) and device.type != wanted:
+    wanted, x = wanted_backend(), call.x
+    if wanted == "auto":
+        return natives["auto" if x.is_cpu or triton.why_not(x.device) else "triton"]
+    if wanted in ("cpu", "cuda") and x.device.type != wanted:
         unusable = "" if (backend := backends()[wanted]).usable else f"; {backend.reason}"
-        return Native.refusing("x", f"is on {device}{unusable}")
-    if wanted == "auto" and device is not None and device.type != "cpu":
-        return natives["auto" if triton.why_not(device) else "triton"]
+        return Native.refusing("x", f"is on {x.device}{unusable}")
     return natives[wanted]
 
 

@@ -169,12 +169,8 @@ def autocasts(call: Call) -> bool:
 
 def _is_plain(call: Call) -> bool:
     """Whether kernels may read the tensors, and autograd needs no help of the dispatcher."""
-    for t in (call.residual, call.weight, call.bias, call.out, call.residual_out):
-        if t is not None and not _is_plain_tensor(t):
+    for t in (call.x, call.residual, call.weight, call.bias, call.out, call.residual_out):
+        # A nested tensor of the older kind is a plain Tensor without a shape.
+        if t is not None and (type(t) not in PLAIN or t.is_nested):
             return False
-    return _is_plain_tensor(call.x) and (call.x.is_cpu or call.x.is_cuda or call.x.is_xpu)
-
-
-def _is_plain_tensor(t: Any) -> bool:
-    # A nested tensor of the older kind is a plain Tensor without a shape.
-    return type(t) in PLAIN and not t.is_nested
+    return call.x is not None and (call.x.is_cpu or call.x.is_cuda or call.x.is_xpu)
