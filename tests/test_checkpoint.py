@@ -291,7 +291,7 @@ def test_a_tower_takes_nothing_from_the_language_model(tmp_path):
     config = {"model_type": "gemma", "layer_norm_eps": 0.25, "vision_config": {}}
     path = file_of(tmp_path, {"vision_model.norm.weight": torch.ones(4)}, config)
     (entry,) = find_norms(path)
-    assert (entry.kind, entry.eps, entry.weight_offset) == ("rms", 1e-6, 0.0)
+    assert (entry.spec.kind, entry.spec.eps, entry.spec.weight_offset) == ("rms", 1e-6, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -310,7 +310,7 @@ def test_a_tower_takes_nothing_from_the_language_model(tmp_path):
 )
 def test_the_kind_without_a_bias_is_told_by_name_and_config(tmp_path, name, config, kind):
     path = file_of(tmp_path, {f"{name}.weight": torch.ones(4)}, config)
-    assert [entry.kind for entry in find_norms(path)] == [kind]
+    assert [entry.spec.kind for entry in find_norms(path)] == [kind]
     assert isinstance(load_norm(path, name), RMSNorm if kind == "rms" else LayerNorm)
 
 

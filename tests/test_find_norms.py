@@ -33,10 +33,10 @@ norm.conv column lnear"""
 def test_norms_are_found_by_name(name, weight, bias):
     stored = {f"{name}.{weight}": torch.ones(4)}
     (entry,) = find_norms(stored)
-    assert (entry.key, entry.has_bias, entry.shape) == (name, False, (4,))
+    assert (entry.key, entry.spec.has_bias, entry.shape) == (name, False, (4,))
     stored[f"{name}.{bias}"] = torch.ones(4)
     (entry,) = find_norms(stored)
-    assert (entry.key, entry.has_bias, entry.kind) == (name, True, "layer")
+    assert (entry.key, entry.spec.has_bias, entry.spec.kind) == (name, True, "layer")
     assert load_norm(stored, entry.key).bias is not None
 
 
@@ -74,10 +74,10 @@ def test_entries_say_what_load_norm_makes(tmp_path):
     }
     for entry in entries:
         module = load_norm(path, entry.key)
-        assert isinstance(module, LayerNorm if entry.kind == "layer" else RMSNorm)
+        assert isinstance(module, LayerNorm if entry.spec.kind == "layer" else RMSNorm)
         assert (entry.shape, entry.dtype) == (tuple(module.weight.shape), module.weight.dtype)
-        assert entry.has_bias == (module.bias is not None)
-        assert (entry.eps, entry.weight_offset) == (module.eps, module.weight_offset)
+        assert entry.spec.has_bias == (module.bias is not None)
+        assert (entry.spec.eps, entry.spec.weight_offset) == (module.eps, module.weight_offset)
         with safe_open(path / entry.shard, "pt") as file:
             assert f"{entry.key}.weight" in file.keys()  # noqa: SIM118 -- it is no dict
 

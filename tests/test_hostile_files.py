@@ -164,7 +164,7 @@ def test_links_are_followed_as_in_the_cache_of_hugging_face(folder: Path, reads:
     for name, blob in {"1.safetensors": "0a", INDEX: "0b", "config.json": "0c"}.items():
         (folder / name).symlink_to(f"../blobs/{blob}")
     (entry,) = find_norms(folder)
-    assert (entry.key, entry.eps, entry.shard) == ("good.norm", 0.25, "1.safetensors")
+    assert (entry.key, entry.spec.eps, entry.shard) == ("good.norm", 0.25, "1.safetensors")
     assert isinstance(load_norm(folder, "good.norm"), RMSNorm)
 
 

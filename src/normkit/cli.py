@@ -199,16 +199,16 @@ def check_norm(module: Norm, entry: NormEntry, rows: int, dtypes: Sequence[str])
     stored = str(entry.dtype).removeprefix("torch.")
     timed = stored if stored in inputs else dtypes[0]
     with torch.no_grad():
-        errors = {d: _worst_error(module, entry.kind, x) for d, x in inputs.items()}
+        errors = {d: _worst_error(module, entry.spec.kind, x) for d, x in inputs.items()}
         x = inputs[timed]
         timers = {"ours": _bench.timer("module(x)", {"module": module, "x": x})}
-        timers["torch"] = _torch_timer(module, entry.kind, x)
+        timers["torch"] = _torch_timer(module, entry.spec.kind, x)
         compared = _bench.paired(timers, CHECK_ROUNDS)
-        backend = _backend(module, entry.kind, x)
+        backend = _backend(module, entry.spec.kind, x)
     worst = max(errors, key=errors.__getitem__)
     return {
         "layer": entry.key,
-        "kind": entry.kind,
+        "kind": entry.spec.kind,
         "shape": list(entry.shape),
         "dtype": stored,
         "eps": module.eps,

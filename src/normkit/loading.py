@@ -74,6 +74,6 @@ def load_norm(
     )
     if is_head_norm(stored.key, tuple(stored.weight.shape)):
         return HeadNorm.from_stored(stored)
-    if stored.kind == "layer":
+    if stored.spec.kind == "layer":
         return LayerNorm.from_stored(stored)
     return RMSNorm.from_stored(stored)

@@ -208,11 +208,11 @@ class _RowNorm(_Affine):
         """Make the module of what `normkit.checkpoint.read_norm` read; it owns those tensors."""
         module = cls(
             stored.weight.shape,
-            stored.eps,
-            bias=stored.bias is not None,
+            stored.spec.eps,
+            bias=stored.spec.has_bias,
             device="meta",  # these parameters are replaced
-            weight_offset=stored.weight_offset,
-            round_before_weight=stored.round_before_weight,
+            weight_offset=stored.spec.weight_offset,
+            round_before_weight=stored.spec.round_before_weight,
         )
         return module._adopt(stored)
 
@@ -472,12 +472,12 @@ class HeadNorm(_Affine):
         module = cls(
             shape[0] if len(shape) == 2 else None,
             shape[-1],
-            stored.eps,
-            stored.kind,
-            bias=stored.bias is not None,
+            stored.spec.eps,
+            stored.spec.kind,
+            bias=stored.spec.has_bias,
             device="meta",  # these parameters are replaced
-            weight_offset=stored.weight_offset,
-            round_before_weight=stored.round_before_weight,
+            weight_offset=stored.spec.weight_offset,
+            round_before_weight=stored.spec.round_before_weight,
         )
         return module._adopt(stored)
 

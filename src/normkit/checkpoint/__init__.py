@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from normkit._serving.checks import check_eps, check_number
-from normkit._spec import Kind
+from normkit._spec import Kind, NormSpec
 from normkit.checkpoint._families import Config, config_of
 from normkit.checkpoint._files import Files, describe_slice, printable
 
@@ -35,27 +35,21 @@ class NormEntry:
     """A norm of a checkpoint: what is stored of it, and with which options `load_norm` makes it."""
 
     key: str
-    kind: Kind
+    spec: NormSpec
     shape: tuple[int, ...]
     dtype: torch.dtype
-    has_bias: bool
-    eps: float
-    weight_offset: float
     shard: str | None
     """The name of the file it is in; None where the source is no file."""
 
 
 @dataclass(frozen=True)
 class StoredNorm:
-    """A norm read from a checkpoint: copies of its tensors, bit for bit, and its options."""
+    """A norm read from a checkpoint: copies of its tensors, bit for bit, and what it computes."""
 
     key: str
     weight: Tensor
     bias: Tensor | None
-    kind: Kind
-    eps: float
-    weight_offset: float
-    round_before_weight: bool
+    spec: NormSpec
 
 
 # ---------------------------------------------------------------------------------------- sources
@@ -260,16 +254,14 @@ def _entry(tensors: _Tensors, norm: _Found) -> NormEntry:
     config = tensors.config(prefix)
     kind = config.kind(has_bias)
     assert isinstance(norm.dtype, torch.dtype)  # it was looked at
-    return NormEntry(
-        prefix,
+    spec = NormSpec(
         kind,
-        norm.shape,
-        norm.dtype,
-        has_bias,
         config.eps(kind),
         config.weight_offset(kind),
-        tensors.shard(norm.name),
+        config.round_before_weight(kind),
+        has_bias,
     )
+    return NormEntry(prefix, spec, norm.shape, norm.dtype, tensors.shard(norm.name))
 
 
 # ---------------------------------------------------------------------------------------- loading
@@ -304,15 +296,15 @@ def read_norm(
         weight_offset = config.weight_offset(kind)
     if round_before_weight is None:
         round_before_weight = config.round_before_weight(kind)
-    return StoredNorm(
-        prefix,
-        _copied(weight, device),
-        None if bias is None else _copied(bias, device),
+    spec = NormSpec(
         kind,
         config.eps(kind) if eps is None else eps,
         weight_offset,
         round_before_weight,
+        bias is not None,
     )
+    copied = None if bias is None else _copied(bias, device)
+    return StoredNorm(prefix, _copied(weight, device), copied, spec)
 
 
 def _read(tensors: _Tensors, key: str) -> tuple[str, Tensor, Tensor | None]:
