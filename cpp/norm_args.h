@@ -29,6 +29,15 @@ struct Affine {
   int64_t row_stride;  // bytes; 0 when one row serves every head
 };
 
+// The options of a norm, in the words of docs/numerics.md.
+struct NormOptions {
+  float eps = 0.f;
+  float weight_offset = 0.f;  // 0 where there is no weight
+  bool round_before_weight = false;
+  bool round_sum = false;
+  bool clamp_inf = false;
+};
+
 enum class Step : uint8_t { kWhole, kStatistics, kApply };
 
 // Rows that are split into `parts` of n columns each, of which this process has one: every part
@@ -56,11 +65,7 @@ struct RowNorm {
   int64_t outer_size[kMaxOuterDims];  // the last one runs fastest
   RowsOf x, residual, out, residual_out;
   Affine weight, bias;
-  float eps;
-  float weight_offset;
-  bool round_before_weight;
-  bool round_sum;
-  bool clamp_inf;
+  NormOptions options;
   float* rstd;  // one a row, for the backward pass; null when nobody asks
   float* mean;  // likewise; null for kRms
   Split split;  // without residual, where rows are split
@@ -92,10 +97,9 @@ struct RowNormBackward {
   const float* mean;  // likewise; null for kRms and where x is the output
   char* grad_weight;  // of weight's shape and dtype, dense; null when nobody asks
   char* grad_bias;
-  float weight_offset;
-  bool round_before_weight;
-  DType normalised;  // what round_before_weight rounded xhat to
-  Split split;       // without residual, and not from_output, where rows are split
+  NormOptions options;  // clamp_inf has no gradients here, and round_sum is in what was kept
+  DType normalised;     // what round_before_weight rounded xhat to
+  Split split;          // without residual, and not from_output, where rows are split
 };
 
 }  // namespace normkit

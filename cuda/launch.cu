@@ -21,7 +21,7 @@ bool is_uniform(const RowNorm& norm) {
   };
   return norm.n % pack_size(norm) == 0 && fits(norm.x) && fits(norm.residual) && fits(norm.out) &&
          fits(norm.residual_out) && fits(norm.weight) && fits(norm.bias) &&
-         (!norm.residual.data || norm.round_sum);
+         (!norm.residual.data || norm.options.round_sum);
 }
 
 Plan plan_of(const RowNorm& norm, const Device& device) {
@@ -44,12 +44,9 @@ RowNormArgs args_of(const RowNorm& norm, const Plan& plan) {
   while (1 << a.log2_lanes < plan.lanes) ++a.log2_lanes;
   a.groups = plan.groups;
   a.n = norm.n;
-  a.eps = norm.eps;
-  a.weight_offset = launch_offset(norm.weight_offset);
-  a.normalised = norm.residual.data && norm.round_sum ? norm.residual.dtype : norm.x.dtype;
-  a.round_before_weight = norm.round_before_weight;
-  a.round_sum = norm.round_sum;
-  a.clamp_inf = norm.clamp_inf;
+  a.options = norm.options;
+  a.options.weight_offset = launch_offset(norm.options.weight_offset);
+  a.normalised = norm.residual.data && norm.options.round_sum ? norm.residual.dtype : norm.x.dtype;
   a.split = {norm.split, planes_of(norm.statistic)};
   return a;
 }

@@ -71,7 +71,7 @@ bool is_uniform(const RowNormBackward& norm) {
   return norm.n % pack == 0 && fits(norm.x) && fits(norm.grad_y) && fits(norm.grad_x) &&
          fits(norm.grad_residual_out) && fits(norm.weight) && !norm.residual.data &&
          !norm.grad_residual.data && !norm.from_output &&
-         !(norm.round_before_weight && norm.normalised != norm.x.dtype) &&
+         !(norm.options.round_before_weight && norm.normalised != norm.x.dtype) &&
          !(norm.statistic == Statistic::kRms && norm.grad_bias);
 }
 
@@ -122,9 +122,9 @@ RowNormBackwardArgs args_of(const RowNormBackward& norm, const BackwardPlan& pla
   while (1 << a.log2_lanes < plan.lanes) ++a.log2_lanes;
   a.groups = plan.groups;
   a.column_blocks = static_cast<uint32_t>(divide_up(norm.n, int64_t{kThreads} * kLongPack));
-  a.weight_offset = launch_offset(norm.weight.data ? norm.weight_offset : 0.f);
+  a.options = norm.options;
+  a.options.weight_offset = launch_offset(norm.options.weight_offset);
   a.normalised = norm.normalised;
-  a.round_before_weight = norm.round_before_weight;
   a.from_output = norm.from_output;
   a.split = {norm.split, planes_of(norm.statistic)};
   return a;

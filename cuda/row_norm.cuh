@@ -21,9 +21,8 @@ struct RowNormArgs : Grid {
   float *rstd, *mean;  // a value for each row of the launch, or null
   int log2_lanes, groups;
   int64_t n;
-  float eps, weight_offset;
-  DType normalised;  // what round_before_weight rounds to
-  bool round_before_weight, round_sum, clamp_inf;
+  NormOptions options;  // but for weight_offset, which is as launch_offset() makes it
+  DType normalised;     // what round_before_weight rounds to
   SplitArgs split;
 };
 
@@ -41,13 +40,13 @@ __device__ __forceinline__ void add_residual(const RowNormArgs& a, Floats<Access
 #pragma unroll
   for (int i = 0; i < Access::kSize; ++i) {
     float v = x.v[i];
-    if (is_half<T>(a) && a.clamp_inf) v = clamp_half(v);
+    if (is_half<T>(a) && a.options.clamp_inf) v = clamp_half(v);
     if constexpr (kAdds) {
       const float sum = v + residual.v[i];
       residual.v[i] = Access::rounded(a.residual.dtype, sum);
-      const bool rounds = Access::kWhole || a.round_sum;
+      const bool rounds = Access::kWhole || a.options.round_sum;
       v = rounds ? residual.v[i] : sum;
-      if (rounds && a.clamp_inf && a.residual.dtype == DType::kFloat16) v = clamp_half(v);
+      if (rounds && a.options.clamp_inf && a.residual.dtype == DType::kFloat16) v = clamp_half(v);
     }
     x.v[i] = v;
   }
@@ -93,8 +92,8 @@ __device__ __forceinline__ void apply(const RowNormArgs& a, Floats<Access::kSize
 #pragma unroll
   for (int i = 0; i < Access::kSize; ++i) {
     float v = (x.v[i] - mean) * rstd;
-    if (a.round_before_weight) v = Access::rounded(a.normalised, v);
-    const float w = a.weight.data ? weight.v[i] + a.weight_offset : 1.f;
+    if (a.options.round_before_weight) v = Access::rounded(a.normalised, v);
+    const float w = a.weight.data ? weight.v[i] + a.options.weight_offset : 1.f;
     x.v[i] = a.bias.data ? fmaf(v, w, bias.v[i]) : v * w;
   }
 }
@@ -205,7 +204,7 @@ __global__ void __launch_bounds__(kPacks >= kMaxPacks ? kMostLanes : kMaxLanes, 
     for (int p = 0; p < kPacks; ++p) {
       if constexpr (kAddsLate)
         add(r, p, residual[r][p]);
-      else if (!kAdds && kDType<T> == DType::kFloat16 && a.clamp_inf)
+      else if (!kAdds && kDType<T> == DType::kFloat16 && a.options.clamp_inf)
         add(r, p, Pack{});
       const Floats<kSize> v = Access::floats(x[r][p]);
       of_pack[p] = sums_of<kStatistic == Statistic::kRms, Access>(v, 0.f, column(p), live[r]);
@@ -237,7 +236,7 @@ __global__ void __launch_bounds__(kPacks >= kMaxPacks ? kMostLanes : kMaxLanes, 
   if constexpr (kCluster) cluster_arrive();  // no peer's memory is read any more
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
-    const float rstd = reciprocal_deviation(sum[r], a.n, a.eps);
+    const float rstd = reciprocal_deviation(sum[r], a.n, a.options.eps);
     if (lane == 0 && rank == 0 && live[r]) save<kStatistic>(a, row(r), mean[r], rstd);
 #pragma unroll
     for (int p = 0; p < kPacks; ++p) {
@@ -306,7 +305,7 @@ __global__ void __launch_bounds__(kMostLanes) long_row_norm_kernel(RowNormArgs a
     if (threadIdx.x == 0) save_statistics(a.split, blockIdx.x, statistics);
   } else {
     const int64_t columns = kStep == Step::kApply ? a.n * a.split.parts : a.n;
-    const float rstd = reciprocal_deviation(squares, columns, a.eps);
+    const float rstd = reciprocal_deviation(squares, columns, a.options.eps);
     let_next_kernel_start();
     if (threadIdx.x == 0) save<kStatistic>(a, blockIdx.x, mean, rstd);
     for_packs([&](int64_t column, Values& v, const Values& added) {

@@ -18,9 +18,9 @@ struct RowNormBackwardArgs : Grid {
   bool adds;  // to the sums of an earlier launch
   int log2_lanes, groups;
   uint32_t column_blocks;  // of the kernel that only sums up columns
-  float weight_offset;
-  DType normalised;  // what round_before_weight rounds to
-  bool round_before_weight, from_output;
+  NormOptions options;     // but for weight_offset, which is as launch_offset() makes it
+  DType normalised;        // what round_before_weight rounds to
+  bool from_output;
   SplitArgs split;
 };
 
@@ -52,7 +52,7 @@ __device__ __forceinline__ Terms<Access::kSize> terms_of(const RowNormBackwardAr
   t.grad_y = grad_y;
 #pragma unroll
   for (int i = 0; i < Access::kSize; ++i) {
-    const float w = weight.v[i] + a.weight_offset;
+    const float w = weight.v[i] + a.options.weight_offset;
     t.g.v[i] = grad_y.v[i] * w;
     if (!Access::kWhole && a.from_output)
       t.xhat.v[i] = w == 0.f ? 0.f : (x.v[i] - bias.v[i]) / w;
@@ -150,7 +150,7 @@ struct ColumnSums {
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
       float xhat = t.xhat.v[i];
-      if (a.round_before_weight) xhat = Access::rounded(a.normalised, xhat);
+      if (a.options.round_before_weight) xhat = Access::rounded(a.normalised, xhat);
       weight[p].v[i] = fmaf(t.grad_y.v[i], xhat, weight[p].v[i]);
       if constexpr (kBias) bias[p].v[i] += t.grad_y.v[i];
     }

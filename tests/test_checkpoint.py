@@ -266,8 +266,8 @@ def test_a_tower_goes_by_its_own_config(tmp_path):
         "vision_tower.encoder.layer_norm1.bias": torch.ones(4),
     }
     text, vision = find_norms(file_of(tmp_path, stored, config))
-    assert (text.kind, text.eps, text.weight_offset) == ("rms", 0.25, 1.0)
-    assert (vision.kind, vision.eps, vision.weight_offset) == ("layer", 0.5, 0.0)
+    assert (text.spec.kind, text.spec.eps, text.spec.weight_offset) == ("rms", 0.25, 1.0)
+    assert (vision.spec.kind, vision.spec.eps, vision.spec.weight_offset) == ("layer", 0.5, 0.0)
 
 
 def test_an_index_of_a_large_model_is_read(tmp_path):
@@ -335,7 +335,7 @@ def test_a_weight_per_head_makes_a_head_norm(tmp_path, key, config, kind):
         assert same_bits(module.weight, weight)
         module(torch.ones(2, 3, 4))
     assert load_norm(path, key, kind="layer").kind == "layer"
-    assert [(e.kind, e.shape) for e in find_norms(path)] == [(kind, (3, 4))]
+    assert [(e.spec.kind, e.shape) for e in find_norms(path)] == [(kind, (3, 4))]
 
 
 def test_one_weight_for_all_heads_stays_one():

@@ -123,8 +123,8 @@ Affines affines_of(const Job& job, int thread) {
   float* buffer = job.affine + thread * job.affine_floats;
   const Layout layout = backward_layout(job.item);
   Affines a;
-  a.weight =
-      prepared(norm.weight, norm.n, norm.heads, layout, norm.weight_offset, job.kernels, buffer);
+  a.weight = prepared(norm.weight, norm.n, norm.heads, layout, norm.options.weight_offset,
+                      job.kernels, buffer);
   if (norm.from_output && norm.bias.data)
     a.bias = prepared(norm.bias, norm.n, norm.heads, layout, 0.f, job.kernels, buffer);
   return a;
@@ -194,7 +194,7 @@ void run_part(const Part& part, Cursor<kOperands>& cursor, int64_t begin, int64_
   BackwardBlock b;
   b.n = norm.n;
   b.shared = norm.heads == 1;
-  b.rounded = norm.round_before_weight ? norm.normalised : DType::kFloat32;
+  b.rounded = norm.options.round_before_weight ? norm.normalised : DType::kFloat32;
   b.stream = job.stream;
   b.fetch = job.fetch;
   for (int64_t row = begin; row < end; row += b.rows) {

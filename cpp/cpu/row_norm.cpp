@@ -80,7 +80,7 @@ bool affine_as_stored(const RowNorm& norm, DType source) {
   const bool few = norm.rows < 4 * norm.heads;
   const bool crowding = source == DType::kBFloat16 && norm.n * (norm.bias.data ? 2 : 1) > 2048;
   return (few || crowding) && source != DType::kFloat32 && norm.out.dtype == source &&
-         norm.weight_offset == 0.f && norm.weight.data && norm.weight.dtype == source &&
+         norm.options.weight_offset == 0.f && norm.weight.data && norm.weight.dtype == source &&
          (!norm.bias.data || norm.bias.dtype == source);
 }
 
@@ -101,24 +101,24 @@ struct Stages {
 Stages stages_of(const RowNorm& norm, const Kernels& kernels) {
   Stages s;
   DType x = norm.x.dtype, normalised = x;
-  if (norm.clamp_inf && x == DType::kFloat16) {
+  if (norm.options.clamp_inf && x == DType::kFloat16) {
     s.clamp_x = kernels.clamp;
     s.wide = true;
     x = DType::kFloat32;
   }
   if (norm.residual.data) {
-    s.add = kernels.add[int(x)][int(norm.residual.dtype)][!norm.round_sum];
-    s.wide = !norm.round_sum;
-    if (norm.round_sum) {
+    s.add = kernels.add[int(x)][int(norm.residual.dtype)][!norm.options.round_sum];
+    s.wide = !norm.options.round_sum;
+    if (norm.options.round_sum) {
       normalised = norm.residual.dtype;
-      if (norm.clamp_inf && normalised == DType::kFloat16) {
+      if (norm.options.clamp_inf && normalised == DType::kFloat16) {
         s.clamp_sum = kernels.clamp;
         s.wide = true;
       }
     }
   }
   const DType source = s.wide ? DType::kFloat32 : normalised;
-  const DType rounded = norm.round_before_weight ? normalised : DType::kFloat32;
+  const DType rounded = norm.options.round_before_weight ? normalised : DType::kFloat32;
   const bool layer = norm.statistic == Statistic::kLayer;
   if (layer) s.sum = kernels.sum[int(source)];
   s.squares = kernels.squares[int(source)][layer];
@@ -165,7 +165,7 @@ void run(Block& b, const Stages& s, const RowNorm& norm, int64_t row) {
     if (norm.split.step == Step::kStatistics) return save_statistics(b, norm, row);
     const double inverse_n = 1.0 / static_cast<double>(b.n);
     for (int r = 0; r < b.rows; ++r)
-      b.rstd[r] = reciprocal_deviation(b.sum[r], inverse_n, norm.eps);
+      b.rstd[r] = reciprocal_deviation(b.sum[r], inverse_n, norm.options.eps);
   }
   s.apply(b);
 }
@@ -193,8 +193,8 @@ AffinePair affine_of(const Job& job, int part) {
   const Layout layout = job.stages.layout;
   float* buffer = job.affine + part * job.affine_floats;
   AffinePair pair;
-  pair.weight =
-      prepared(norm.weight, norm.n, norm.heads, layout, norm.weight_offset, job.kernels, buffer);
+  pair.weight = prepared(norm.weight, norm.n, norm.heads, layout, norm.options.weight_offset,
+                         job.kernels, buffer);
   if (norm.bias.data)
     pair.bias = prepared(norm.bias, norm.n, norm.heads, layout, 0.f, job.kernels, buffer);
   return pair;

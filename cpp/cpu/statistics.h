@@ -59,7 +59,7 @@ inline void combine(Block& b, const RowNorm& norm, int64_t row) {
     }
     b.mean[r] = static_cast<float>(mean);
     const float total = static_cast<float>(squares);  // infinite where that of a whole row is
-    b.rstd[r] = reciprocal_deviation(total, 1.0 / (n * parts), norm.eps);
+    b.rstd[r] = reciprocal_deviation(total, 1.0 / (n * parts), norm.options.eps);
   }
 }
 

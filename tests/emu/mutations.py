@@ -131,8 +131,9 @@ FORWARD = (
         "1 + weight rounded to bfloat16 (Gemma's norm)",
         PLAIN,
         ROW,
-        "a.weight.data ? weight.v[i] + a.weight_offset : 1.f;",
-        "a.weight.data ? Access::rounded(a.weight.dtype, weight.v[i] + a.weight_offset) : 1.f;",
+        "a.weight.data ? weight.v[i] + a.options.weight_offset : 1.f;",
+        "a.weight.data ? Access::rounded(a.weight.dtype, weight.v[i] + a.options.weight_offset) "
+        ": 1.f;",
     ),
     mutant(
         "wrong-head",
@@ -166,11 +167,11 @@ FORWARD = (
         PLAIN,
         ROW,
         (
-            ("if (a.round_before_weight) v = Access::rounded(a.normalised, v);", ""),
+            ("if (a.options.round_before_weight) v = Access::rounded(a.normalised, v);", ""),
             (
                 "x.v[i] = a.bias.data ? fmaf(v, w, bias.v[i]) : v * w;",
                 "v *= w;\n"
-                "    if (a.round_before_weight) v = Access::rounded(a.normalised, v);\n"
+                "    if (a.options.round_before_weight) v = Access::rounded(a.normalised, v);\n"
                 "    x.v[i] = a.bias.data ? v + bias.v[i] : v;",
             ),
         ),
@@ -377,7 +378,7 @@ BACKWARD_PASS = (
         "xhat rounded by the forward pass, and not for the gradient of its weight",
         PLAIN,
         BACKWARD,
-        "if (a.round_before_weight) xhat = Access::rounded(a.normalised, xhat);",
+        "if (a.options.round_before_weight) xhat = Access::rounded(a.normalised, xhat);",
         "",
     ),
     mutant(

@@ -89,11 +89,11 @@ void run(const Case& c) {
   const int64_t affine_stride = c.heads > 1 ? weight.row_stride : 0;
   if (c.weight) norm.weight = {weight.data(), weight.dtype, affine_stride};
   if (c.bias) norm.bias = {bias.data(), bias.dtype, affine_stride};
-  norm.eps = c.eps;
-  norm.weight_offset = c.weight ? c.offset : 0.f;
-  norm.round_before_weight = c.round_before_weight;
-  norm.round_sum = c.round_sum;
-  norm.clamp_inf = c.clamp_inf;
+  norm.options.eps = c.eps;
+  norm.options.weight_offset = c.weight ? c.offset : 0.f;
+  norm.options.round_before_weight = c.round_before_weight;
+  norm.options.round_sum = c.round_sum;
+  norm.options.clamp_inf = c.clamp_inf;
   const bool layer = c.statistic == Statistic::kLayer;
   Guarded rstds(c.rows), means(c.rows);
   if (c.saves) {
@@ -142,7 +142,8 @@ void run(const Case& c) {
     const DType normalised = c.adds && c.round_sum ? c.other : c.x;
     for (int64_t i = 0; i < c.n; ++i) {
       const double w =
-          c.weight ? read(c.other, weight.at(r % c.heads, i)) + double{norm.weight_offset} : 1;
+          c.weight ? read(c.other, weight.at(r % c.heads, i)) + double{norm.options.weight_offset}
+                   : 1;
       const double b = c.bias ? read(c.other, bias.at(r % c.heads, i)) : 0;
       const double xhat = (v[i] - mean) * rstd, size = (std::abs(v[i]) + about) * rstd;
       const double bound = std::ldexp(4 * (size * std::abs(w) + std::abs(b)), -24);
@@ -176,7 +177,7 @@ std::vector<float> float32_of(Statistic statistic, DType dtype, int64_t first, i
   norm.n = n;
   norm.heads = norm.outer_dims = 1;
   norm.outer_size[0] = rows;
-  norm.eps = 1e-6f;
+  norm.options.eps = 1e-6f;
   norm.x = {x.data(), dtype, {x.row_stride}};
   norm.out = {reinterpret_cast<char*>(y.data()), DType::kFloat32, {n * 4}};
   size_t mapped = 0;

@@ -103,8 +103,8 @@ RowNormBackward job_of(const Case& c, Tensors& t) {
   if (c.wants_bias) job.grad_bias = t.grad_bias.data();
   job.rstd = t.rstd.data();
   if (c.statistic == Statistic::kLayer && !c.from_output) job.mean = t.mean.data();
-  job.weight_offset = c.weight ? c.offset : 0.f;
-  job.round_before_weight = c.round_before_weight;
+  job.options.weight_offset = c.weight ? c.offset : 0.f;
+  job.options.round_before_weight = c.round_before_weight;
   job.normalised = c.x;
   return job;
 }

@@ -26,8 +26,8 @@ void describe_rows(const Case& c, Norm& norm, Part& part) {
   };
   if (c.weight) norm.weight = affine(part.weight);
   if (c.bias) norm.bias = affine(part.bias);
-  norm.weight_offset = c.weight ? c.offset : 0.f;
-  norm.round_before_weight = c.round_before_weight;
+  norm.options.weight_offset = c.weight ? c.offset : 0.f;
+  norm.options.round_before_weight = c.round_before_weight;
 }
 
 template <class Norm>
@@ -44,8 +44,8 @@ RowNorm forward_of(const Case& c, Part& part) {
   RowNorm norm{};
   describe_rows(c, norm, part);
   norm.x = rows_of(norm, part.x);
-  norm.eps = c.eps;
-  norm.clamp_inf = c.clamp_inf;
+  norm.options.eps = c.eps;
+  norm.options.clamp_inf = c.clamp_inf;
   return norm;
 }
 

@@ -12,8 +12,9 @@ struct BackwardArguments {
       grad_bias{"grad_bias"};  // made for the call; the second may be the first
   Statistic statistic;
   bool per_head, from_output;
-  float weight_offset;
-  bool round_before_weight;
+  NormOptions options;
+  std::optional<DType> x_dtype, residual_dtype;  // of the gradients; none: they are not wanted
+  bool wants_weight, wants_bias;
 };
 
 // rstd or mean: a float32 for each row, in their order.
@@ -42,11 +43,11 @@ inline Refusal check(const BackwardArguments& a) {
     return {"mean", "is wrong for this kind of norm", Refusal::kOption};
   for (const Tensor* t : {&a.rstd, &a.mean})
     if (const Refusal no = check_row_values(*t, a.x)) return no;
-  if (!(a.weight_offset - a.weight_offset == 0.f))
+  if (!(a.options.weight_offset - a.options.weight_offset == 0.f))
     return {"weight_offset", "is not finite", Refusal::kOption};
   if (a.from_output && a.residual)
     return {"residual", "is not None although x is the output", Refusal::kOption};
-  if (a.from_output && a.round_before_weight)
+  if (a.from_output && a.options.round_before_weight)
     return {"round_before_weight", "loses what is undone", Refusal::kOption};
   return {};
 }
@@ -63,8 +64,8 @@ inline RowNormBackward row_norm_backward_of(const BackwardArguments& a) {
   job.mean = reinterpret_cast<const float*>(a.mean.data);
   job.grad_weight = a.grad_weight.data;
   job.grad_bias = a.grad_bias.data;
-  job.weight_offset = a.weight ? a.weight_offset : 0.f;
-  job.round_before_weight = a.round_before_weight;
+  job.options = a.options;
+  if (!a.weight) job.options.weight_offset = 0.f;
   job.normalised = a.x.dtype;
   const Tensor* const tensors[] = {&a.grad_y, &a.grad_residual_out, &a.x, &a.residual,
                                    &a.grad_x, &a.grad_residual};

@@ -1,30 +1,14 @@
 // norm_tp(): a row norm on each of several devices, in one call.
-#pragma once
 #include <memory>
 
-#include "bind_norm.h"
+#include "norm.h"
 
 namespace normkit {
+namespace {
 
-// The arguments of norm_tp(), by position.
-enum TpPosition {
-  kTpKind,
-  kTpXs,
-  kTpWeights,
-  kTpBiases,
-  kTpEps,
-  kTpWeightOffset,
-  kTpRoundBeforeWeight,
-  kTpClampInf,
-  kTpOutDtype,
-  kTpOuts,
-  kTpStreams,
-  kTpPositions
-};
-
-// Whether what one device writes is what another reads or writes.  The order of calls on one device
-// would decide what comes of it.
-inline bool devices_interfere(const Prepared* calls, Py_ssize_t count) {
+// Whether what one device writes is what another reads or writes: the result would depend on the
+// order of launches.
+bool devices_interfere(const Prepared* calls, Py_ssize_t count) {
   const auto shares = [](const Tensor& written, const Tensor& other) {
     return other && written.device.device_type == other.device.device_type &&
            written.device.device_id == other.device.device_id &&
@@ -45,7 +29,7 @@ inline bool devices_interfere(const Prepared* calls, Py_ssize_t count) {
 
 // The context's stream for a device, where it has that device: streams[0] is of the CPU,
 // streams[1 + i] of CUDA device i; None for another context's, -1 for torch's current stream.
-inline bool find_stream(PyObject* streams, DLDevice device, void* current, void*& stream) {
+bool find_stream(PyObject* streams, DLDevice device, void* current, void*& stream) {
   const Py_ssize_t at = device.device_type == kDLCPU ? 0 : 1 + device.device_id;
   if (at >= PyTuple_Size(streams)) return false;
   PyObject* const handle = PyTuple_GetItem(streams, at);
@@ -56,42 +40,26 @@ inline bool find_stream(PyObject* streams, DLDevice device, void* current, void*
   return true;
 }
 
-// What all devices have in common.
-inline Refusal read_shared(Arguments& a, PyObject* const* args) {
-  const long kind = PyLong_AsLong(args[kTpKind]);
-  if (kind == -1 && PyErr_Occurred()) throw nb::python_error();
-  if (kind & 4) return {"residual", "is None", Refusal::kOption};
-  a.statistic = static_cast<Statistic>(kind & 1);
-  a.per_head = kind & 2;
-  a.round_sum = true;
-  if (const Refusal no = read_eps(args[kTpEps], a)) return no;
-  if (!read_number(args[kTpWeightOffset], a.weight_offset))
-    return {"weight_offset", "is not a number", Refusal::kOption};
-  if (!read_flag(args[kTpRoundBeforeWeight], a.round_before_weight))
-    return {"round_before_weight", "is not a bool", Refusal::kOption};
-  if (!read_flag(args[kTpClampInf], a.clamp_inf))
-    return {"clamp_inf", "is not a bool", Refusal::kOption};
-  return {};
-}
-
-inline Refusal read_of_device(Arguments& a, PyObject* x, PyObject* weight, PyObject* bias,
-                              PyObject* out) {
+Refusal read_of_device(Arguments& a, PyObject* x, PyObject* weight, PyObject* bias, PyObject* out) {
+  if (x == Py_None) return {"x", "is None", Refusal::kOption};
   if (const Refusal no = a.x.read(x)) return no;
-  if (!a.x) return {"x", "is None", Refusal::kOption};
   if (const Refusal no = a.weight.read(weight)) return no;
   if (const Refusal no = a.bias.read(bias)) return no;
   return a.out.read(out);
 }
 
-// None where a call cannot be served, before anything has run.
-inline nb::object norm_tp(PyObject* const* args) {
+// None where no kernel runs the call, before anything has run.
+nb::object norm_tp(PyObject* const* args) {
   if (quick_path_is_off) return nb::none();
-  if (!PyTuple_Check(args[kTpStreams])) return nb::none();
-  const TpPosition positions[] = {kTpXs, kTpWeights, kTpBiases, kTpOuts};
+  TpArguments shared;
+  if (read<kTpFields>(shared, args)) return nb::none();
+  shared.options.round_sum = true;
+  if (!PyTuple_Check(shared.streams)) return nb::none();
+  PyObject* const of_devices[] = {shared.xs, shared.weights, shared.biases, shared.outs};
   nb::object lists[4];
   Py_ssize_t count = 0;
   for (int l = 0; l < 4; ++l) {
-    PyObject* const given = args[positions[l]];
+    PyObject* const given = of_devices[l];
     if (l > 0 && given == Py_None) continue;
     if (!PyList_Check(given) && !PyTuple_Check(given)) return nb::none();
     lists[l] = nb::steal(PySequence_Tuple(given));
@@ -104,9 +72,6 @@ inline nb::object norm_tp(PyObject* const* args) {
     return of.is_valid() ? PyTuple_GetItem(of.ptr(), i) : Py_None;
   };
 
-  Arguments shared;
-  if (read_shared(shared, args)) return nb::none();
-  PyObject* const out_dtype = args[kTpOutDtype];
   const std::unique_ptr<Prepared[]> calls(new Prepared[count]);
   const std::unique_ptr<void*[]> streams(new void*[count]);
   int64_t elements = 0;
@@ -116,10 +81,9 @@ inline nb::object norm_tp(PyObject* const* args) {
     p.a = shared;
     if (read_of_device(p.a, item(lists[0], i), item(lists[1], i), item(lists[2], i),
                        item(lists[3], i)) ||
-        check_out_dtype(out_dtype, p.a.out) || p.check_call(out_dtype, true) ||
-        p.make_outputs(out_dtype))
+        p.check(Caller::kQuick) || p.make_outputs())
       return nb::none();
-    if (!find_stream(args[kTpStreams], p.a.x.device, p.stream, streams[i])) return nb::none();
+    if (!find_stream(shared.streams, p.a.x.device, p.stream, streams[i])) return nb::none();
     elements += p.job.rows * p.job.n;
     waits = waits || p.backend->has_streams;
   }
@@ -141,6 +105,21 @@ inline nb::object norm_tp(PyObject* const* args) {
     made.append(nb::handle(calls[i].a.out.object));
   }
   return made;
+}
+
+}  // namespace
+
+void add_norm_tp(nb::module_& m) {
+  static PyMethodDef methods[] = {
+      method<kTpFields, norm_tp>("norm_tp", R"(Run a row norm of each of xs on its device.
+
+Returns a list of y, or None where Python has to look at the call.
+
+kind is as in try_norm(), without a residual.  weights, biases and outs are as long as xs, or None.
+streams[0] is of the CPU and streams[1 + i] of CUDA device i: a handle, -1 for torch's current
+stream, or None where there must be nothing.)"),
+      {nullptr, nullptr, 0, nullptr}};
+  add_methods(m, methods);
 }
 
 }  // namespace normkit

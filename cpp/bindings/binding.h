@@ -1,4 +1,4 @@
-// What the functions of the extension share: reading arguments, making outputs, running a job.
+// What the functions of the extension share: refusing a call, making outputs, running a job.
 #pragma once
 #include <nanobind/nanobind.h>
 
@@ -36,15 +36,15 @@ inline nb::object call(PyObject* function, PyObject* argument) {
 
 // torch.empty_like(like, dtype=dtype), but packed.  torch.empty_like sorts equal strides by size
 // and keeps gaps in dimensions of size 1; asking it for another order costs 0.3 us, so it is asked
-// where `like` is not packed itself.
-inline nb::object empty_like(const Tensor& like, nb::handle dtype) {
+// only where `like` is not packed itself.
+inline nb::object empty_like(const Tensor& like, DType dtype) {
   const bool packed = is_packed(like);
   PyObject* made;
-  if (packed && dtype.is_none()) {
+  if (packed && dtype == like.dtype) {
     made = PyObject_CallFunctionObjArgs(torch_objects.empty_like, like.object, nullptr);
   } else {
     nb::dict options;
-    if (!dtype.is_none()) options["dtype"] = dtype;
+    if (dtype != like.dtype) options["dtype"] = nb::handle(torch_objects.dtypes[int(dtype)]);
     if (!packed) options["memory_format"] = nb::handle(torch_objects.contiguous_format);
     made = PyObject_Call(torch_objects.empty_like, nb::make_tuple(nb::handle(like.object)).ptr(),
                          options.ptr());
@@ -53,9 +53,8 @@ inline nb::object empty_like(const Tensor& like, nb::handle dtype) {
   return nb::steal(made);
 }
 
-// An output of the shape of `like`, checked like one that was given; a dtype of None is that of
-// `like`.
-inline Refusal make_output(const Tensor& like, nb::handle dtype, nb::object& made, Tensor& output) {
+// An output of the shape of `like`, checked like one that was given.
+inline Refusal make_output(const Tensor& like, DType dtype, nb::object& made, Tensor& output) {
   made = empty_like(like, dtype);
   if (const Refusal no = output.read(made.ptr())) return no;
   if (!same_shape(output, like) || !is_packed(output))
@@ -98,8 +97,7 @@ inline nb::object new_row_values(const Tensor& x, float*& data) {
   return nb::steal(static_cast<PyObject*>(made));
 }
 
-// A launch may have to wait for room in the stream, which a callback that wants the interpreter may
-// be keeping.
+// A launch can block on a full stream whose host callback is waiting for the GIL, so release it.
 template <class F>
 inline void run_job(bool has_streams, int64_t elements, const F& run) {
   if (has_streams || elements >= kReleaseGilElements) {
@@ -110,50 +108,31 @@ inline void run_job(bool has_streams, int64_t elements, const F& run) {
   }
 }
 
-// Autograd learns of the write by the version counter, as it does from torch's own in-place
-// operators.
-inline void count_write(const Tensor& t) {
-  call(torch_objects.increment_version, nb::make_tuple(nb::handle(t.object)).ptr());
-}
-
-inline bool read_number(nb::handle value, float& number) {
-  PyObject* object = value.ptr();
-  if (PyBool_Check(object) || !(PyFloat_Check(object) || PyLong_Check(object))) return false;
-  number = static_cast<float>(PyFloat_AsDouble(object));
-  if (!PyErr_Occurred()) return true;
-  PyErr_Clear();  // an int beyond every double
-  return false;
-}
-
-inline bool read_flag(nb::handle value, bool& flag) {
-  flag = value.ptr() == Py_True;
-  return flag || value.ptr() == Py_False;
-}
-
-inline constexpr float kFloat32Epsilon = 1.1920929e-07f;
-
-// Not through nanobind: fourteen arguments cost it 60 ns more than a plain vector of them.
-template <nb::object (*kFunction)(PyObject* const*), int kCount>
-PyObject* entry(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != kCount) {
-    PyErr_Format(PyExc_TypeError, "expected %d positional arguments", kCount);
-    return nullptr;
+// Runs a backward pass in torch's current stream, and makes the workspace for it.
+inline void run_backward(const Backend& backend, const RowNormBackward& job, const Tensor& x) {
+  const int device = x.device.device_id;
+  nb::object workspace;
+  void* memory = nullptr;
+  if (const int64_t bytes = backend.backward_workspace(job, device)) {
+    workspace = new_empty(x, nb::make_tuple(bytes), torch_objects.uint8);
+    DLTensor view;
+    if (torch_objects.api->dltensor_from_py_object_no_sync(workspace.ptr(), &view))
+      throw nb::python_error();
+    memory = static_cast<char*>(view.data) + view.byte_offset;
   }
-  try {
-    return kFunction(args).release().ptr();
-  } catch (nb::python_error& error) {
-    error.restore();
-  } catch (const std::bad_alloc&) {
-    PyErr_NoMemory();
-  } catch (const std::exception& error) {
-    PyErr_SetString(PyExc_RuntimeError, error.what());
-  }
-  return nullptr;
+  void* stream = stream_for(backend, x.device);
+  run_job(backend.has_streams, job.rows * job.n,
+          [&] { backend.run_backward(job, device, stream, memory); });
 }
 
-template <nb::object (*kFunction)(PyObject* const*), int kCount>
-PyCFunction as_method() {
-  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(entry<kFunction, kCount>));
+// Puts a table of functions, null at its end, into the module.
+inline void add_methods(nb::module_& m, PyMethodDef* methods) {
+  if (PyModule_AddFunctions(m.ptr(), methods)) throw nb::python_error();
 }
+
+void add_norm(nb::module_& m);
+void add_norm_backward(nb::module_& m);
+void add_norm_tp(nb::module_& m);
+void add_parts(nb::module_& m);
 
 }  // namespace normkit

@@ -5,8 +5,8 @@
 
 #include <optional>
 
+#include "../norm_args.h"
 #include "dlpack.h"
-#include "norm_args.h"
 
 namespace normkit {
 

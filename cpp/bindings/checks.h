@@ -1,7 +1,7 @@
-// From the arguments of a call to a RowNorm, or to the reason why the extension does not serve it.
-// Refusals carry no error message for users: normkit._dispatch looks at a refused call again,
-// raises what has to be raised, and sends what is valid elsewhere.  So every message stands in one
-// place, and this one is quick.
+// From the arguments of a call to a RowNorm, or to the reason why no kernel here runs it.  A
+// Refusal is no error message for users: Python looks at a refused call again, raises where
+// something is wrong, and runs what is valid elsewhere.  So every message stands in one place, and
+// this one is quick.
 #pragma once
 #include "tensor.h"
 
@@ -11,9 +11,9 @@ struct Arguments {
   Tensor x{"x"}, residual{"residual"}, weight{"weight"}, bias{"bias"}, out{"out"},
       residual_out{"residual_out"};
   Statistic statistic;
-  bool per_head;
-  float eps, weight_offset;
-  bool round_before_weight, round_sum, clamp_inf;
+  bool per_head, adds = false;
+  NormOptions options;
+  std::optional<DType> out_dtype;  // none: that of out, or x's
 };
 
 inline bool same_shape(const Tensor& a, const Tensor& b) {
@@ -120,6 +120,8 @@ inline Refusal check_device(const Tensor& t, const Tensor& x) {
 inline Refusal check(const Arguments& a, bool memory_checked) {
   if (a.x.ndim < (a.per_head ? 2 : 1)) return {"x", "has too few dimensions", Refusal::kShape};
   if (a.x.size(1) < 1) return {"x", "has rows of no elements", Refusal::kShape};
+  if (bool(a.residual) != a.adds)
+    return {"residual", a.residual ? "is not None" : "is None", Refusal::kOption};
   for (const Tensor* t : {&a.residual, &a.weight, &a.bias, &a.out, &a.residual_out})
     if (const Refusal no = check_device(*t, a.x)) return no;
   for (const Tensor* t : {&a.x, &a.residual})
@@ -128,10 +130,13 @@ inline Refusal check(const Arguments& a, bool memory_checked) {
     if (const Refusal no = check_rows(*t, a.x, Refusal::kMemory)) return no;
   for (const Tensor* t : {&a.weight, &a.bias})
     if (const Refusal no = check_affine(*t, a.x, a.per_head)) return no;
-  if (!(a.eps >= 0.f && a.eps <= 3.4028235e38f))
+  const NormOptions& options = a.options;
+  if (!(options.eps >= 0.f && options.eps <= 3.4028235e38f))
     return {"eps", "is not a finite number >= 0", Refusal::kOption};
-  if (!(a.weight_offset - a.weight_offset == 0.f))
+  if (!(options.weight_offset - options.weight_offset == 0.f))
     return {"weight_offset", "is not finite", Refusal::kOption};
+  if (a.out && a.out.dtype != a.out_dtype.value_or(a.out.dtype))
+    return {"out", "is not of out_dtype", Refusal::kDtype};
   if (a.residual_out && a.residual_out.dtype != a.residual.dtype)
     return {"residual_out", "is not of residual's dtype", Refusal::kDtype};
   return memory_checked ? Refusal{} : check_memory(a);
@@ -176,11 +181,8 @@ inline RowNorm row_norm_of(const Arguments& a) {
   norm.statistic = a.statistic;
   norm.n = a.x.size(1);
   norm.heads = a.weight.ndim == 2 || a.bias.ndim == 2 ? a.x.size(2) : 1;
-  norm.eps = a.eps;
-  norm.weight_offset = a.weight ? a.weight_offset : 0.f;
-  norm.round_before_weight = a.round_before_weight;
-  norm.round_sum = a.round_sum;
-  norm.clamp_inf = a.clamp_inf;
+  norm.options = a.options;
+  if (!a.weight) norm.options.weight_offset = 0.f;
   norm.rstd = norm.mean = nullptr;
   const Tensor* const tensors[] = {&a.x, &a.residual, &a.out, &a.residual_out};
   RowsOf* const rows[] = {&norm.x, &norm.residual, &norm.out, &norm.residual_out};

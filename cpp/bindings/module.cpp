@@ -1,10 +1,7 @@
-// The names, signatures and documentation of normkit._C.
+// The module normkit._C: what it needs of torch, what it tells of devices, and its functions.
 #include <algorithm>
 
-#include "bind_norm.h"
-#include "bind_norm_backward.h"
-#include "bind_norm_tp.h"
-#include "bind_parts.h"
+#include "binding.h"
 
 using namespace nanobind::literals;
 
@@ -90,48 +87,6 @@ void bind_torch(nb::handle torch, nb::handle refusal) {
   torch_objects = bound;
 }
 
-PyMethodDef methods[] = {
-    {"try_norm", as_method<try_norm, kPositions>(), METH_FASTCALL,
-     "try_norm(*call)\n\n"
-     "Run a row norm of eager tensors, if all of it is as the kernels want it: y, or\n"
-     "(y, residual_out) when there is a residual; None where it is not.\n\n"
-     "A call has the arguments that `fields` names.  kind is 0 for rms and 1 for layer, plus 2\n"
-     "when weight and bias may have a row per head, plus 4 when there is a residual."},
-    {"norm", as_method<norm, kPositions>(), METH_FASTCALL,
-     "norm(*call)\n\n"
-     "try_norm() for a caller who has checked that what is written overlaps nothing else: the\n"
-     "same, or a Refusal."},
-    {"norm_saving", as_method<norm_saving, kPositions>(), METH_FASTCALL,
-     "norm_saving(*call)\n\n"
-     "norm() with what norm_backward() needs: (y, residual_out or None, rstd, mean or None), or a\n"
-     "Refusal."},
-    {"plan", as_method<plan, kPositions>(), METH_FASTCALL,
-     "plan(*call)\n\n"
-     "What norm() would do, without making or running anything: (name of the backend, its plan\n"
-     "in words), or a Refusal."},
-    {"norm_backward", as_method<norm_backward, kBackwardPositions>(), METH_FASTCALL,
-     "norm_backward(kind, grad_y, grad_residual_out, x, residual, weight, bias, rstd, mean,\n"
-     "              weight_offset, round_before_weight, x_dtype, residual_dtype, wanted)\n\n"
-     "Gradients of a row norm: (grad_x, grad_residual, grad_weight, grad_bias), each None where "
-     "it\n"
-     "is not wanted; or a Refusal.\n\n"
-     "kind is as in norm(), plus 8 when x is the output and is to be undone.  x is what was\n"
-     "normalised; or x + residual was, in float32.  x_dtype and residual_dtype are those of the\n"
-     "first two gradients, or None; both are one tensor where they are of one dtype.  wanted is 1\n"
-     "for weight's gradient plus 2 for bias's."},
-    {"norm_tp", as_method<norm_tp, kTpPositions>(), METH_FASTCALL,
-     "norm_tp(kind, xs, weights, biases, eps, weight_offset, round_before_weight, clamp_inf,\n"
-     "        out_dtype, outs, streams)\n\n"
-     "Run a row norm of each of xs on its device: a list of y, or None where one of them cannot "
-     "be\n"
-     "served.\n\n"
-     "kind is as in norm(), without a residual.  weights, biases and outs are as long as xs, or "
-     "None.\n"
-     "streams[0] is of the CPU and streams[1 + i] of CUDA device i: a handle, -1 for torch's "
-     "current\n"
-     "stream, or None where there must be nothing."},
-    {nullptr, nullptr, 0, nullptr}};
-
 nb::object cuda_devices() {
   nb::list found;
 #if defined(NORMKIT_HAS_CUDA)
@@ -168,16 +123,10 @@ NB_MODULE(_C, m) {
       "Take what the extension needs of torch, raising ImportError for what this torch lacks, and "
       "the class Refusal(argument, problem, kind) that it calls where no kernel runs a call.");
 
-  if (PyModule_AddFunctions(m.ptr(), methods) || PyModule_AddFunctions(m.ptr(), part_methods))
-    throw nb::python_error();
-
-  nb::list fields;
-  for (const char* name : kFieldNames) fields.append(name);
-  m.attr("fields") = nb::tuple(fields);
-
-  m.def(
-      "set_quick_path", [](bool on) { quick_path_is_off = !on; }, "on"_a,
-      "Whether this thread's calls of try_norm() and norm_tp() are taken.");
+  add_norm(m);
+  add_norm_backward(m);
+  add_norm_tp(m);
+  add_parts(m);
 
   m.def("cuda_devices", &cuda_devices,
         "(name, why it is not usable or an empty str) of each CUDA device, and why there is none "

@@ -1,15 +1,15 @@
-// Who runs a row norm: the kernels for the device that x is on.
+// Which kernels run a row norm: those for the device that x is on.
 #pragma once
 #include <stdexcept>
 #include <string>
 
 #include "tensor.h"
 #ifndef NORMKIT_EMULATED
-#include "cpu/row_norm.h"
+#include "../cpu/row_norm.h"
 #endif
 #if defined(NORMKIT_HAS_CUDA) || defined(NORMKIT_EMULATED)
-#include "../cuda/device.h"
-#include "../cuda/launch.h"
+#include "../../cuda/device.h"
+#include "../../cuda/launch.h"
 #endif
 
 namespace normkit {
@@ -18,11 +18,11 @@ struct Backend {
   const char* name;
   std::string (*describe)(const RowNorm& norm, int device);
   void (*run)(const RowNorm& norm, int device, void* stream);
-  // Bytes that run_backward() wants as workspace.
+  // Bytes of workspace that run_backward() needs.
   int64_t (*backward_workspace)(const RowNormBackward& norm, int device);
   void (*run_backward)(const RowNormBackward& norm, int device, void* stream, void* workspace);
-  // What is put into the stream `later` from now on waits for what `earlier` has.  Null without
-  // streams.
+  // Work put into the stream `later` from now on waits for the work that `earlier` holds.  Null
+  // without streams.
   void (*let_wait)(int device, void* later, void* earlier);
   bool has_streams;
 };
@@ -89,7 +89,7 @@ inline void* stream_for(const Backend& backend, DLDevice device) {
   void* stream = nullptr;
   if (backend.has_streams &&
       torch_objects.api->current_work_stream(device.device_type, device.device_id, &stream))
-    throw std::runtime_error("torch did not tell its current stream");
+    throw std::runtime_error("torch has no current stream to tell");
   return stream;
 }
 

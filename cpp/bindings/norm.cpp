@@ -1,0 +1,222 @@
+// try_norm(), norm(), norm_saving() and plan(): one call of a row norm.
+#include "norm.h"
+
+#include <vector>
+
+namespace normkit {
+namespace {
+
+// Where autocast decides on the dtype of the output, Python does what it says.
+bool autocasts(const Arguments& a, const Backend& backend) {
+  return backend.has_streams && !a.out && !a.out_dtype &&
+         call(torch_objects.is_autocast_enabled, torch_objects.cuda).is(nb::handle(Py_True));
+}
+
+// A TorchDispatchMode is active, in some thread; it may have to see the operators that run.
+bool modes_are_on() {
+  return PyDict_GetItemWithError(torch_objects.modes, torch_objects.in_a_mode) == Py_True;
+}
+
+// A dual tensor does not say that it is one; torch.autograd.forward_ad says whether there are any.
+bool forward_ad_is_on() {
+  PyObject* level = PyDict_GetItemWithError(torch_objects.forward_ad, torch_objects.current_level);
+  return level && PyLong_AsLong(level) >= 0;
+}
+
+// A trace records torch's operators, and would take what a kernel writes for a constant.
+bool is_tracing() {
+  PyObject* answer = PyObject_CallNoArgs(torch_objects.is_tracing);
+  if (!answer) throw nb::python_error();
+  Py_DECREF(answer);  // True and False live for ever
+  return answer == Py_True;
+}
+
+// Is autograd, forward-mode AD or a tracer recording?  They cannot see a call that bypasses the
+// dispatcher.
+Refusal check_recorders(const Arguments& a) {
+  if (forward_ad_is_on()) return {"forward-mode AD", "is on", Refusal::kRecorder};
+  if (call(torch_objects.is_grad_enabled, nullptr).is(nb::handle(Py_True)))
+    for (const Tensor* t : {&a.x, &a.residual, &a.weight, &a.bias, &a.out, &a.residual_out}) {
+      if (!*t) continue;
+      nb::object requires_grad =
+          nb::steal(PyObject_GetAttr(t->object, torch_objects.requires_grad));
+      if (!requires_grad.is_valid()) throw nb::python_error();
+      if (requires_grad.is(nb::handle(Py_True)))
+        return {t->name, "requires a gradient", Refusal::kRecorder};
+    }
+  if (is_tracing()) return {"torch.jit.trace", "is recording", Refusal::kRecorder};
+  return {};
+}
+
+// Outside of inference mode torch writes to no tensor that was made in it: it has no version
+// counter.
+Refusal check_inference(const Arguments& a) {
+  for (const Tensor* t : {&a.out, &a.residual_out}) {
+    if (!*t) continue;
+    PyObject* const answer = torch_objects.is_inference(t->object, nullptr);
+    if (!answer) throw nb::python_error();
+    Py_DECREF(answer);  // True and False live for ever
+    if (answer == Py_True &&
+        call(torch_objects.is_inference_mode_enabled, nullptr).is(nb::handle(Py_False)))
+      return {t->name, "is an inference tensor", Refusal::kRecorder};
+  }
+  return {};
+}
+
+// Autograd learns of the write by the version counter, as it does from torch's own in-place
+// operators.
+void count_write(const Tensor& t) {
+  call(torch_objects.increment_version, nb::make_tuple(nb::handle(t.object)).ptr());
+}
+
+}  // namespace
+
+Refusal Prepared::check(Caller caller) {
+  if (const Refusal no = find_backend(a.x.device, backend)) return no;
+  device = a.x.device.device_id;
+  const bool quick = caller == Caller::kQuick;
+  // The exchange API does not tell of a lazily negated tensor.  Such a one has a last stride of 2
+  // or more, unless its rows are single elements.
+  if (quick && a.x.ndim > 0 && a.x.size(1) == 1)
+    return {"x", "may be negated lazily", Refusal::kStrides};
+  if (quick && modes_are_on()) return {"a dispatch mode", "is on", Refusal::kRecorder};
+  if (quick && autocasts(a, *backend)) return {"autocast", "is on", Refusal::kRecorder};
+  if (const Refusal no = normkit::check(a, !quick)) return no;
+  if (const Refusal no = check_recorders(a)) return no;
+  return check_inference(a);
+}
+
+Refusal Prepared::make_outputs() {
+  writes_out = bool(a.out), writes_residual_out = bool(a.residual_out);
+  if (!a.out)
+    if (const Refusal no = make_output(a.x, a.out_dtype.value_or(a.x.dtype), made, a.out))
+      return no;
+  if (a.residual && !a.residual_out)
+    if (const Refusal no = make_output(a.residual, a.residual.dtype, made_residual, a.residual_out))
+      return no;
+  job = row_norm_of(a);
+  stream = stream_for(*backend, a.x.device);
+  return {};
+}
+
+void Prepared::count_writes() const {
+  if (writes_out) count_write(a.out);
+  if (writes_residual_out) count_write(a.residual_out);
+}
+
+namespace {
+
+Refusal prepare(Prepared& p, PyObject* const* args, Caller caller) {
+  if (const Refusal no = read<kNormFields>(p.a, args)) return no;
+  if (const Refusal no = p.check(caller)) return no;
+  return p.make_outputs();
+}
+
+void run(const Prepared& p) {
+  run_job(p.backend->has_streams, p.job.rows * p.job.n, [&] { p.run(); });
+  p.count_writes();
+}
+
+nb::object result_of(const Prepared& p) {
+  nb::object y = nb::borrow(p.a.out.object);
+  return p.a.residual ? nb::make_tuple(y, nb::borrow(p.a.residual_out.object)) : y;
+}
+
+nb::object try_norm(PyObject* const* args) {
+  if (quick_path_is_off) return nb::none();
+  Prepared p;
+  if (prepare(p, args, Caller::kQuick)) return nb::none();
+  run(p);
+  return result_of(p);
+}
+
+nb::object norm(PyObject* const* args) {
+  Prepared p;
+  if (const Refusal no = prepare(p, args, Caller::kHasCheckedMemory)) return refuse(no);
+  run(p);
+  return result_of(p);
+}
+
+nb::object norm_saving(PyObject* const* args) {
+  Prepared p;
+  if (const Refusal no = prepare(p, args, Caller::kHasCheckedMemory)) return refuse(no);
+  const Arguments& a = p.a;
+  nb::object rstd = new_row_values(a.x, p.job.rstd), mean = nb::none();
+  if (a.statistic == Statistic::kLayer) mean = new_row_values(a.x, p.job.mean);
+  run(p);
+  nb::object sum = a.residual ? nb::borrow(a.residual_out.object) : nb::none();
+  return nb::make_tuple(nb::borrow(a.out.object), sum, rstd, mean);
+}
+
+// An output as make_output() would make it, without memory of its own: a plan asks of an address
+// only how it is aligned, and whether it is another tensor's.
+class Announced {
+ public:
+  void stand_in(Tensor& output, const Tensor& like, DType dtype) {
+    alignas(256) static char nowhere[1];
+    strides_.resize(like.ndim);
+    int64_t packed = 1;
+    for (int d = like.ndim - 1; d >= 0; --d) {
+      strides_[d] = packed;
+      packed *= like.shape[d] > 0 ? like.shape[d] : 1;
+    }
+    const char* const name = output.name;
+    output = like;
+    output.name = name;
+    output.data = nowhere;
+    output.dtype = dtype;
+    output.strides = strides_.data();
+  }
+
+ private:
+  std::vector<int64_t> strides_;
+};
+
+nb::object plan(PyObject* const* args) {
+  Prepared p;
+  Arguments& a = p.a;
+  if (const Refusal no = read<kNormFields>(a, args)) return refuse(no);
+  if (const Refusal no = p.check(Caller::kHasCheckedMemory)) return refuse(no);
+  Announced out, residual_out;
+  if (!a.out) out.stand_in(a.out, a.x, a.out_dtype.value_or(a.x.dtype));
+  if (a.residual && !a.residual_out)
+    residual_out.stand_in(a.residual_out, a.residual, a.residual.dtype);
+  const std::string text = p.backend->describe(row_norm_of(a), p.device);
+  return nb::make_tuple(p.backend->name, text.c_str());
+}
+
+}  // namespace
+
+void add_norm(nb::module_& m) {
+  static PyMethodDef methods[] = {
+      method<kNormFields, try_norm>(
+          "try_norm", R"(Run a row norm of eager tensors, where nothing speaks against it.
+
+Returns y, or (y, residual_out) when there is a residual; None where Python has to look at the call.
+
+kind is 0 for rms and 1 for layer, plus 2 when weight and bias may have a row per head, plus 4 when
+there is a residual.  The other arguments are those of normkit.functional.)"),
+      method<kNormFields, norm>(
+          "norm", R"(Run a row norm for a caller who has checked that outputs overlap nothing.
+
+Arguments and result are those of try_norm(), but a Refusal where there is no result.)"),
+      method<kNormFields, norm_saving>("norm_saving",
+                                       R"(Run norm(), and keep what norm_backward() needs.
+
+Returns (y, residual_out or None, rstd, mean or None), or a Refusal.)"),
+      method<kNormFields, plan>("plan",
+                                R"(Tell what norm() would do, without making or running anything.
+
+Returns (name of the backend, its plan in words), or a Refusal.)"),
+      {nullptr, nullptr, 0, nullptr}};
+  add_methods(m, methods);
+
+  nb::list names;
+  for (const auto& field : kNormFields) names.append(field.name);
+  m.attr("fields") = nb::tuple(names);
+  m.def(
+      "set_quick_path", [](bool on) { quick_path_is_off = !on; }, nb::arg("on"),
+      "Whether this thread's calls of try_norm() and norm_tp() are taken.");
+}
+
+}  // namespace normkit
