@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
+import json
 import re
 import shutil
 import subprocess
@@ -9,11 +12,13 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
 CUDA = ROOT / "cuda"
+KEPT = ROOT / "build" / "codegen"  # so that a second run compiles what has changed
 DTYPES = ("float32", "float16", "bfloat16")
-SOURCES = (
+SOURCES = (  # the long ones first
     *(f"instances_{dtype}.cu" for dtype in DTYPES),
     "instances_backward_any.cu",
     *(f"instances_backward_{dtype}.cu" for dtype in DTYPES),
@@ -179,36 +184,80 @@ def _numbers(pattern: str, text: str) -> int:
     return max(map(int, found))
 
 
-def _compile(source: str, arch: str, folder: Path) -> tuple[str, str, str]:
-    """What ptxas says, PTX and SASS; fails with nvcc's first complaints."""
+class Compiled(NamedTuple):
+    """What ptxas says of each kernel, the PTX, and the SASS where there is a cuobjdump."""
+
+    said: list[str]
+    ptx: str
+    sass: str
+
+
+def _compile(source: str, folder: Path) -> dict[str, Compiled]:
+    """By architecture; one nvcc for all reads the host's side once.  Fails with its complaints."""
     folder.mkdir()
     out = folder / "kernels.o"
-    nvcc = find("nvcc")
-    assert nvcc
-    code = f"--generate-code=arch=compute_{arch[3:]},code=[{arch}]"
-    command = [nvcc, code, *FLAGS, *ANSWERS, f"--keep-dir={folder}", "-c", str(CUDA / source)]
     done = subprocess.run(
-        [*command, "-o", str(out)], capture_output=True, text=True, check=False, cwd=folder
+        [*_command(), f"--keep-dir={folder}", "-c", str(CUDA / source), "-o", str(out)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=folder,
     )
     said = done.stdout + done.stderr
     complaints = [line[:200] for line in said.splitlines() if re.search(r"error|warning", line)]
     complaint = "\n".join(complaints[:10]) or f"nvcc ended with {done.returncode}"
     fine = done.returncode == 0 and not complaints
-    assert fine, f"{source} for {arch}:\n{complaint}"
-    ptx = (folder / source).with_suffix(".ptx").read_text()
-    sass = ""
-    if cuobjdump := find("cuobjdump"):
-        sass = subprocess.check_output([cuobjdump, "-sass", str(out)], text=True)
-    return said, ptx, sass
+    assert fine, f"{source}:\n{complaint}"
+    entries = said.split("Compiling entry function ")[1:]
+    made = {}
+    for arch in ARCHS:
+        ptx = (folder / source).with_suffix(f".compute_{arch[3:]}.ptx").read_text()
+        sass = ""
+        if cuobjdump := find("cuobjdump"):
+            command = [cuobjdump, "-sass", "-arch", arch, str(out)]
+            sass = subprocess.check_output(command, text=True)
+        said_of_arch = [text for text in entries if f"' for '{arch}'\n" in text]
+        made[arch] = Compiled(said_of_arch, ptx, sass)
+    assert sum(len(one.said) for one in made.values()) == len(entries)
+    return made
+
+
+def _command() -> list[str]:
+    nvcc = find("nvcc")
+    assert nvcc
+    codes = [f"--generate-code=arch=compute_{arch[3:]},code=[{arch}]" for arch in ARCHS]
+    return [nvcc, *codes, *FLAGS, *ANSWERS]
+
+
+def _compiled(source: str, folder: Path) -> dict[str, Compiled]:
+    """What `_compile` made before of the same files with the same tools, or makes now."""
+    kept = KEPT / f"{source}.{_key(source)}.json"
+    if not kept.exists():
+        made = _compile(source, folder)
+        for old in KEPT.glob(f"{source}.*"):
+            old.unlink()
+        kept.with_suffix(".new").write_text(json.dumps(made))
+        kept.with_suffix(".new").rename(kept)
+    return {arch: Compiled(*made) for arch, made in json.loads(kept.read_text()).items()}
+
+
+def _key(source: str) -> str:
+    """A hash of all that the outcome depends on: the source, what it may include, and the tools."""
+    headers = (*CUDA.glob("*.cuh"), *CUDA.glob("*.h"), *(ROOT / "cpp").glob("*.h"))
+    files = [CUDA / source, *sorted(headers)]
+    version = subprocess.check_output([_command()[0], "--version"])
+    parts = [version, repr((_command(), find("cuobjdump"))).encode()]
+    parts += [path.name.encode() + path.read_bytes() for path in files]
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
 _PTX_OPCODE = re.compile(r"^[\s{]*(?:@!?%p\d+\s+)?([a-z][\w.:]*)[\s;]", re.MULTILINE)
 _SASS_OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
 
 
-def _kernels(dtype: str, arch: str, said: str, ptx: str, sass: str) -> list[Kernel]:
+def _kernels(dtype: str, arch: str, made: Compiled) -> list[Kernel]:
     kernels: dict[str, Kernel] = {}
-    for text in said.split("Compiling entry function ")[1:]:
+    for text in made.said:
         name = text.split("'")[1]
         instance = instance_of(name)
         assert instance, f"{name} is none of the family"
@@ -220,30 +269,26 @@ def _kernels(dtype: str, arch: str, said: str, ptx: str, sass: str) -> list[Kern
             _numbers(r"(\d+) bytes stack frame", text),
             _numbers(r"(\d+) bytes spill (?:stores|loads)", text),
         )
-    for text in re.split(r"\.entry\s+", ptx)[1:]:
+    for text in re.split(r"\.entry\s+", made.ptx)[1:]:
         kernel = kernels[text[: text.index("(")]]
         kernel.ptx_order = _PTX_OPCODE.findall(text)
         kernel.ptx = Counter(kernel.ptx_order)
         kernel.local_in_ptx = ".local" in text
-    for text in sass.split("Function : ")[1:]:
+    for text in made.sass.split("Function : ")[1:]:
         kernels[text.split()[0]].sass = Counter(_SASS_OPCODE.findall(text))
     return list(kernels.values())
 
 
 def compile_all(folder: Path, jobs: int = 2) -> list[Kernel]:
-    """Every instance, each source compiled once for each of ARCHS."""
-    tasks = [(source, arch) for source in SOURCES for arch in ARCHS]  # the long ones first
-
-    def compiled(task: tuple[str, str]) -> tuple[str, str, str]:
-        source, arch = task
-        return _compile(source, arch, folder / f"{source}.{arch}")
-
-    with ThreadPoolExecutor(jobs) as pool:
-        done = pool.map(compiled, tasks)
-        results = list(zip(tasks, done, strict=True))
+    """Every instance, for each of ARCHS; of several processes, one compiles and the others wait."""
+    KEPT.mkdir(parents=True, exist_ok=True)
+    with (KEPT / "lock").open("w") as lock, ThreadPoolExecutor(jobs) as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        compiled = list(pool.map(lambda source: _compiled(source, folder / source), SOURCES))
     kernels: list[Kernel] = []
-    for (source, arch), (said, ptx, sass) in results:
+    for source, made in zip(SOURCES, compiled, strict=True):
         if source not in ("launch.cu", "device.cu"):
             name = source.removesuffix(".cu").removeprefix("instances_")
-            kernels += _kernels(name, arch, said, ptx, sass)
+            for arch in ARCHS:
+                kernels += _kernels(name, arch, made[arch])
     return kernels
