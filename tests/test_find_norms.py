@@ -98,9 +98,9 @@ def test_float8_weights_are_found_too(tmp_path):
 def test_all_norms_of_a_real_checkpoint_are_found():
     entries = find_norms(MINILM)
     assert len(entries) == 13  # one of the embeddings, two of each of 6 layers
-    assert {(e.spec.kind, e.shape, e.dtype, e.spec.has_bias, e.spec.eps, e.shard) for e in entries} == {
-        ("layer", (384,), torch.float32, True, 1e-12, "model.safetensors")
-    }
+    assert {
+        (e.spec.kind, e.shape, e.dtype, e.spec.has_bias, e.spec.eps, e.shard) for e in entries
+    } == {("layer", (384,), torch.float32, True, 1e-12, "model.safetensors")}
     with safe_open(MINILM / "model.safetensors", "pt") as file:
         for entry in entries:
             module = load_norm(MINILM, entry.key)
