@@ -22,12 +22,23 @@ struct RowsOf {
   int64_t stride[kMaxOuterDims];  // bytes
 };
 
-// A weight or a bias: row % heads picks its row.  data is null when absent.
+// A weight or a bias: row r of x takes its row r / inner % groups.  One for each head, where heads
+// run fastest, has inner 1; one for each sample has as inner the rows of a sample.  data is null
+// when absent.
 struct Affine {
-  const char* data;
-  DType dtype;
-  int64_t row_stride;  // bytes; 0 when one row serves every head
+  const char* data = nullptr;
+  DType dtype = DType::kFloat32;
+  int64_t stride = 0;  // bytes from one of its rows to the next
+  int64_t inner = 1;
+  int64_t groups = 1;
 };
+
+// The groups that rows of x are in; where weight and bias both have several, they have them alike.
+// There may be none, where there are no rows: that counts as one here.
+constexpr int64_t groups_of(const Affine& weight, const Affine& bias) {
+  const int64_t most = weight.groups > bias.groups ? weight.groups : bias.groups;
+  return most > 1 ? most : 1;
+}
 
 // The options of a norm, in the words of docs/numerics.md.
 struct NormOptions {
@@ -60,7 +71,6 @@ struct RowNorm {
   Statistic statistic;
   int64_t rows;
   int64_t n;
-  int64_t heads;  // 1 unless the weight or the bias has a row per head
   int outer_dims;
   int64_t outer_size[kMaxOuterDims];  // the last one runs fastest
   RowsOf x, residual, out, residual_out;
@@ -84,7 +94,6 @@ struct RowNormBackward {
   bool from_output;
   int64_t rows;
   int64_t n;
-  int64_t heads;  // 1 unless the weight or the bias has a row per head
   int outer_dims;
   int64_t outer_size[kMaxOuterDims];  // the last one runs fastest
   RowsOf grad_y;

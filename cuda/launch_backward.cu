@@ -77,7 +77,7 @@ bool is_uniform(const RowNormBackward& norm) {
 
 BackwardPlan plan_of(const RowNormBackward& norm, const Device& device) {
   return backward_plan(norm.n, norm.x.dtype, is_uniform(norm), std::min(norm.rows, kMaxLaunchRows),
-                       norm.heads, device, norm.split.step != Step::kWhole);
+                       heads_of(norm), device, norm.split.step != Step::kWhole);
 }
 
 // Where the partial sums are, in floats.
@@ -89,10 +89,10 @@ struct Workspace {
 
   Workspace(const RowNormBackward& norm, const BackwardPlan& plan)
       : padded(divide_up(norm.n, 8) * 8),
-        sums(norm.rows == 0 ? 0 : plan.slices * norm.heads * padded),
+        sums(norm.rows == 0 ? 0 : plan.slices * heads_of(norm) * padded),
         weight(norm.grad_weight),
         bias(norm.grad_bias) {
-    const int64_t of_head = divide_up(std::min(norm.rows, kMaxLaunchRows), norm.heads);
+    const int64_t of_head = divide_up(std::min(norm.rows, kMaxLaunchRows), heads_of(norm));
     keeps_lost = divide_up(of_head, int64_t{plan.slices} * plan.groups) > kChainRows;
   }
   int64_t floats() const { return sums * (weight + bias) * (1 + keeps_lost); }
@@ -162,15 +162,16 @@ void fold_partial_sums(const RowNormBackward& norm, const BackwardPlan& plan,
   a.n = norm.n;
   a.column_blocks = static_cast<uint32_t>(divide_up(norm.n, kFoldColumns));
   const int64_t partials = norm.rows == 0 ? 0 : plan.slices;
+  const int64_t heads = heads_of(norm);
   const auto gradient = [&](const Affine& affine, char* out, const float* sums) {
-    const bool per_head = affine.row_stride != 0;
+    const bool per_head = affine.groups != 1;
     return FoldArgs::Gradient{sums,
                               out,
                               affine.dtype,
-                              static_cast<uint32_t>(per_head ? norm.heads : 1),
-                              per_head ? partials : partials * norm.heads,
+                              static_cast<uint32_t>(per_head ? heads : 1),
+                              per_head ? partials : partials * heads,
                               space.padded,
-                              per_head ? norm.heads * space.padded : space.padded};
+                              per_head ? heads * space.padded : space.padded};
   };
   unsigned count = 0;
   if (space.weight)
@@ -178,6 +179,7 @@ void fold_partial_sums(const RowNormBackward& norm, const BackwardPlan& plan,
   if (space.bias)
     a.of[count++] = gradient(norm.bias, norm.grad_bias, space.of(memory, true, 0).sum);
   const uint32_t rows = std::max(a.of[0].rows, a.of[1].rows);
+  if (rows == 0) return;  // no heads: gradients of no elements
   const int64_t most = std::max(a.of[0].count, a.of[1].count);
   a.walkers = static_cast<int>(std::min<int64_t>(power_of_two_from(most), kMostWalkers));
   launch(fold_kernel, a, dim3(rows * a.column_blocks, count), kFoldColumns * a.walkers, on, stream);
@@ -207,6 +209,7 @@ void row_norm_backward(const RowNormBackward& norm, int index, void* stream, voi
   const Workspace space(norm, plan);
   const bool rows_wanted =
       norm.grad_x.data || norm.grad_residual.data || norm.split.step == Step::kStatistics;
+  const int64_t heads = heads_of(norm);
   const bool sums_wanted = space.weight || space.bias;
   float* const memory = static_cast<float*>(workspace);
   if (norm.rows > 0 && (rows_wanted || sums_wanted))
@@ -214,12 +217,12 @@ void row_norm_backward(const RowNormBackward& norm, int index, void* stream, voi
       RowNormBackwardArgs a = args_of(part, plan);
       // Parts are of whole turns of all heads, or of some heads of one turn.
       const int64_t first_row = part.rstd - norm.rstd;
-      a.adds = first_row >= norm.heads;
-      a.weight_sums = space.of(memory, false, first_row % norm.heads);
-      a.bias_sums = space.of(memory, true, first_row % norm.heads);
+      a.adds = first_row >= heads;
+      a.weight_sums = space.of(memory, false, first_row % heads);
+      a.bias_sums = space.of(memory, true, first_row % heads);
       a.padded = space.padded;
-      a.sums_stride = norm.heads * space.padded;
-      const auto blocks = static_cast<unsigned>(part.heads * plan.slices);
+      a.sums_stride = heads * space.padded;
+      const auto blocks = static_cast<unsigned>(heads_of(part) * plan.slices);
       const BackwardKernel kernel = kernel_for(part, plan);
       if (plan.packs) return launch(kernel, a, dim3(blocks), plan.lanes * plan.groups, on, stream);
       if (rows_wanted) launch(kernel, a, dim3(a.rows), plan.lanes, on, stream);

@@ -29,7 +29,7 @@ bool is_wide(const Norm& norm, const RowsOf& rows, int64_t pack) {
 template <class Norm>
 bool is_wide(const Norm&, const Affine& affine, int64_t pack) {
   return aligned(reinterpret_cast<intptr_t>(affine.data), affine.dtype, pack) &&
-         aligned(affine.row_stride, affine.dtype, pack);
+         aligned(affine.stride, affine.dtype, pack);
 }
 
 // factor = ceil(2^(32 + shift) / value) with 2^shift < value <= 2^(shift + 1): exact below 2^31.
@@ -53,7 +53,14 @@ LaunchRows launch_rows(const Norm& norm, const RowsOf& from, int64_t pack) {
 
 template <class Norm>
 LaunchAffine launch_affine(const Norm& norm, const Affine& from, int64_t pack) {
-  return {from.data, from.row_stride, from.dtype, from.data && is_wide(norm, from, pack)};
+  return {from.data, from.groups > 1 ? from.stride : 0, from.dtype,
+          from.data && is_wide(norm, from, pack)};
+}
+
+// Rows of weight and bias that a launch walks: row % heads picks one.
+template <class Norm>
+int64_t heads_of(const Norm& norm) {
+  return groups_of(norm.weight, norm.bias);
 }
 
 template <class Norm>
@@ -63,7 +70,7 @@ Grid grid_of(const Norm& norm) {
     const int from = norm.outer_dims - 2 + d;
     grid.size[d] = divisor(from >= 0 ? norm.outer_size[from] : 1);
   }
-  grid.heads = divisor(norm.heads);
+  grid.heads = divisor(heads_of(norm));
   grid.rows = static_cast<uint32_t>(norm.rows);
   grid.dims = norm.outer_dims;
   return grid;
@@ -126,18 +133,21 @@ void for_launches(const Norm& norm, const F& f) {
     return;
   }
   int64_t step = kMaxLaunchRows / inside;
-  if (norm.outer_dims > 1 || norm.heads <= step) {
-    if (norm.outer_dims == 1) step -= step % norm.heads;  // so that each part begins at head 0
+  const int64_t heads = heads_of(norm);
+  if (norm.outer_dims > 1 || heads <= step) {
+    if (norm.outer_dims == 1) step -= step % heads;  // so that each part begins at head 0
     for (int64_t i = 0; i < size; i += step) f(slice(norm, i, std::min(step, size - i)));
     return;
   }
   for (int64_t i = 0; i < size; i += step) {
-    const int64_t head = i % norm.heads;
-    step = std::min({kMaxLaunchRows, norm.heads - head, size - i});
+    const int64_t head = i % heads;
+    step = std::min({kMaxLaunchRows, heads - head, size - i});
     Norm part = slice(norm, i, step);
-    part.heads = step;
-    for (Affine* affine : {&part.weight, &part.bias})
-      if (affine->data) affine->data += head * affine->row_stride;
+    for (Affine* affine : {&part.weight, &part.bias}) {
+      if (affine->groups <= 1) continue;
+      affine->data += head * affine->stride;
+      affine->groups = step;
+    }
     f(part);
   }
 }

@@ -171,7 +171,14 @@ inline void lay_out_rows(const Tensor& x, const Tensor* const (&tensors)[kTensor
 }
 
 inline Affine affine_of(const Tensor& t) {
-  return {t.data, t.dtype, t.ndim == 2 ? t.stride(2) * item_size(t.dtype) : 0};
+  Affine map;
+  map.data = t.data;
+  map.dtype = t.dtype;
+  if (t.ndim == 2) {
+    map.stride = t.stride(2) * item_size(t.dtype);
+    map.groups = t.size(2);
+  }
+  return map;
 }
 
 inline RowNorm row_norm_of(const Arguments& a) {
@@ -180,7 +187,6 @@ inline RowNorm row_norm_of(const Arguments& a) {
   norm.bias = affine_of(a.bias);
   norm.statistic = a.statistic;
   norm.n = a.x.size(1);
-  norm.heads = a.weight.ndim == 2 || a.bias.ndim == 2 ? a.x.size(2) : 1;
   norm.options = a.options;
   if (!a.weight) norm.options.weight_offset = 0.f;
   norm.rstd = norm.mean = nullptr;

@@ -57,7 +57,6 @@ inline RowNormBackward row_norm_backward_of(const BackwardArguments& a) {
   job.statistic = a.statistic;
   job.from_output = a.from_output;
   job.n = a.x.size(1);
-  job.heads = a.weight.ndim == 2 || a.bias.ndim == 2 ? a.x.size(2) : 1;
   job.weight = affine_of(a.weight);
   job.bias = affine_of(a.bias);
   job.rstd = reinterpret_cast<const float*>(a.rstd.data);

@@ -9,30 +9,53 @@ namespace normkit::cpu {
 // The rows of a weight or bias as the stages read them.
 struct AffineRows {
   const char* data = nullptr;  // null when absent
-  int64_t row_stride = 0;      // bytes
-  const void* row(int64_t head) const { return data ? data + head * row_stride : nullptr; }
+  int64_t stride = 0;          // bytes; 0 where there is one row
+  const void* row(int64_t group) const { return data ? data + group * stride : nullptr; }
+};
+
+// Which of their rows weight and bias have for each row of x, from `row` on.
+class GroupCursor {
+ public:
+  GroupCursor(const Affine& weight, const Affine& bias, int64_t row)
+      : inner_((weight.groups > 1 ? weight : bias).inner), groups_(groups_of(weight, bias)) {
+    left_ = inner_;
+    // Most calls begin here, and a division takes as long as ten sums.
+    if (row == 0 || groups_ == 1) return;
+    const int64_t turn = row / inner_;
+    left_ -= row - turn * inner_;
+    group_ = turn % groups_;
+  }
+  int64_t group() const { return group_; }
+  void next() {
+    if (--left_ > 0) return;
+    left_ = inner_;
+    if (++group_ == groups_) group_ = 0;
+  }
+
+ private:
+  int64_t inner_, groups_, left_, group_ = 0;
 };
 
 inline int64_t padded(int64_t n) { return (n + kChunk - 1) / kChunk * kChunk; }
 
-inline int64_t affine_rows(const Affine& affine, int64_t heads) {
-  return affine.data && affine.row_stride != 0 ? heads : 1;
+inline AffineRows stored(const Affine& affine) {
+  return {affine.data, affine.groups > 1 ? affine.stride : 0};
 }
 
 // A float32 weight in natural order, or a copy of any other, with the offset added; ones where
 // there is none, since the product with 1 is exact.
-inline AffineRows prepared(const Affine& affine, int64_t columns, int64_t heads, Layout layout,
-                           float offset, const Kernels& kernels, float*& buffer) {
+inline AffineRows prepared(const Affine& affine, int64_t columns, Layout layout, float offset,
+                           const Kernels& kernels, float*& buffer) {
   if (affine.data && affine.dtype == DType::kFloat32 && layout == Layout::kNatural && offset == 0.f)
-    return {affine.data, affine.row_stride};
+    return stored(affine);
   if (offset == 0.f) offset = -0.f;  // a weight of -0 plus 0 would be +0
   const int64_t n = padded(columns);
   const AffineRows rows{reinterpret_cast<const char*>(buffer),
-                        affine.row_stride ? n * int64_t{sizeof(float)} : 0};
-  for (int64_t head = 0; head < affine_rows(affine, heads); ++head, buffer += n) {
+                        affine.groups > 1 ? n * int64_t{sizeof(float)} : 0};
+  for (int64_t group = 0; group < affine.groups; ++group, buffer += n) {
     if (affine.data)
-      kernels.affine[int(affine.dtype)][int(layout)](affine.data + head * affine.row_stride,
-                                                     columns, offset, buffer);
+      kernels.affine[int(affine.dtype)][int(layout)](affine.data + group * affine.stride, columns,
+                                                     offset, buffer);
     else
       std::fill_n(buffer, n, 1.f);
   }

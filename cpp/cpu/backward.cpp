@@ -42,7 +42,7 @@ struct Operands {
 struct AffineGradient {
   char* out = nullptr;  // null: not wanted
   DType dtype = DType::kFloat32;
-  int64_t rows = 0;  // as stored: one, or one a head
+  int64_t rows = 0;  // as stored: one, or one a group
   float* sums = nullptr;
 };
 
@@ -123,10 +123,9 @@ Affines affines_of(const Job& job, int thread) {
   float* buffer = job.affine + thread * job.affine_floats;
   const Layout layout = backward_layout(job.item);
   Affines a;
-  a.weight = prepared(norm.weight, norm.n, norm.heads, layout, norm.options.weight_offset,
-                      job.kernels, buffer);
+  a.weight = prepared(norm.weight, norm.n, layout, norm.options.weight_offset, job.kernels, buffer);
   if (norm.from_output && norm.bias.data)
-    a.bias = prepared(norm.bias, norm.n, norm.heads, layout, 0.f, job.kernels, buffer);
+    a.bias = prepared(norm.bias, norm.n, layout, 0.f, job.kernels, buffer);
   return a;
 }
 
@@ -135,17 +134,18 @@ void fill(BackwardBlock& b, const Part& part, Cursor<kOperands>& cursor, int64_t
           int64_t part_index) {
   const Job& job = part.job;
   const RowNormBackward& norm = job.norm;
-  const auto sums = [&](const AffineGradient& gradient, int64_t head) -> float* {
+  const auto sums = [&](const AffineGradient& gradient, int64_t group) -> float* {
     if (!gradient.out) return nullptr;
     return gradient.sums +
-           (part_index * gradient.rows + (gradient.rows > 1 ? head : 0)) * job.padded;
+           (part_index * gradient.rows + (gradient.rows > 1 ? group : 0)) * job.padded;
   };
-  int64_t head = row % norm.heads;
-  for (int r = 0; r < b.rows; ++r, cursor.next()) {
-    const float* weight = static_cast<const float*>(part.affine.weight.row(head));
+  GroupCursor affine_cursor(norm.weight, norm.bias, row);
+  for (int r = 0; r < b.rows; ++r, cursor.next(), affine_cursor.next()) {
+    const int64_t group = affine_cursor.group();
+    const float* weight = static_cast<const float*>(part.affine.weight.row(group));
     b.weight[r] = weight;
-    b.grad_weight[r] = sums(job.weight, head);
-    b.grad_bias[r] = sums(job.bias, head);
+    b.grad_weight[r] = sums(job.weight, group);
+    b.grad_bias[r] = sums(job.bias, group);
     const auto read = [&](Operand which, Wide wide) -> const void* {
       const char* from = cursor.at(which);
       if (!from || job.uniform) return from;
@@ -156,7 +156,7 @@ void fill(BackwardBlock& b, const Part& part, Cursor<kOperands>& cursor, int64_t
     b.grad_residual_out[r] = read(kGradResidualOut, kWideGradResidualOut);
     if (norm.from_output || norm.residual.data)
       b.x[r] = source(part, cursor.at(kX), cursor.at(kResidual), weight,
-                      static_cast<const float*>(part.affine.bias.row(head)), r);
+                      static_cast<const float*>(part.affine.bias.row(group)), r);
     else
       b.x[r] = read(kX, kWideX);
     b.grad_x[r] = cursor.at(kGradX);
@@ -164,7 +164,6 @@ void fill(BackwardBlock& b, const Part& part, Cursor<kOperands>& cursor, int64_t
     b.mean[r] = norm.mean ? norm.mean[row + r] : 0.f;
     b.rstd[r] = norm.rstd[row + r];
     b.scale[r] = norm.from_output ? 1.f : b.rstd[r];
-    if (++head == norm.heads) head = 0;
   }
 }
 
@@ -193,7 +192,7 @@ void run_part(const Part& part, Cursor<kOperands>& cursor, int64_t begin, int64_
   const int item = int(job.item), statistic = int(norm.statistic);
   BackwardBlock b;
   b.n = norm.n;
-  b.shared = norm.heads == 1;
+  b.shared = groups_of(norm.weight, norm.bias) == 1;
   b.rounded = norm.options.round_before_weight ? norm.normalised : DType::kFloat32;
   b.stream = job.stream;
   b.fetch = job.fetch;
@@ -258,15 +257,14 @@ void fold_on_thread(void* context, int thread) {
   }
 }
 
-AffineGradient gradient_of(char* out, const Affine& affine, int64_t heads) {
-  return {out, affine.dtype, affine_rows(affine, heads)};
+AffineGradient gradient_of(char* out, const Affine& affine) {
+  return {out, affine.dtype, affine.groups};
 }
 
 // Everything a call needs, one behind the other, in one piece.
 void reserve(Job& job) {
   const RowNormBackward& norm = job.norm;
-  job.affine_floats =
-      job.padded * (affine_rows(norm.weight, norm.heads) + affine_rows(norm.bias, norm.heads));
+  job.affine_floats = job.padded * (norm.weight.groups + norm.bias.groups);
   job.wide_floats = job.uniform ? 0 : kWideRows * job.block_rows * job.padded;
   const auto sums = [&](const AffineGradient& g) {
     return g.out ? job.parts * g.rows * job.padded : 0;
@@ -298,8 +296,8 @@ void row_norm_backward(const RowNormBackward& norm) {
   // Float32 2048x4096 on Zen 4: a fifth faster; bfloat16, half as much: no difference.
   job.stream =
       job.uniform && traffic > last_cache_bytes() && on_cache_lines(norm.grad_x, norm.outer_dims);
-  job.weight = gradient_of(norm.grad_weight, norm.weight, norm.heads);
-  job.bias = gradient_of(norm.grad_bias, norm.bias, norm.heads);
+  job.weight = gradient_of(norm.grad_weight, norm.weight);
+  job.bias = gradient_of(norm.grad_bias, norm.bias);
   reserve(job);
   if (norm.rows > 0) run_on_threads(job.threads, run_on_thread, &job);
   run_on_threads(job.threads, fold_on_thread, &job);

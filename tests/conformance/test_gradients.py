@@ -126,6 +126,16 @@ def test_gradients_of_affines_for_all_heads_or_for_each(backend: Any, op: Op) ->
             make_and_check(backend, case_of(op, each._replace(weight=weight, bias=bias)))
 
 
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_gradients_of_an_affine_expanded_over_heads_are_sums(backend: Any, with_bias: bool) -> None:
+    """Its rows have a stride of 0, and a gradient each all the same."""
+    x, grad = (torch.arange(4.0 * 3 * 8).view(4, 3, 8).cos() * scale for scale in (1, 2))
+    shared = [torch.linspace(0.5, 2, 8, requires_grad=True) for _ in range(1 + with_bias)]
+    expected = torch.autograd.grad(normkit.head_norm(x, *shared), shared, grad)
+    got = torch.autograd.grad(normkit.head_norm(x, *(t.expand(3, 8) for t in shared)), shared, grad)
+    torch.testing.assert_close(got, expected)
+
+
 @pytest.mark.parametrize("op", OPS, ids=str)
 def test_gradients_of_strided_tensors_are_those_of_dense_ones(backend: Any, op: Op) -> None:
     """Of slices, of permuted outer dimensions, and of an expanded grad_y."""

@@ -346,7 +346,7 @@ BACKWARD_PASS = (
         "launches of some of the heads all take the first heads' partial sums",
         PLAIN,
         LAUNCH_BACKWARD,
-        "space.of(memory, false, first_row % norm.heads)",
+        "space.of(memory, false, first_row % heads)",
         "space.of(memory, false, 0)",
     ),
     mutant(
@@ -354,7 +354,7 @@ BACKWARD_PASS = (
         "the gradient of a weight that all heads share is that of the first",
         PLAIN,
         LAUNCH_BACKWARD,
-        "per_head ? partials : partials * norm.heads",
+        "per_head ? partials : partials * heads",
         "partials",
     ),
     mutant(

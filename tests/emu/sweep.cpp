@@ -75,7 +75,6 @@ void run(const Case& c) {
   norm.statistic = c.statistic;
   norm.rows = c.rows;
   norm.n = c.n;
-  norm.heads = c.heads;
   norm.outer_dims = c.rows == 1 ? 0 : 1;
   norm.outer_size[0] = c.rows;
   const auto rows = [](Rows& t) { return RowsOf{t.data(), t.dtype, {t.row_stride}}; };
@@ -86,9 +85,8 @@ void run(const Case& c) {
     norm.residual = rows(residual);
     norm.residual_out = c.in_place ? norm.residual : rows(residual_out);
   }
-  const int64_t affine_stride = c.heads > 1 ? weight.row_stride : 0;
-  if (c.weight) norm.weight = {weight.data(), weight.dtype, affine_stride};
-  if (c.bias) norm.bias = {bias.data(), bias.dtype, affine_stride};
+  if (c.weight) norm.weight = {weight.data(), weight.dtype, weight.row_stride, 1, c.heads};
+  if (c.bias) norm.bias = {bias.data(), bias.dtype, bias.row_stride, 1, c.heads};
   norm.options.eps = c.eps;
   norm.options.weight_offset = c.weight ? c.offset : 0.f;
   norm.options.round_before_weight = c.round_before_weight;
@@ -175,7 +173,7 @@ std::vector<float> float32_of(Statistic statistic, DType dtype, int64_t first, i
   norm.statistic = statistic;
   norm.rows = rows;
   norm.n = n;
-  norm.heads = norm.outer_dims = 1;
+  norm.outer_dims = 1;
   norm.outer_size[0] = rows;
   norm.options.eps = 1e-6f;
   norm.x = {x.data(), dtype, {x.row_stride}};
@@ -293,7 +291,7 @@ std::set<std::string> every_plan() {
           RowNorm norm{};
           norm.rows = rows;
           norm.n = n;
-          norm.heads = norm.outer_dims = 1;
+          norm.outer_dims = 1;
           norm.outer_size[0] = rows;
           norm.x = norm.out = {reinterpret_cast<char*>(16), x, {n * item_size(x)}};
           found.insert(cuda::describe(norm, 0));

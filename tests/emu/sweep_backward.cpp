@@ -76,7 +76,6 @@ RowNormBackward job_of(const Case& c, Tensors& t) {
   job.from_output = c.from_output;
   job.rows = c.rows;
   job.n = c.n;
-  job.heads = c.heads;
   int64_t left = c.rows;
   for (int d = 0; d < c.peeled; ++d, left /= 2) job.outer_size[job.outer_dims++] = 2;
   if (c.rows != 1) job.outer_size[job.outer_dims++] = left;
@@ -94,8 +93,8 @@ RowNormBackward job_of(const Case& c, Tensors& t) {
   if (c.residual) job.residual = rows(t.residual);
   if (c.wants_rows) job.grad_x = rows(t.grad_x);
   if (c.grad_residual) job.grad_residual = rows(t.grad_residual);
-  const auto affine = [](Rows& from, bool per_head) {
-    return Affine{from.data(), from.dtype, per_head ? from.row_stride : 0};
+  const auto affine = [&](Rows& from, bool per_head) {
+    return Affine{from.data(), from.dtype, from.row_stride, 1, per_head ? c.heads : 1};
   };
   if (c.weight) job.weight = affine(t.weight, c.per_head_weight);
   if (c.bias) job.bias = affine(t.bias, c.per_head_bias);
@@ -384,7 +383,7 @@ std::set<std::string> every_plan() {
       RowNormBackward job{};
       job.rows = job.outer_size[0] = 1 << 20;
       job.n = n;
-      job.heads = job.outer_dims = 1;
+      job.outer_dims = 1;
       job.x = job.grad_y = {reinterpret_cast<char*>(16), x, {n * item_size(x)}};
       found.insert(cuda::describe(job, 0));
       job.x.data += 1;  // unaligned

@@ -17,12 +17,11 @@ void describe_rows(const Case& c, Norm& norm, Part& part) {
   norm.statistic = c.statistic;
   norm.rows = c.rows;
   norm.n = c.n;
-  norm.heads = c.heads;
   int64_t left = c.rows;
   for (int d = 0; d < c.peeled; ++d, left /= 2) norm.outer_size[norm.outer_dims++] = 2;
   if (c.rows != 1) norm.outer_size[norm.outer_dims++] = left;
   const auto affine = [&](Rows& from) {
-    return Affine{from.data(), from.dtype, c.heads > 1 ? from.row_stride : 0};
+    return Affine{from.data(), from.dtype, from.row_stride, 1, c.heads};
   };
   if (c.weight) norm.weight = affine(part.weight);
   if (c.bias) norm.bias = affine(part.bias);
