@@ -76,7 +76,7 @@ struct RowNorm {
   RowsOf x, residual, out, residual_out;
   Affine weight, bias;
   NormOptions options;
-  float* rstd;  // one a row, for the backward pass; null when nobody asks
+  float* rstd;  // one a row, for the backward pass; null when not asked for
   float* mean;  // likewise; null for kRms
   Split split;  // without residual, where rows are split
 };
@@ -101,10 +101,10 @@ struct RowNormBackward {
   RowsOf x, residual;            // x, or the sum x + residual in float32, was normalised
   RowsOf grad_x, grad_residual;  // both get the same values, each in its dtype
   Affine weight;
-  Affine bias;        // given where the output is to be undone, or its gradient is wanted
+  Affine bias;        // given where the output is to be undone, or its gradient is asked for
   const float* rstd;  // one a row
   const float* mean;  // likewise; null for kRms and where x is the output
-  char* grad_weight;  // of weight's shape and dtype, dense; null when nobody asks
+  char* grad_weight;  // of weight's shape and dtype, dense; null when it is not asked for
   char* grad_bias;
   NormOptions options;  // clamp_inf has no gradients here, and round_sum is in what was kept
   DType normalised;     // what round_before_weight rounded xhat to

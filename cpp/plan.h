@@ -1,11 +1,10 @@
-// How CUDA works on a row norm: a pure function of what a row is, of how many there are, and of the
-// device.
+// How CUDA runs a row norm: a pure function of the row, the number of rows and the device.
 //
 // None of it changes the bits of a row, except whether the row is kept or streamed, which follows n
 // and the device alone.  A row's columns are summed in fours, and the fours are added as a tree
 // that folds them in half until one is left (cuda/reduce.cuh).  Lanes, packs per lane, rows per
-// block and blocks per row only say who adds, never in which order, so they may follow the number
-// of rows and the dtype.
+// block and blocks per row only decide which thread adds, never the order, so they may follow the
+// number of rows and the dtype.
 #pragma once
 #include "norm_args.h"
 

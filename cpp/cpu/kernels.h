@@ -33,7 +33,7 @@ struct Block {
   const void* weight[kMaxBlockRows];  // float32 in the apply stage's layout, or as stored
   const void* bias[kMaxBlockRows];
   const void*
-      next[kMaxBlockRows];  // a row that is wanted soon, for the apply stage to fetch; or null
+      next[kMaxBlockRows];  // a row to fetch in the apply stage, since it comes next; or null
   float sum[kMaxBlockRows];
   float mean[kMaxBlockRows];
   float rstd[kMaxBlockRows];
@@ -67,7 +67,7 @@ struct BackwardBlock {
   float gx_mean[kMaxBlockRows];  // of g * xhat
   DType rounded;                 // what the forward pass rounded xhat to; kFloat32: nothing
   bool stream;                   // write around the caches
-  bool fetch;                    // these rows are wanted soon; null: none
+  bool fetch;                    // the rows below come next, and are fetched; null: none
   const char* next_x[kMaxBlockRows];
   const char* next_grad_y[kMaxBlockRows];
 };

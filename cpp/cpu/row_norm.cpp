@@ -278,7 +278,7 @@ Plan plan(const RowNorm& norm) {
   Plan p;
   // Little of so much stays in the cache.  At just its size either way has won (Zen 4, 33.5 MB:
   // through it, rms of 32768x128 float32 a quarter faster, layer of 2048x4096 bfloat16 a fifth
-  // slower), and whoever reads y next is glad to find it there.
+  // slower), and what reads y next finds it there.
   p.stream = traffic > last_cache_bytes() && !in_place && on_cache_lines(norm.out, norm.outer_dims);
   p.fetch = traffic > kFetchBytes;
   const int64_t block_bytes = p.stream ? kStreamedBlockBytes : kBlockBytes;
