@@ -44,7 +44,8 @@ inline bool is_packed(const Tensor& t) {
 }
 
 // of_strides: kStrides for an input, of which a copy can be made.
-inline Refusal check_rows(const Tensor& t, const Tensor& x, Refusal::Kind of_strides) {
+[[gnu::always_inline]] inline Refusal check_rows(const Tensor& t, const Tensor& x,
+                                                 Refusal::Kind of_strides) {
   if (!t) return {};
   if (!same_shape(t, x)) return {t.name, "does not have x's shape", Refusal::kShape};
   if (t.size(1) > 1 && t.stride(1) != 1)
@@ -52,7 +53,8 @@ inline Refusal check_rows(const Tensor& t, const Tensor& x, Refusal::Kind of_str
   return {};
 }
 
-inline Refusal check_affine(const Tensor& t, const Tensor& x, bool per_head) {
+[[gnu::always_inline]] inline Refusal check_affine(const Tensor& t, const Tensor& x,
+                                                   bool per_head) {
   if (!t) return {};
   const bool row = t.ndim == 1 && t.size(1) == x.size(1);
   const bool row_per_head =
@@ -109,7 +111,7 @@ inline Refusal check_memory(const Arguments& a) {
   return {};
 }
 
-inline Refusal check_device(const Tensor& t, const Tensor& x) {
+[[gnu::always_inline]] inline Refusal check_device(const Tensor& t, const Tensor& x) {
   if (!t ||
       (t.device.device_type == x.device.device_type && t.device.device_id == x.device.device_id))
     return {};

@@ -92,8 +92,12 @@ struct Tensor {
     return (last + 1) * item_size(dtype);
   }
 
-  Refusal read(PyObject* source) {
-    if (source == Py_None) return {};
+  // None, for absent, is not worth a call.
+  [[gnu::always_inline]] Refusal read(PyObject* source) {
+    return source == Py_None ? Refusal{} : read_tensor(source);
+  }
+
+  Refusal read_tensor(PyObject* source) {
     if (Py_TYPE(source) != torch_objects.tensor && Py_TYPE(source) != torch_objects.parameter)
       return {name, "is not a plain torch.Tensor", Refusal::kDtype};
     DLTensor view;
