@@ -16,7 +16,7 @@ sources := pyproject.toml CMakeLists.txt $(shell find cmake cpp cuda -type f)
 emu_sources := $(shell find cpp cuda tests/emu -type f)
 cpp_files = $(shell find cpp cuda tests benchmarks -name '*.h' -o -name '*.hpp' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test emu mutants bench gpu gpu-build gpu-conformance gpu-tests gpu-bench gpu-tune fuzz
+.PHONY: help demo test emu emu-plain emu-asan emu-tsan mutants bench gpu gpu-build gpu-conformance gpu-tests gpu-bench gpu-tune fuzz
 .PHONY: lint docs wheel clean FORCE
 
 help:
@@ -42,12 +42,20 @@ PYTEST_WORKERS ?= --numprocesses=auto --maxprocesses=8 --dist=worksteal
 test: $(VENV)/.test build/emu/.built
 	$(python) -m pytest $(PYTEST_WORKERS)
 
-# TSan wants its addresses where they always were.
-emu: build/emu/.built build/emu-asan/.built build/emu-tsan/.built
+# Side by side: each of them runs on one core.
+emu: $(VENV)/.test
+	$(MAKE) --jobs=3 emu-plain emu-asan emu-tsan
+
+emu-plain: build/emu/.built
 	build/emu/sweep 1
 	build/emu/test_emulator
+
+emu-asan: build/emu-asan/.built
 	build/emu-asan/sweep 2 0 4
 	build/emu-asan/test_emulator
+
+# TSan wants its addresses where they always were.
+emu-tsan: build/emu-tsan/.built
 	setarch -R build/emu-tsan/sweep 3 0 16
 	setarch -R build/emu-tsan/test_emulator
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,7 @@ def source(
     return compiler.ASTSource(kernel, signature, constants, hints if aligned else {})
 
 
+@cache
 def assembly(target: Any, n: int, variant: str, *, aligned: bool) -> str:
     from triton import compiler
 

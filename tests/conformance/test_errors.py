@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import normkit
+import starting
+from conformance import without_memory
 from conformance.support import ADD_LAYER, ADD_RMS, HEAD_LAYER, HEAD_RMS, LAYER, RMS, Op, bits
 from normkit.testing import make_inputs
 
@@ -417,56 +418,18 @@ def test_tensors_without_data_are_refused_by_name_and_served_by_the_reference(ma
             normkit.rms_norm(x, weight)
 
 
-DANGEROUS = """
-import sys, torch, normkit
-from torch._subclasses.fake_tensor import FakeTensorMode
-
-def fake(t):
-    with FakeTensorMode() as mode:
-        return mode.from_tensor(t)
-
-def freed(t):
-    t.untyped_storage().resize_(0)
-    return t
-
-CHANGES = dict(
-    fake=fake,
-    freed=freed,
-    zero=lambda t: torch._efficientzerotensor(t.shape),
-    nested=lambda t: torch.nested.nested_tensor([torch.ones(8)] * 4),
-    uninitialized=lambda t: torch.nn.UninitializedParameter(requires_grad=False),
-    deleted=lambda t: t.set_(),
-)
-backend, *kinds = sys.argv[1:]
-for kind in kinds:
-    for name in ("x", "residual", "weight", "bias", "out", "residual_out"):
-        values = {t: torch.ones(4, 8) for t in ("x", "residual", "out", "residual_out")}
-        values |= {t: torch.ones(8) for t in ("weight", "bias")}
-        values[name] = CHANGES[kind](values[name])
-        print(kind, name, end=" ", flush=True)
-        try:
-            with normkit.use_backend(backend):
-                normkit.add_rms_norm(**values)
-        except Exception as error:
-            print("raised", type(error).__name__, error)
-        else:
-            print("served")
-"""
-
-
 @pytest.mark.parametrize("kinds", ["fake zero nested uninitialized deleted", "freed"])
-def test_tensors_without_memory_raise_and_do_not_crash(backend: Any, kinds: str) -> None:
-    """In a process of its own: a crash shows as one, and the output how far it came."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", DANGEROUS, backend.name, *kinds.split()],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, f"{done.stdout}{done.stderr}"
-    lines = done.stdout.splitlines()
-    assert len(lines) == 6 * len(kinds.split())
-    for line in lines:
+def test_tensors_without_memory_raise_and_do_not_crash(
+    backend: Any, kinds: str, tmp_path: Path
+) -> None:
+    """In a process of its own: a crash shows as one, and the file how far it came."""
+    said = tmp_path / "said"
+    code = starting.run(without_memory.call_with, kinds.split(), backend.name, said)
+    lines = said.read_text().splitlines()
+    assert code == 0, f"ended with {code} {lines[-1]}"
+    made = [line for line in lines if not line.startswith("calling")]
+    assert len(made) == len(without_memory.NAMES) * len(kinds.split())
+    for line in made:
         readable_zeros = line.startswith("zero") and not line.split()[1].endswith("out")
         assert "raised" in line or (readable_zeros and backend.name != "cpu"), line
 

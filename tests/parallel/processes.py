@@ -27,6 +27,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+import starting
+
 GROUP_TIMEOUT = timedelta(seconds=30)
 LIMIT = 240  # seconds for all tests of one number of ranks
 
@@ -81,7 +83,7 @@ def _outcomes(world: int, keys: tuple[str, ...]) -> dict[str, list[str]]:
 
 def run_processes(work: Callable[..., None], world: int, *args: Any) -> list[int | None]:
     """Run work(rank, world, *args) in processes; return how they ended, None for killed by us."""
-    context = mp.get_context("spawn")
+    context = mp.get_context(starting.METHOD)
     processes = [context.Process(target=work, args=(rank, world, *args)) for rank in range(world)]
     for process in processes:
         process.start()

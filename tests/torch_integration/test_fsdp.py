@@ -16,6 +16,7 @@ if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("torch without gloo", allow_module_level=True)
 
 import normkit
+import starting
 from torch_integration import sharding
 
 N, WORLD = 16, 2
@@ -23,7 +24,7 @@ N, WORLD = 16, 2
 
 def run_processes(work: Callable[..., None], *args: Any) -> None:
     """Run work(rank, *args) in each of the processes, and fail rather than wait for ever."""
-    context = mp.spawn(work, args=args, nprocs=WORLD, join=False)
+    context = mp.start_processes(work, args, WORLD, join=False, start_method=starting.METHOD)
     end = time.monotonic() + 120
     try:
         while not context.join(timeout=1):
