@@ -100,15 +100,13 @@ def load(path: Path) -> ModuleType:
 @contextmanager
 def serving(module: ModuleType) -> Iterator[None]:
     """Have this copy run the norms."""
-    native = backends.Native.of(module)
-    natives = dict.fromkeys(("auto", "cpu", "cuda"), native)
+    natives = dict.fromkeys(("auto", "cpu", "cuda"), backends.Native.of(module))
+    places = ((functional, "_norm"), (functional, "_add_norm"), (normkit.modules, "quick"))
     with ExitStack() as stack:
-        # _C is told whether its quick path is on.
-        stack.enter_context(patch.object(backends, "_C", module))
+        stack.enter_context(patch.object(backends, "_C", module))  # its quick path is set
         stack.enter_context(patch.dict(backends.natives, natives))
-        for name in ("_norm", "_add_norm"):
-            stack.enter_context(patch.object(functional, name, module.try_norm))
-        stack.enter_context(patch.object(normkit.modules, "quick", module.try_norm))
+        for place, name in places:
+            stack.enter_context(patch.object(place, name, module.try_norm))
         yield
 
 
