@@ -73,17 +73,14 @@ def test_only_what_is_a_function_or_a_module_is_an_operator() -> None:
     functions = {name for name in normkit.__all__ if name.rstrip("_").endswith("_norm")}
     functions.discard("load_norm")
     assert functions == {name + form for name in FUNCTIONS for form in ("", "_")}
-    assert set(NAMES) - set(FUNCTIONS) == {"add_head_norm"}
+    assert NAMES == FUNCTIONS
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_schemas_have_the_arguments_and_defaults_of_the_functions(name: str) -> None:
-    like = name if name in FUNCTIONS else "head_norm"
     for form in FORMS:
-        function = getattr(normkit, like + ("_" if form == "_" else ""))
+        function = getattr(normkit, name + ("_" if form == "_" else ""))
         expected = {k: p.default for k, p in inspect.signature(function).parameters.items()}
-        if name not in FUNCTIONS:
-            expected |= {"residual": inspect.Parameter.empty, "round_sum": True}
         if form == "_out":
             for option in ("out_dtype", "memory_efficient"):
                 del expected[option]
@@ -100,7 +97,7 @@ def test_schemas_have_the_arguments_and_defaults_of_the_functions(name: str) -> 
         }
         assert declared == expected
         positional = [k for k in declared if k in ("x", "residual", "weight", "bias", "eps")]
-        assert positional == [k for k in expected if k in positional] or name not in FUNCTIONS
+        assert positional == [k for k in expected if k in positional]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -69,9 +69,15 @@ def serve(call: Call) -> Any:
     writes = call.out is not None or call.residual_out is not None
     if transformed or writes or not call.requires_grad():
         return dispatch.run(check(call))
-    # The extension checks, and what it refuses dispatch.save; but neither sees these.
-    if type(call.memory_efficient) is not bool or (call.adds and call.residual is None):
-        check(call)
+    # The extension checks, and what it refuses dispatch.save; but neither sees the first and the
+    # last of these, and the backward pass wants numbers that torch can add.
+    if (
+        type(call.memory_efficient) is not bool
+        or not isinstance(call.eps, float | None)
+        or type(call.weight_offset) is not float
+        or (call.adds and call.residual is None)
+    ):
+        call = check(call)
     return operators.run_with_gradient(call)
 
 

@@ -239,14 +239,15 @@ _PLURALS = {"x": "xs", "weight": "weights", "bias": "biases", "out": "outs"}
 
 def _checked(given: list[Call], context: TPContext) -> list[Call]:
     calls = []
-    for i, call in enumerate(given):
+    for i, one in enumerate(given):
         try:
-            calls.append(check(call))
+            call = check(one)
         except (TypeError, ValueError, RuntimeError) as error:
             name, colon, rest = str(error).partition(":")
             listed = f"{_PLURALS[name]}[{i}]" if name in _PLURALS else name
             raise type(error)(f"{listed}{colon}{rest}") from error
         check_backend(call)
+        calls.append(call)
         if call.x.device not in context._stream_of:
             expected = ", ".join(map(str, context._stream_of))
             raise ValueError(
