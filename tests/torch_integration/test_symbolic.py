@@ -93,7 +93,7 @@ def _tuple(made: Any) -> tuple[Tensor, ...]:
 
 # ------------------------------------------------------------------------------------------- jit
 
-script = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+script = pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated")
 
 
 @script
