@@ -204,7 +204,7 @@ def explain_call(call: Call) -> Explanation:
     if gradient:
         why_not = backward_refusal(backend, call.clamp_inf)
         reason += f"; the gradients by plain torch: {why_not}" if why_not else ", gradients too"
-    copied = [name for name, t in call.inputs() if as_kernels_read_it(t) is not t]
+    copied = [name for name, t in call.inputs() if _has_steps(t) or t.is_neg()]
     if copied:
         reason += f"; copied first, for a last stride of 1: {', '.join(copied)}"
     return Explanation(backend, plan, reason)
@@ -257,10 +257,14 @@ def _hides_signs(x: Tensor | None) -> bool:
 
 def as_kernels_read_it(t: Tensor) -> Tensor:
     """The tensor itself, or a copy with a last stride of 1 and its signs in its memory."""
-    if t.ndim > 0 and t.shape[-1] > 1 and t.stride(-1) != 1:
+    if _has_steps(t):
         # contiguous() would return an empty tensor as it is.
         t = t.clone(memory_format=torch.contiguous_format)
     return t.resolve_neg()
+
+
+def _has_steps(t: Tensor) -> bool:
+    return t.ndim > 0 and t.shape[-1] > 1 and t.stride(-1) != 1
 
 
 def run_by_reference(call: Call) -> Result:

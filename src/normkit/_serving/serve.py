@@ -73,7 +73,7 @@ def serve(call: Call) -> Any:
     # last of these, and the backward pass wants numbers that torch can add.
     if (
         type(call.memory_efficient) is not bool
-        or not isinstance(call.eps, float | None)
+        or (call.eps is not None and type(call.eps) is not float)
         or type(call.weight_offset) is not float
         or (call.adds and call.residual is None)
     ):
@@ -82,7 +82,9 @@ def serve(call: Call) -> Any:
 
 
 def explain(op: str | Callable[..., Any], *args: Any, **options: Any) -> Explanation:
-    """Tell how exactly this call would run, and why; nothing is computed, written or allocated.
+    """Tell how exactly this call would run, and why; nothing is computed or written.
+
+    No output is allocated; inputs that the call would copy, for their strides, are copied here too.
 
     Args:
         op: one of normkit's functions, or its name.
