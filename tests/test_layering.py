@@ -17,7 +17,7 @@ PACKAGE = ROOT / "src" / "normkit"
 # A module imports from the layers before its own, never from its own; a new file needs a place.
 LAYERS = [
     {"_C", "_scripting", "_serving", "_spec", "reference"},
-    {"_serving.refusal", "_serving.triton_kernels"},
+    {"_serving.refusal", "_serving.triton_kernels", "checkpoint._names"},
     {"_serving.checks", "_serving.nested", "_serving.triton", "testing"},
     {"_serving.backends", "checkpoint._families"},
     {"_serving.dispatch", "checkpoint._files"},

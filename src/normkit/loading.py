@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from normkit._spec import Kind
-from normkit.checkpoint import Source, is_head_norm, read_norm
+from normkit.checkpoint import Source, read_norm
+from normkit.checkpoint._names import is_head_norm
 from normkit.modules import HeadNorm, LayerNorm, RMSNorm
 
 

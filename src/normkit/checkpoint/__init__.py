@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import itertools
 import os
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from normkit._serving.checks import check_eps, check_number
 from normkit._spec import Kind, NormSpec
 from normkit.checkpoint._families import Config, config_of
 from normkit.checkpoint._files import Files, describe_slice, printable
+from normkit.checkpoint._names import BIAS_OF, is_head_norm, is_norm, is_norm_weight, natural, split
 
 
 class HasGetTensor(Protocol):
@@ -114,36 +114,7 @@ def _opened(source: Source) -> _Tensors:
 
 # ------------------------------------------------------------------------------- finding by name
 
-_BIAS_OF = {".weight": ".bias", ".gamma": ".beta"}  # the second as TensorFlow's BERT has them
-_NORM_WORDS = frozenset(
-    ("norm", "norms", "layernorm", "layernorms", "rmsnorm", "ln", "layrnorm", "enorm", "hnorm")
-)
-_OTHER_WORDS = frozenset(("batch", "group", "instance", "spectral", "weight", "linear", "proj"))
-_HEAD_WORDS = frozenset(("q", "k", "query", "key"))
 _LONG, _MANY = 200, 10_000  # what is searched for a key like one that is not there
-_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
-
-
-def _split(name: str) -> tuple[str, str]:
-    """The norm's name and the ending of its weight's; "" as ending where it is not a weight's."""
-    ending = next((e for e in _BIAS_OF if name.endswith(e)), "")
-    return name.removesuffix(ending), ending
-
-
-def _words(prefix: str) -> set[str]:
-    """The words in the last part of a name that is not just a number."""
-    named = next((p for p in reversed(prefix.split(".")) if not p.isdecimal()), "")
-    return {word.lower() for word in _WORD.findall(named)}
-
-
-def _is_norm(prefix: str) -> bool:
-    words = _words(prefix)
-    return bool(words & _NORM_WORDS) and not words & _OTHER_WORDS
-
-
-def is_head_norm(prefix: str, shape: tuple[int, ...]) -> bool:
-    """Whether a norm of this name and shape of weight is one with a weight per head."""
-    return len(shape) == 2 and _is_norm(prefix) and bool(_words(prefix) & _HEAD_WORDS)
 
 
 def find_norms(source: Source) -> list[NormEntry]:
@@ -199,7 +170,7 @@ def weight_names(tensors: _Tensors) -> list[str]:
     names = tensors.names()
     if names is None:
         raise TypeError(f"source: expected an object with keys(), got {tensors.name}")
-    return sorted((name for name in names if _is_norm_weight(name, names)), key=_natural)
+    return sorted((name for name in names if is_norm_weight(name, names)), key=natural)
 
 
 def describe_norm(tensors: _Tensors, name: str) -> NormEntry | None:
@@ -217,11 +188,6 @@ def describe_norm(tensors: _Tensors, name: str) -> NormEntry | None:
     return _entry(tensors, norm)
 
 
-def _is_norm_weight(name: str, names: Collection[str]) -> bool:
-    prefix, ending = _split(name)
-    return bool(ending) and _is_norm(prefix) and f"{prefix}.running_mean" not in names
-
-
 def _is_floating(dtype: torch.dtype | str) -> bool:
     return isinstance(dtype, torch.dtype) and dtype.is_floating_point
 
@@ -233,24 +199,15 @@ def _check_weight(name: str, shape: tuple[int, ...], dtype: torch.dtype | str) -
         raise ValueError(f"{printable(name)}: expected the shape of a norm's tensor, got {shape}")
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Numbers as numbers: of two without leading zeros, the one with more digits is larger."""
-    parts = re.split(r"([0-9]+)", name)
-    numbers = (part.lstrip("0") for part in parts[1::2])
-    texts = [(-1, part) for part in parts[::2]]
-    digits = [(len(number), number) for number in numbers]
-    return [part for pair in itertools.zip_longest(texts, digits) for part in pair if part]
-
-
 def _find(tensors: _Tensors, name: str) -> _Found | None:
     shape, dtype = tensors.describe(name)
-    fits = len(shape) == 1 or is_head_norm(_split(name)[0], shape)
+    fits = len(shape) == 1 or is_head_norm(split(name)[0], shape)
     return _Found(name, shape, dtype) if fits else None
 
 
 def _entry(tensors: _Tensors, norm: _Found) -> NormEntry:
-    prefix, ending = _split(norm.name)
-    has_bias = prefix + _BIAS_OF[ending] in (tensors.names() or ())
+    prefix, ending = split(norm.name)
+    has_bias = prefix + BIAS_OF[ending] in (tensors.names() or ())
     config = tensors.config(prefix)
     kind = config.kind(has_bias)
     assert isinstance(norm.dtype, torch.dtype)  # it was looked at
@@ -308,13 +265,13 @@ def read_norm(
 
 
 def _read(tensors: _Tensors, key: str) -> tuple[str, Tensor, Tensor | None]:
-    prefix, given = _split(key)
-    for ending in [given] if given else _BIAS_OF:
+    prefix, given = split(key)
+    for ending in [given] if given else BIAS_OF:
         weight = tensors.get(prefix + ending)
         if weight is None:
             continue
-        bias = tensors.get(prefix + _BIAS_OF[ending])
-        for name, tensor in ((prefix + ending, weight), (prefix + _BIAS_OF[ending], bias)):
+        bias = tensors.get(prefix + BIAS_OF[ending])
+        for name, tensor in ((prefix + ending, weight), (prefix + BIAS_OF[ending], bias)):
             if tensor is not None:
                 _check_weight(name, tuple(tensor.shape), tensor.dtype)
         if bias is not None and bias.shape != weight.shape:
@@ -328,8 +285,8 @@ def _read(tensors: _Tensors, key: str) -> tuple[str, Tensor, Tensor | None]:
 
 def _nearest(tensors: _Tensors, prefix: str) -> str:
     # difflib takes time as the product of the lengths, for each name
-    prefixes = {start for start, ending in map(_split, tensors.names() or ()) if ending}
-    norms = {start for start in prefixes if _is_norm(start)}
+    prefixes = {start for start, ending in map(split, tensors.names() or ()) if ending}
+    norms = {start for start in prefixes if is_norm(start)}
     short = (start for start in norms or prefixes if len(start) <= _LONG)
     among = list(itertools.islice(short, _MANY)) if len(prefix) <= _LONG else []
     near = difflib.get_close_matches(prefix, among, n=3, cutoff=0.3)
