@@ -36,7 +36,9 @@ def load_norm(
             what it lacks.  Only the tensors of this norm are read, from a file those of up to 128
             MiB; docs/api.md has what else is refused in files.  A config.json beside the file
             is used: its text_config, or vision_config or audio_config where the key says so.
-        key: name of the norm ("model.norm") or of its weight ("model.norm.weight").
+        key: name of the norm ("model.norm") or of its weight ("model.norm.weight").  A norm that
+            is wrapped by PEFT, torch.compile, DDP or FSDP has its name in the plain model as well,
+            which of several copies means the one that PEFT trains.
         kind: "rms" or "layer"; None for the rule above.
         eps: None for that of config.json, or, without one, 1e-6 for "rms" and 1e-5 for "layer".
         weight_offset: None for 1.0 where the model family of config.json adds 1 (Gemma 1 to 3,
@@ -50,7 +52,7 @@ def load_norm(
         dtype stored.
 
     Raises:
-        KeyError: source has no such norm; the message names the nearest.
+        KeyError: source has no such norm, or several; the message names the nearest.
         TypeError: source is none of these, an argument is of the wrong type, or a tensor is stored
             in a dtype that is no floating one.
         ValueError: a value is none of these, eps is not a finite number from 0 on, a file is

@@ -17,7 +17,18 @@ from normkit._serving.checks import check_eps, check_number
 from normkit._spec import Kind, NormSpec
 from normkit.checkpoint._families import Config, config_of
 from normkit.checkpoint._files import Files, describe_slice, printable
-from normkit.checkpoint._names import BIAS_OF, is_head_norm, is_norm, is_norm_weight, natural, split
+from normkit.checkpoint._names import (
+    BIASES_OF,
+    IsKnown,
+    biases_of,
+    canonical,
+    is_head_norm,
+    is_norm,
+    is_norm_weight,
+    natural,
+    split,
+    weights_of,
+)
 
 
 class HasGetTensor(Protocol):
@@ -66,7 +77,7 @@ class _Objects:
         self._names = set(source.keys()) if hasattr(source, "keys") else None
 
     def config(self, prefix: str) -> Config:
-        return config_of(prefix, {}, self.name)
+        return config_of(canonical(prefix), {}, self.name)
 
     def names(self) -> Collection[str] | None:
         return self._names
@@ -121,9 +132,11 @@ def find_norms(source: Source) -> list[NormEntry]:
     """Find every norm of a checkpoint by names and shapes, without reading a tensor.
 
     A norm is a floating weight (n,), n > 0, of a module called norm, layernorm, LayerNorm, ln_1,
-    q_norm and the like, or (heads, head_dim) of one called q_norm or k_norm; TensorFlow's gamma and
-    beta count as weight and bias.  Batch, group and instance norms are left out where their name or
-    a running mean tells; a group norm that is just called "norm" cannot be told from a LayerNorm.
+    q_norm and the like, or (heads, head_dim) of one called q_norm or k_norm.  The weight may be
+    called weight, scale or gamma, and the bias bias or beta.  Batch, group and instance norms are
+    left out where their name or a running mean tells; a group norm that is just called "norm"
+    cannot be told from a LayerNorm.  Of a norm that PEFT trains, the copy that is trained and the
+    one it replaces are listed, each under the key that it is stored with.
 
     Args:
         source: as in `load_norm`; an object needs keys().  Only of an object without get_slice,
@@ -162,15 +175,21 @@ class _Found:
         return 0 not in self.shape and _is_floating(self.dtype)
 
 
-def weight_names(tensors: _Tensors) -> list[str]:
+def weight_names(tensors: _Tensors, is_known: IsKnown | None = None) -> list[str]:
     """The names of all tensors that are called as a norm's weight is, in the order of `find_norms`.
 
     What may be wrong with one of them is not looked at.
+
+    Args:
+        tensors: where they are.
+        is_known: given the canonical name of a module, True for a norm, False for what is none,
+            None where its name has to tell.
     """
     names = tensors.names()
     if names is None:
         raise TypeError(f"source: expected an object with keys(), got {tensors.name}")
-    return sorted((name for name in names if is_norm_weight(name, names)), key=natural)
+    found = (name for name in names if is_norm_weight(name, names, is_known))
+    return sorted(found, key=natural)
 
 
 def describe_norm(tensors: _Tensors, name: str) -> NormEntry | None:
@@ -206,8 +225,9 @@ def _find(tensors: _Tensors, name: str) -> _Found | None:
 
 
 def _entry(tensors: _Tensors, norm: _Found) -> NormEntry:
-    prefix, ending = split(norm.name)
-    has_bias = prefix + BIAS_OF[ending] in (tensors.names() or ())
+    prefix, _ = split(norm.name)
+    names = tensors.names() or ()
+    has_bias = any(bias in names for bias in biases_of(norm.name))
     config = tensors.config(prefix)
     kind = config.kind(has_bias)
     assert isinstance(norm.dtype, torch.dtype)  # it was looked at
@@ -265,22 +285,36 @@ def read_norm(
 
 
 def _read(tensors: _Tensors, key: str) -> tuple[str, Tensor, Tensor | None]:
+    name, weight = _read_weight(tensors, key)
+    prefix, _ = split(name)
+    stored = ((bias, tensors.get(bias)) for bias in biases_of(name))
+    bias_name, bias = next((pair for pair in stored if pair[1] is not None), ("", None))
+    for part, tensor in ((name, weight), (bias_name, bias)):
+        if tensor is not None:
+            _check_weight(part, tuple(tensor.shape), tensor.dtype)
+    if bias is not None and bias.shape != weight.shape:
+        raise ValueError(
+            f"{printable(prefix)}: expected a weight and a bias of one shape,"
+            f" got {tuple(weight.shape)} and {tuple(bias.shape)}"
+        )
+    return prefix, weight, bias
+
+
+def _read_weight(tensors: _Tensors, key: str) -> tuple[str, Tensor]:
+    """The weight of that name, or of the module of that name, and what it is called."""
     prefix, given = split(key)
-    for ending in [given] if given else BIAS_OF:
+    for ending in [given] if given else BIASES_OF:
         weight = tensors.get(prefix + ending)
-        if weight is None:
-            continue
-        bias = tensors.get(prefix + BIAS_OF[ending])
-        for name, tensor in ((prefix + ending, weight), (prefix + BIAS_OF[ending], bias)):
-            if tensor is not None:
-                _check_weight(name, tuple(tensor.shape), tensor.dtype)
-        if bias is not None and bias.shape != weight.shape:
-            raise ValueError(
-                f"{printable(prefix)}: expected a weight and a bias of one shape,"
-                f" got {tuple(weight.shape)} and {tuple(bias.shape)}"
-            )
-        return prefix, weight, bias
-    raise KeyError(f"no norm {key!r:.200} in {tensors.name}{_nearest(tensors, prefix)}")
+        if weight is not None:
+            return prefix + ending, weight
+    wrapped = weights_of(prefix, tensors.names() or ())
+    if len(wrapped) == 1:
+        return _read_weight(tensors, wrapped[0])
+    missing = f"no norm {key!r:.200} in {tensors.name}"
+    if wrapped:
+        keys = (split(name)[0] for name in sorted(wrapped, key=natural))
+        raise KeyError(f"{missing}; name one of several: {', '.join(map(printable, keys))}")
+    raise KeyError(f"{missing}{_nearest(tensors, prefix)}")
 
 
 def _nearest(tensors: _Tensors, prefix: str) -> str:

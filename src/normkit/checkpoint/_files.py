@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from normkit.checkpoint._families import Config, config_of
+from normkit.checkpoint._names import canonical
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -92,7 +93,7 @@ class Files:
 
     def config(self, prefix: str) -> Config:
         """What config.json says of the norm of that name."""
-        return config_of(prefix, self._config, str(self._config_path))
+        return config_of(canonical(prefix), self._config, str(self._config_path))
 
     def names(self) -> Collection[str]:
         """The names of all tensors."""
