@@ -19,7 +19,6 @@ from checkpoints import (
     WithoutKeys,
     file_of,
     folder_of,
-    odd_values,
     same_bits,
     tensors,
 )
@@ -319,40 +318,6 @@ def test_an_rms_norm_with_a_bias_is_asked_for():
     module = load_norm(stored, "norm", kind="rms")
     assert isinstance(module, RMSNorm)
     assert torch.equal(module.bias, stored["norm.bias"])
-
-
-# -------------------------------------------------------------------------------------- head norms
-
-
-@pytest.mark.parametrize("key", ["attn.q_norm", "attn.k_norm", "attn.query_layernorm"])
-@pytest.mark.parametrize(("config", "kind"), [({}, "rms"), ({"layer_norm_eps": 0.25}, "layer")])
-def test_a_weight_per_head_makes_a_head_norm(tmp_path, key, config, kind):
-    weight = odd_values(12).view(3, 4)
-    path = file_of(tmp_path, {f"{key}.weight": weight}, config)
-    for module in (load_norm(path, key), HeadNorm.from_checkpoint(path, key)):
-        assert isinstance(module, HeadNorm)
-        assert (module.num_heads, module.head_dim, module.kind) == (3, 4, kind)
-        assert same_bits(module.weight, weight)
-        module(torch.ones(2, 3, 4))
-    assert load_norm(path, key, kind="layer").kind == "layer"
-    assert [(e.spec.kind, e.shape) for e in find_norms(path)] == [(kind, (3, 4))]
-
-
-def test_one_weight_for_all_heads_stays_one():
-    stored = {"q_norm.weight": odd_values(4)}
-    module = HeadNorm.from_checkpoint(stored, "q_norm")
-    assert module.num_heads is None
-    assert same_bits(module.weight, stored["q_norm.weight"])
-    assert module(torch.ones(2, 7, 4)).shape == (2, 7, 4)
-    assert isinstance(load_norm(stored, "q_norm"), RMSNorm)
-
-
-def test_other_weights_of_several_dimensions_are_one_row():
-    module = load_norm({"norm.weight": torch.ones(3, 4)}, "norm")
-    assert isinstance(module, RMSNorm)
-    assert module.normalized_shape == (3, 4)
-    with pytest.raises(ValueError, match=r"norm: expected shape .*, got \(2, 3, 4\)"):
-        HeadNorm.from_checkpoint({"norm.weight": torch.ones(2, 3, 4)}, "norm")
 
 
 # ---------------------------------------------------------------------------------------- mistakes

@@ -27,7 +27,8 @@ def load_norm(
     layer_norm_eps and no rms_norm_eps, except in families whose RMSNorms take their eps from there
     (T5, Mamba); else "rms".  So a LayerNorm without a bias needs kind="layer" where there is no
     config.json, and an RMSNorm with a bias always needs kind="rms".  The weight (heads, head_dim)
-    of a q_norm or k_norm makes a `HeadNorm` of that kind, any other an `RMSNorm` or `LayerNorm`.
+    of a q_norm, k_norm or v_norm makes a `HeadNorm` of that kind, any other an `RMSNorm` or
+    `LayerNorm`; a row that is stored as (1, n), (n, 1) or (n, 1, 1) has the weight (n,).
 
     Args:
         source: a .safetensors file; a folder with model.safetensors, or with

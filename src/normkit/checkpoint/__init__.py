@@ -22,10 +22,10 @@ from normkit.checkpoint._names import (
     IsKnown,
     biases_of,
     canonical,
-    is_head_norm,
     is_norm,
     is_norm_weight,
     natural,
+    norm_shape,
     split,
     weights_of,
 )
@@ -48,6 +48,7 @@ class NormEntry:
     key: str
     spec: NormSpec
     shape: tuple[int, ...]
+    """Of the module's weight: (n,) or (heads, head_dim), also where it is stored as (1, n)."""
     dtype: torch.dtype
     shard: str | None
     """The name of the file it is in; None where the source is no file."""
@@ -55,7 +56,10 @@ class NormEntry:
 
 @dataclass(frozen=True)
 class StoredNorm:
-    """A norm read from a checkpoint: copies of its tensors, bit for bit, and what it computes."""
+    """A norm read from a checkpoint: copies of its tensors, bit for bit, and what it computes.
+
+    They have the shape (n,) or (heads, head_dim); other shapes are kept as they are stored.
+    """
 
     key: str
     weight: Tensor
@@ -132,11 +136,12 @@ def find_norms(source: Source) -> list[NormEntry]:
     """Find every norm of a checkpoint by names and shapes, without reading a tensor.
 
     A norm is a floating weight (n,), n > 0, of a module called norm, layernorm, LayerNorm, ln_1,
-    q_norm and the like, or (heads, head_dim) of one called q_norm or k_norm.  The weight may be
-    called weight, scale or gamma, and the bias bias or beta.  Batch, group and instance norms are
-    left out where their name or a running mean tells; a group norm that is just called "norm"
-    cannot be told from a LayerNorm.  Of a norm that PEFT trains, the copy that is trained and the
-    one it replaces are listed, each under the key that it is stored with.
+    q_norm and the like, or (heads, head_dim) of one called q_norm, k_norm or v_norm; dimensions of
+    size 1 do not count.  The weight may be called weight, scale or gamma, and the bias bias or
+    beta.  Batch, group and instance norms are left out where their name or a running mean tells; a
+    group norm that is just called "norm" cannot be told from a LayerNorm.  Of a norm that PEFT
+    trains, the copy that is trained and the one it replaces are listed, each under the key that it
+    is stored with.
 
     Args:
         source: as in `load_norm`; an object needs keys().  Only of an object without get_slice,
@@ -164,7 +169,7 @@ def find_norms(source: Source) -> list[NormEntry]:
 
 @dataclass(frozen=True)
 class _Found:
-    """A stored tensor that has the name and the dimensions of a norm's weight."""
+    """A stored tensor that has the name and the dimensions of a norm's weight, and that norm's."""
 
     name: str
     shape: tuple[int, ...]
@@ -219,9 +224,9 @@ def _check_weight(name: str, shape: tuple[int, ...], dtype: torch.dtype | str) -
 
 
 def _find(tensors: _Tensors, name: str) -> _Found | None:
-    shape, dtype = tensors.describe(name)
-    fits = len(shape) == 1 or is_head_norm(split(name)[0], shape)
-    return _Found(name, shape, dtype) if fits else None
+    stored, dtype = tensors.describe(name)
+    shape = norm_shape(split(name)[0], stored)
+    return None if shape is None else _Found(name, shape, dtype)
 
 
 def _entry(tensors: _Tensors, norm: _Found) -> NormEntry:
@@ -287,17 +292,22 @@ def read_norm(
 def _read(tensors: _Tensors, key: str) -> tuple[str, Tensor, Tensor | None]:
     name, weight = _read_weight(tensors, key)
     prefix, _ = split(name)
-    stored = ((bias, tensors.get(bias)) for bias in biases_of(name))
-    bias_name, bias = next((pair for pair in stored if pair[1] is not None), ("", None))
-    for part, tensor in ((name, weight), (bias_name, bias)):
-        if tensor is not None:
-            _check_weight(part, tuple(tensor.shape), tensor.dtype)
+    weight = _as_row(name, prefix, weight)
+    biases = ((part, tensors.get(part)) for part in biases_of(name))
+    bias = next((_as_row(part, prefix, b) for part, b in biases if b is not None), None)
     if bias is not None and bias.shape != weight.shape:
         raise ValueError(
             f"{printable(prefix)}: expected a weight and a bias of one shape,"
             f" got {tuple(weight.shape)} and {tuple(bias.shape)}"
         )
     return prefix, weight, bias
+
+
+def _as_row(name: str, prefix: str, stored: Tensor) -> Tensor:
+    """A tensor that can be a norm's, in the shape of the norm."""
+    shape = tuple(stored.shape)
+    _check_weight(name, shape, stored.dtype)
+    return stored.reshape(norm_shape(prefix, shape) or shape)
 
 
 def _read_weight(tensors: _Tensors, key: str) -> tuple[str, Tensor]:

@@ -105,6 +105,17 @@ def is_head_norm(prefix: str, shape: tuple[int, ...]) -> bool:
     return len(shape) == 2 and is_norm(prefix) and not _HEAD_WORDS.isdisjoint(_words(prefix)[1])
 
 
+def norm_shape(prefix: str, stored: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The shape (n,) or (heads, head_dim) of a norm's tensor; None if it is that of something else.
+
+    JAX and ONNX store a row as (1, n), (n, 1) or (1, 1, n), what normalises images as (n, 1, 1).
+    """
+    sizes = tuple(size for size in stored if size != 1)
+    if len(sizes) < 2:
+        return sizes or stored[:1] or None
+    return sizes if is_head_norm(prefix, sizes) else None
+
+
 def is_norm_weight(name: str, names: Collection[str], is_known: IsKnown | None = None) -> bool:
     """Whether a tensor is called as a norm's weight is, among others of these names."""
     prefix, _ = split(name)
