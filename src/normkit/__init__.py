@@ -3,6 +3,7 @@
 import sys as _sys
 from importlib import import_module as _import_module
 from importlib.metadata import version as _version
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from normkit._serving.backends import Backend, backends, use_backend
 from normkit._serving.dispatch import Explanation
@@ -23,6 +24,10 @@ from normkit.functional import (
 )
 from normkit.loading import load_norm
 from normkit.modules import HeadNorm, LayerNorm, RMSNorm
+from normkit.recognition import Recognition, recognise
+
+if _TYPE_CHECKING:
+    from normkit.recognition import Recognition, recognise
 
 __version__ = _version("normkit")
 
@@ -32,6 +37,7 @@ __all__ = [
     "HeadNorm",
     "LayerNorm",
     "RMSNorm",
+    "Recognition",
     "add_head_norm",
     "add_head_norm_",
     "add_layer_norm",
@@ -45,6 +51,7 @@ __all__ = [
     "layer_norm",
     "layer_norm_",
     "load_norm",
+    "recognise",
     "rms_norm",
     "rms_norm_",
     "use_backend",
@@ -52,9 +59,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    # Loaded when it is asked for: torch.distributed is not for everybody.
+    # Loaded when asked for: torch.distributed, and what measures modules, are not for every import.
     if name == "parallel":
         return _import_module("normkit.parallel")
+    if name in ("Recognition", "recognise"):
+        return getattr(_import_module("normkit.recognition"), name)
     raise AttributeError(f"module 'normkit' has no attribute {name!r}")
 
 

@@ -51,6 +51,7 @@ class NormSpec:
         weight_offset: added to the weight in float32.
         round_before_weight: whether xhat is rounded to x's dtype before the weight multiplies it.
         has_bias: whether there is a bias.
+        out_dtype: that of y; None for x's.
     """
 
     kind: Kind
@@ -58,6 +59,7 @@ class NormSpec:
     weight_offset: float = 0.0
     round_before_weight: bool = False
     has_bias: bool = False
+    out_dtype: torch.dtype | None = None
 
 
 @dataclass

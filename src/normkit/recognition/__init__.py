@@ -1,0 +1,126 @@
+"""What a module computes, measured: it is run on rows that tell one norm from another."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from normkit.recognition._probe import (
+    Probe,
+    Unknown,
+    measured_dtypes,
+    measured_eps,
+    measured_form,
+    measured_function,
+)
+from normkit.recognition._result import Form, Function, Recognition
+from normkit.recognition._screen import refusal, widths
+
+__all__ = ["Form", "Function", "Recognition", "recognise"]
+
+# Modules of one class with the same scalars and shapes compute the same: of the 500 norms of a
+# model some five are measured.
+_KNOWN: WeakKeyDictionary[type, dict[Hashable, Recognition]] = WeakKeyDictionary()
+
+
+def recognise(module: nn.Module) -> Recognition:
+    """Measure what a module computes: which norm, for each dtype of x, or why that is not known.
+
+    A copy without hooks, with random parameters and buffers, is run on the CPU on rows that tell
+    the candidates apart.  In float32 the error against float64 decides what it computes, with eps
+    measured where nothing else is left; in 16 bits the share of equal elements decides where it
+    rounds.  The module itself is not called and not changed, and may be on any device, meta too.
+
+    Args:
+        module: a module without children that takes x (..., n), or x (batch, n, ...), and perhaps a
+            gate.
+
+    Returns:
+        A `Recognition`; its `reason` is "" if the module is a norm that normkit computes.
+
+    Raises:
+        TypeError: module is no torch.nn.Module.
+
+    Dropping `module`'s weights makes no difference, so a result holds for every weight of these
+    shapes and dtypes.  Of float64 nothing is said: most models compute it in float32.
+
+    Example:
+        >>> import torch
+        >>> from normkit import recognise
+        >>> recognise(torch.nn.LayerNorm(64, eps=1e-6)).specs[torch.float32]
+        NormSpec(kind='layer', eps=1e-06, has_bias=True)
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
+    why = refusal(module)
+    if why is not None:
+        return Recognition(reason=why)
+    key = _identity(module)
+    if key is None:
+        return _measured(module)
+    known = _KNOWN.setdefault(type(module), {})
+    if key not in known:
+        known[key] = _measured(module)
+    return known[key]
+
+
+_OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
+
+
+def _identity(module: nn.Module) -> Hashable | None:
+    """What, beside the class, decides what a module computes; None where that cannot be told."""
+    own = {k: v for k, v in module.__dict__.items() if k not in _OF_EVERY_MODULE}
+    if not all(_is_plain(value) for value in own.values()):
+        return None
+    tensors = {**module._parameters, **module._buffers}
+    described = {k: t if t is None else (tuple(t.shape), t.dtype) for k, t in tensors.items()}
+    return (module.training, repr(sorted(own.items())), repr(described))
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str, torch.dtype))
+
+
+def _measured(module: nn.Module) -> Recognition:
+    """Every width that a module takes must give the same answer.
+
+    A norm without a weight takes any, and at one width an L2 norm is an rms norm with other
+    numbers.
+    """
+    first, *others = (_measured_at(module, n) for n in widths(module))
+    if any(not first.computes_as(other) for other in others):
+        return Recognition(reason="what it computes depends on the width of x")
+    return first
+
+
+def _measured_at(module: nn.Module, n: int) -> Recognition:
+    try:
+        with torch.no_grad():
+            form = measured_form(module, n)
+            probe = Probe(module, n, form, torch.float32)
+            function = measured_function(probe, measured_eps(probe))
+            return _over_dtypes(module, n, form, function)
+    except Unknown as why:
+        return Recognition(reason=str(why))
+
+
+def _over_dtypes(module: nn.Module, n: int, form: Form, function: Function) -> Recognition:
+    probe = Probe(module, n, form)
+    specs, shares, reasons = measured_dtypes(probe, function)
+    own = probe.dtype or torch.float32
+    reason = "" if own in specs else reasons.get(own, f"it does not compute in {own}")
+    if module.training and not reason and probe.differs_in_eval():
+        reason = "differs between training and evaluation"
+    return Recognition(
+        specs=specs,
+        equal_shares=shares,
+        reasons=reasons,
+        reason=reason,
+        function=function,
+        form=form,
+    )

@@ -1,0 +1,414 @@
+"""The measurements: a copy of a module is run, and what it gives is compared with candidates."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from normkit._spec import FLOATS, Kind, NormSpec
+from normkit.functional import head_norm
+from normkit.recognition._result import Form, Function
+from normkit.recognition._screen import gate_of, parameters_of, row_shape
+
+# The steps of a norm in float32, in any order, stay this far from float64, in units of 2^-24 of the
+# terms of y: torch's own reach 10, normkit's 6; a wrong norm is off by thousands.
+_FLOAT32_BOUND = 24.0
+# Of 16-bit elements, those that two ways to sum in float32 round alike: 0.998 was the least of
+# 1,635 norms. Rounding at another place changes a quarter.
+_LEAST_EQUAL_SHARE = 0.995
+_BIG_GATE = 64.0  # sigmoid of it is 1 in float32, and silu of it itself
+_TINY = 2e-12  # its square is nothing beside any eps, and a normal number of float32
+_ULP = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+
+
+class Unknown(Exception):
+    """Why a module is no norm that can be told."""
+
+
+class Probe:
+    """A copy of a module on the CPU, with random parameters, that is called with rows.
+
+    Rows are (rows, n) in order, or (rows, heads, n) where weights have a row per head.
+    """
+
+    def __init__(
+        self, module: nn.Module, n: int, form: Form, dtype: torch.dtype | None = None
+    ) -> None:
+        self.n, self.form = n, form
+        self._module = _with_random_tensors(module, dtype)
+        self._gate = gate_of(module)
+        self.dtype = next((p.dtype for p in self.parameters().values()), None)
+
+    def parameters(self) -> dict[str, Tensor]:
+        """The random parameters, by name."""
+        return parameters_of(self._module)
+
+    def with_tensors(self, values: Mapping[str, Tensor]) -> Probe:
+        """The same with these parameters."""
+        other = copy.copy(self)
+        other._module = _shallow(self._module)
+        for name, own in self.parameters().items():
+            if name in values:
+                other._module._parameters[name] = _frozen(values[name].reshape(own.shape))
+        return other
+
+    def rows(self, dtype: torch.dtype, eps: float, seed: int = 7) -> Tensor:
+        """Rows that tell candidates apart, in the order that `run` takes."""
+        return self.arranged(_telling_rows(self.n, dtype, eps, seed))
+
+    def arranged(self, rows: Tensor) -> Tensor:
+        """The same row for every head."""
+        heads = self.form.heads
+        return rows[:, None].expand(-1, heads, -1).contiguous() if heads else rows
+
+    def run(self, rows: Tensor, gate: float = _BIG_GATE) -> Tensor:
+        """What the module gives for rows, in the same order."""
+        form = self.form
+        # a multiple of 2, and so nothing is rounded by the division
+        x = rows / _BIG_GATE if form.gate == "before-silu" else rows
+        x = x.reshape(2, -1, *x.shape[1:])
+        if form.channels_first:
+            x = x.transpose(1, 2).unsqueeze(-2).contiguous()
+        y = self._call(x.clone(), gate)  # a clone, since some norms write into x
+        if not isinstance(y, Tensor) or y.shape != x.shape:
+            raise Unknown("y is not of x's shape")
+        if form.channels_first:
+            y = y.squeeze(-2).transpose(1, 2)
+        y = y.flatten(0, 1)
+        return y / _BIG_GATE if form.gate == "after-silu" else y
+
+    def _call(self, x: Tensor, gate: float) -> object:
+        given = {} if self._gate is None else {self._gate: torch.full_like(x, gate)}
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # as of torch's for dtypes that are probed on purpose
+            try:
+                return type(self._module).forward(self._module, x, **given)
+            except Exception as error:  # whatever a module's own code raises
+                text = " ".join(str(error).split())[:80]
+                raise Unknown(
+                    f"does not take x of {tuple(x.shape)}: {type(error).__name__}: {text}"
+                ) from error
+
+    def differs_in_eval(self) -> bool:
+        """Whether evaluation gives other bits than training, as with dropout."""
+        other = copy.copy(self)
+        other._module = _shallow(self._module)
+        other._module.training = not self._module.training
+        x = self.rows(self.dtype or torch.float32, 1e-6)
+        return not torch.equal(other.run(x), self.run(x))
+
+
+def _shallow(module: nn.Module) -> nn.Module:
+    """A copy with dictionaries of its own, and no hooks."""
+    other = copy.copy(module)
+    other._parameters, other._buffers = dict(module._parameters), dict(module._buffers)
+    for hooks in ("_forward_hooks", "_forward_pre_hooks"):
+        setattr(other, hooks, type(getattr(module, hooks))())
+    return other
+
+
+def _frozen(values: Tensor) -> nn.Parameter:
+    return nn.Parameter(values, requires_grad=False)
+
+
+def _with_random_tensors(module: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """The module with other tensors: full mantissas and both signs.
+
+    At the weights of a new model, ones, no rounding can be seen.
+    """
+    generator = torch.Generator().manual_seed(3)
+
+    def like(t: Tensor, to: torch.dtype | None = None) -> Tensor:
+        return (torch.randn(t.shape, generator=generator) * 0.5 + 0.4).to(to or t.dtype)
+
+    other = _shallow(module)
+    other._parameters = {
+        name: None if p is None else _frozen(like(p, dtype))
+        for name, p in module._parameters.items()
+    }
+    other._buffers = {name: None if b is None else like(b) for name, b in module._buffers.items()}
+    return other
+
+
+def _telling_rows(n: int, dtype: torch.dtype, eps: float, seed: int) -> Tensor:
+    """22 rows: of several scales, with a large mean, a spike, about sqrt(eps), and of zeros."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(rows: int) -> Tensor:
+        return torch.randn(rows, n, generator=generator)
+
+    small = math.sqrt(eps) if eps else 1e-3
+    spike = normal(2)
+    spike[:, n // 3] += 40.0
+    largest = 3e3 if dtype == torch.float16 else 3e5
+    scaled = [normal(6), normal(2) * 50, normal(2) * 1e-2, normal(3) + 20, spike]
+    of_eps = [normal(2) * small, normal(2) * small * 4, normal(1) * small * 0.2]
+    ends = [normal(1) * largest, torch.zeros(1, n)]
+    return torch.cat(scaled + of_eps + ends).to(dtype)
+
+
+# ------------------------------------------------------------------------- how rows lie in x
+
+
+def measured_form(module: nn.Module, n: int) -> Form:
+    """Find how the module takes rows, by which elements of y follow one of x."""
+    if n < 4:
+        raise Unknown("its rows are too narrow to tell")
+    shapes = {row_shape(p) for p in parameters_of(module).values()}
+    heads = next((s[0] for s in shapes if len(s) == 2), 0)
+    form = _taken(module, n, heads)
+    if gate_of(module) is not None:
+        form = replace(form, gate=_measured_gate(module, n, form))
+    return replace(form, groups=_measured_groups(Probe(module, n, form, torch.float32)))
+
+
+def _taken(module: nn.Module, n: int, heads: int) -> Form:
+    first: Unknown | None = None
+    for channels_first in (False, True):
+        form = Form(heads=heads, channels_first=channels_first)
+        probe = Probe(module, n, form, torch.float32)
+        try:
+            probe.run(probe.rows(torch.float32, 1e-6))
+            return form
+        except Unknown as why:
+            first = first or why
+    assert first is not None
+    raise first
+
+
+def _measured_gate(module: nn.Module, n: int, form: Form) -> str:
+    probe = Probe(module, n, form, torch.float32)
+    x = probe.arranged(torch.randn(22, n, generator=torch.Generator().manual_seed(5)))
+    by_one, by_big = probe.run(x, 1.0), probe.run(x, _BIG_GATE)
+    ratio = (by_one / by_big).nanmedian().item()
+    sigmoid = torch.sigmoid(torch.tensor(1.0)).item()
+    gates = {"before-silu": 1.0, "after-silu": sigmoid / _BIG_GATE, "after-sigmoid": sigmoid}
+    for gate, expected in gates.items():
+        if abs(ratio / expected - 1) < 1e-3:
+            return gate
+    raise Unknown("a gate that is neither silu nor sigmoid")
+
+
+def _measured_groups(probe: Probe) -> int:
+    """How many parts of a row have a statistic of their own."""
+    x = probe.arranged(torch.randn(22, probe.n, generator=torch.Generator().manual_seed(6)))
+    other = x.clone()
+    other[0, ..., 0] += 50.0
+    changed = probe.run(x) != probe.run(other)
+    if changed[1:].any():
+        raise Unknown("its statistic is of more than a row, as of a group or instance norm")
+    width = int(changed[0].reshape(-1, probe.n)[0].sum())
+    if width == 1:
+        raise Unknown("it normalises nothing: an element of y follows that of x alone")
+    if probe.n % width or not changed[0].reshape(-1, probe.n)[:, :width].all():
+        raise Unknown("its statistic is of a part of a row")
+    return probe.n // width
+
+
+# ------------------------------------------------------------------------------ what it computes
+
+
+def tensors_of(function: Function, probe: Probe) -> tuple[Tensor | None, Tensor | None]:
+    """Weight and bias of a probe, with a row for every head or group."""
+    given, form = probe.parameters(), probe.form
+    shape = (form.heads or form.groups, -1) if form.heads or form.groups > 1 else (-1,)
+    weight, bias = (
+        None if name is None else given[name].reshape(shape)
+        for name in (function.weight, function.bias)
+    )
+    return weight, bias
+
+
+def measured_eps(probe: Probe) -> float:
+    """Measure eps on rows so small that it is all of the statistic, then match a number written.
+
+    The slope there is weight / sqrt(eps).  One parameter is 1 and the others 0, since a bias of 1
+    would hide it.
+    """
+    parameters = probe.parameters()
+    names: list[str | None] = list(parameters)
+    x = torch.zeros_like(probe.rows(torch.float32, 1e-6))
+    x[..., 0], x[..., 1] = _TINY, -_TINY  # a mean of 0
+    width = probe.n // probe.form.groups
+    slope, scale = 0.0, 1.0
+    for name in names or [None]:
+        given = {k: torch.full_like(p, float(k == name)) for k, p in parameters.items()}
+        one = probe.with_tensors(given)
+        at_zero = one.run(torch.zeros_like(x)).double()
+        large = _mean(one.run(x * (1e3 / _TINY)).double() - at_zero) / math.sqrt(width / 2)
+        if large > scale or (slope == 0 and large > 0):
+            scale, slope = large, _mean(one.run(x).double() - at_zero) / _TINY
+    if not math.isfinite(slope) or slope <= 0:
+        raise Unknown("eps is not where a norm has it")
+    measured = (scale / slope) ** 2
+    if measured < 1e-20:
+        return 0.0
+    if not names and abs(scale * math.sqrt(width) - 1) < 1e-3:
+        measured *= width  # added to a sum of squares
+    nearest = min(_numbers_written(probe), key=lambda value: abs(math.log(value / measured)))
+    if abs(nearest / measured - 1) > 1e-3:
+        raise Unknown(f"eps is about {measured:.3g}, which no attribute is")
+    return nearest
+
+
+def _mean(y: Tensor) -> float:
+    return y[..., 0].abs().mean().item()
+
+
+def _numbers_written(probe: Probe) -> Iterator[float]:
+    for value in probe._module.__dict__.values():
+        if isinstance(value, (int, float)) and value > 0:
+            yield float(value)
+    yield torch.finfo(torch.float32).eps
+    yield from (digit * 10.0**-power for power in range(3, 16) for digit in (1, 2, 5))
+
+
+def measured_function(probe: Probe, eps: float) -> Function:
+    """The candidate whose float64 the module's float32 is near to."""
+    x = probe.rows(torch.float32, eps)
+    y = probe.run(x).double()
+    errors = [(_error(y, x, probe, one), one) for one in _candidates(eps, list(probe.parameters()))]
+    error, best = min(errors, key=lambda pair: pair[0])
+    if not error < _FLOAT32_BOUND:
+        raise Unknown(
+            f"no rms or layer norm; the nearest, {best.spec.kind} with an offset of"
+            f" {best.spec.weight_offset:g}, is off by {error:.3g} of 2^-24 of its terms"
+        )
+    return best
+
+
+def _candidates(eps: float, names: list[str]) -> Iterator[Function]:
+    pairs: list[tuple[str | None, str | None]] = [(None, None)]
+    if len(names) == 1:
+        pairs = [(names[0], None), (None, names[0])]
+    elif names:
+        pairs = [(names[0], names[1]), (names[1], names[0])]
+    kinds: tuple[Kind, ...] = ("rms", "layer")
+    for kind, (weight, bias) in itertools.product(kinds, pairs):
+        for offset in (0.0, 1.0) if weight else (0.0,):
+            spec = NormSpec(kind, eps, offset, has_bias=bias is not None)
+            yield Function(spec, weight, bias)
+    if not names:
+        yield Function(NormSpec("rms", eps), None, None, is_l2=True)
+
+
+def _error(y: Tensor, x: Tensor, probe: Probe, candidate: Function) -> float:
+    """The largest distance from float64, in units of 2^-24 of the terms that make y."""
+    exact, terms = _exact(x, probe, candidate)
+    return ((y - exact).abs() / terms).nan_to_num(math.inf).max().item() * 2**24
+
+
+def _exact(x: Tensor, probe: Probe, candidate: Function) -> tuple[Tensor, Tensor]:
+    """Give y in float64, and what its rounding errors scale with: its terms without their signs."""
+    weight, bias = tensors_of(candidate, probe)
+    spec, rows = candidate.spec, _in_groups(x, probe.form).double()
+    size = rows.abs()
+    if spec.kind == "layer":
+        mean = rows.mean(-1, keepdim=True)
+        rows, size = rows - mean, size + size.mean(-1, keepdim=True)
+    squares = rows.square()
+    statistic = (squares.sum if candidate.is_l2 else squares.mean)(-1, keepdim=True)
+    rstd = torch.rsqrt(statistic + (spec.eps or 0.0))
+    if spec.eps == 0:
+        rstd = rstd.nan_to_num(posinf=0.0)
+    scale = 1.0 if weight is None else weight.double() + spec.weight_offset
+    added = 0.0 if bias is None else bias.double()
+    magnitude = 1.0 if weight is None else weight.double().abs() + abs(spec.weight_offset)
+    terms = size * rstd * magnitude + (0.0 if bias is None else bias.double().abs())
+    exact = rows * rstd * scale + added
+    return exact.reshape(x.shape), terms.reshape(x.shape) + 1e-30
+
+
+def _in_groups(x: Tensor, form: Form) -> Tensor:
+    return x.reshape(*x.shape[:-1], form.groups, -1) if form.groups > 1 else x
+
+
+# ------------------------------------------------------------------------------- where it rounds
+
+
+def measured_dtypes(
+    probe: Probe, function: Function
+) -> tuple[dict[torch.dtype, NormSpec], dict[torch.dtype, float], dict[torch.dtype, str]]:
+    """What it computes for each dtype of x, the shares of equal elements, and what is not known."""
+    specs: dict[torch.dtype, NormSpec] = {}
+    shares: dict[torch.dtype, float] = {}
+    reasons: dict[torch.dtype, str] = {}
+    for dtype in FLOATS:
+        try:
+            specs[dtype], shares[dtype] = _rounding(probe, function, dtype)
+        except Unknown as why:
+            reasons[dtype] = str(why)
+    return specs, shares, reasons
+
+
+def _rounding(probe: Probe, function: Function, dtype: torch.dtype) -> tuple[NormSpec, float]:
+    specs = [
+        replace(function.spec, round_before_weight=first)
+        for first in ((False, True) if function.weight else (False,))
+    ]
+    tried = [(agreement(probe, function, spec, dtype), spec) for spec in specs]
+    (share, near), spec = max(tried, key=lambda pair: pair[0][0])
+    if not near:
+        raise Unknown(f"rounds elsewhere: at best {share:.4f} of the elements are equal")
+    out_dtype = probe.run(probe.rows(dtype, function.spec.eps or 0.0)).dtype
+    return replace(spec, out_dtype=None if out_dtype == dtype else out_dtype), share
+
+
+def agreement(
+    probe: Probe, function: Function, spec: NormSpec, dtype: torch.dtype
+) -> tuple[float, bool]:
+    """The share of elements with normkit's bits for x of a dtype, and whether it is the same norm.
+
+    In 16 bits nearly all must be equal; in float32 sums differ in their last bits, and all must be
+    as near as those let them.
+    """
+    # a share of 0.995 is told from 0.99 with 10,000 elements
+    seeds = (7,) if dtype == torch.float32 or probe.n >= 512 else (7, 8, 9)
+    x = torch.cat([probe.rows(dtype, spec.eps or 0.0, seed) for seed in seeds])
+    y = probe.run(x)
+    share, near = _share_of_equals(y, x, probe, replace(function, spec=spec))
+    return share, near and (y.dtype == torch.float32 or share >= _LEAST_EQUAL_SHARE)
+
+
+def _share_of_equals(y: Tensor, x: Tensor, probe: Probe, function: Function) -> tuple[float, bool]:
+    """The share of elements with normkit's bits, and whether the others are near."""
+    ours = _ours(x, probe, function, y.dtype)
+    finite = y.isfinite()
+    if not torch.equal(finite, ours.isfinite()):
+        return 0.0, False
+    _, terms = _exact(x, probe, function)
+    step = _ULP[x.dtype] if function.spec.round_before_weight else 0.0
+    step = max(step, _ULP[y.dtype] if y.dtype != torch.float32 else 0.0)
+    smallest = torch.finfo(y.dtype).tiny
+    bound = 2 * step * (y.double().abs() + smallest) + _FLOAT32_BOUND * 2**-24 * terms
+    near = (ours.double() - y.double()).abs()[finite] <= bound[finite]
+    share = (ours == y)[finite].double().mean().item()
+    return share, bool(near.all())
+
+
+def _ours(x: Tensor, probe: Probe, function: Function, out_dtype: torch.dtype) -> Tensor:
+    weight, bias = tensors_of(function, probe)
+    spec = function.spec
+    eps, offset, first = spec.eps, spec.weight_offset, spec.round_before_weight
+    rows = _in_groups(x, probe.form)
+    if function.is_l2:
+        n = x.shape[-1]
+        weight, eps = torch.full((n,), n**-0.5), (eps or 0.0) / n
+    y = head_norm(  # of rows, too, which are heads with one weight
+        rows,
+        weight,
+        bias,
+        eps,
+        kind=spec.kind,
+        weight_offset=offset,
+        round_before_weight=first,
+        out_dtype=out_dtype,
+    )
+    return y.reshape(x.shape)

@@ -1,0 +1,81 @@
+"""What `recognise` says of a module."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from normkit._spec import NormSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+
+
+@dataclass(frozen=True)
+class Form:
+    """How rows lie in a module's x, and what else it takes.
+
+    Attributes:
+        heads: rows of weights, for x (..., heads, n); 0 where weights have one row.
+        groups: parts of a row, each with a statistic of its own.
+        channels_first: whether x is (batch, n, ...).
+        gate: "", or where a gate multiplies and through what: "before-silu", "after-silu",
+            "after-sigmoid".
+    """
+
+    heads: int = 0
+    groups: int = 1
+    channels_first: bool = False
+    gate: str = ""
+
+    @property
+    def is_a_row(self) -> bool:
+        """Whether y is a norm of rows of x and nothing else."""
+        return self.groups == 1 and not self.gate and not self.channels_first
+
+
+@dataclass(frozen=True)
+class Function:
+    """A norm by what it computes in float32.
+
+    Attributes:
+        spec: its options.
+        weight: name of the parameter that multiplies, or None.
+        bias: name of the parameter that is added, or None.
+        is_l2: the statistic is the sum of squares, not their mean, and eps is added to it: an
+            rms_norm with a weight of n**-0.5 and an eps of eps / n.
+    """
+
+    spec: NormSpec
+    weight: str | None
+    bias: str | None
+    is_l2: bool = False
+
+
+@dataclass(frozen=True)
+class Recognition:
+    """What a module computes, measured by `recognise`.
+
+    Attributes:
+        specs: for each dtype of x in which it is known, what the norm computes.
+        equal_shares: for these dtypes, the share of elements with the bits of normkit's.
+        reasons: for the other dtypes, why it is not known.
+        reason: why the module is no norm that normkit computes in its own dtype; "" if it is.
+        function: the norm by what it computes in float32, whether or not its rounding in 16 bits
+            is known, and the names of its parameters; None for no norm.
+        form: how rows lie in x.
+    """
+
+    specs: Mapping[torch.dtype, NormSpec] = field(default_factory=dict)
+    equal_shares: Mapping[torch.dtype, float] = field(default_factory=dict)
+    reasons: Mapping[torch.dtype, str] = field(default_factory=dict)
+    reason: str = ""
+    function: Function | None = None
+    form: Form = Form()
+
+    def computes_as(self, other: Recognition) -> bool:
+        """Whether both say the same of the module, whatever the shares that showed it."""
+        mine = (self.specs, self.function, self.reason, self.form)
+        return mine == (other.specs, other.function, other.reason, other.form)
