@@ -7,14 +7,13 @@ import json
 import math
 import statistics
 import sys
-import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeAlias, TypeVar
+from typing import Annotated, Any, NoReturn, TypeAlias, TypeVar
 
 import torch
-import torch.nn.functional as F
 import typer
 from rich.console import Console
 from rich.progress import track
@@ -22,14 +21,12 @@ from rich.table import Table
 from rich.text import Text
 
 import normkit
-from normkit import HeadNorm, LayerNorm, RMSNorm, _bench, reference, testing
-from normkit._spec import FLOATS, FLOATS_TEXT
-from normkit.checkpoint import NormEntry, describe_norm, weight_names
+from normkit import _bench
+from normkit._check import Checker, one_line, originals_of
+from normkit._spec import Kind
+from normkit.checkpoint import weight_names
 from normkit.checkpoint._files import Files, printable
-from normkit.loading import load_norm
-
-if TYPE_CHECKING:
-    from torch.utils.benchmark import Timer
+from normkit.checkpoint._meaning import Given
 
 app = typer.Typer(
     add_completion=False,
@@ -39,7 +36,6 @@ app = typer.Typer(
 )
 
 Item = TypeVar("Item")
-Norm: TypeAlias = RMSNorm | LayerNorm | HeadNorm
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else there.")]
 
 
@@ -112,151 +108,10 @@ def info(as_json: Json = False) -> None:
 
 # ------------------------------------------------------------------------------------------ check
 
-CHECK_ROUNDS = 15
-# Several times the widest norm of any model; a run takes some 3 KB for each of its elements.
-WIDEST = 1 << 16
 MOST_NORMS = 10_000  # ten times what the largest models have; each takes some milliseconds
 
 
-def activations(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:
-    """Make values as transformers have them: heavy tails, outlier channels, a mean not 0."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*sizes: int) -> torch.Tensor:
-        return torch.randn(sizes, generator=generator)
-
-    rows, n = shape[0], math.prod(shape[1:])
-    student_t = normal(rows, n) / normal(5, rows, n).square().mean(0).sqrt()
-    channel = torch.exp(0.5 * normal(n))
-    channel[torch.randperm(n, generator=generator)[: max(1, n // 256)]] *= 30
-    scale = torch.exp(0.3 * normal(rows, 1))
-    return ((student_t + 0.3 * normal(n)) * channel * scale + 0.5).reshape(shape).to(dtype)
-
-
-def _torch_timer(module: Norm, kind: str, x: torch.Tensor) -> Timer:
-    """Time torch's function, on weights as it wants them: of x's dtype, the offset added."""
-    weight = (module.weight + module.weight_offset).to(x.dtype)
-    bias = None if module.bias is None else module.bias.to(x.dtype)
-    names = {"F": F, "x": x, "shape": x.shape[-1:], "weight": weight, "bias": bias}
-    names["eps"] = module.eps
-    if kind == "layer" and weight.ndim == 1:
-        return _bench.timer("F.layer_norm(x, shape, weight, bias, eps)", names)
-    # torch has neither a bias in rms_norm nor weights per head
-    if weight.ndim == 1:
-        code = "F.rms_norm(x, shape, weight, eps)"
-    else:
-        code = f"F.{kind}_norm(x, shape, eps=eps) * weight"
-    return _bench.timer(code + (" + bias" if bias is not None else ""), names)
-
-
-def _options(module: Norm) -> dict[str, Any]:
-    return {
-        "eps": module.eps,
-        "weight_offset": module.weight_offset,
-        "round_before_weight": module.round_before_weight,
-    }
-
-
-def _backend(module: Norm, kind: str, x: torch.Tensor) -> str:
-    """The name of the backend that serves the module."""
-    op, options = f"{kind}_norm", _options(module)
-    if isinstance(module, HeadNorm):
-        op, options = "head_norm", options | {"kind": kind}
-    return normkit.explain(op, x, module.weight, module.bias, **options).backend
-
-
-def _eps_as_computed(eps: float | None) -> float:
-    float32 = torch.finfo(torch.float32).eps if eps is None else eps
-    return torch.tensor(float32, dtype=torch.float32).item()
-
-
-def _worst_error(module: Norm, kind: str, x: torch.Tensor) -> float:
-    """The largest error of the module on x, as a fraction of the bound; inf where it is NaN."""
-    options = _options(module) | {"eps": _eps_as_computed(module.eps), "kind": kind}
-    double: dict[str, Any] = {"out_dtype": torch.float64, "compute_dtype": torch.float64}
-    exact = reference.norm(x, module.weight, module.bias, **double, **options)
-    bound = testing.error_bound(x, module.weight, module.bias, out_dtype=x.dtype, **options)
-    # what lies beyond the largest number rounds to infinity, which counts as the number after it
-    infinity = math.ldexp(1.0, math.frexp(torch.finfo(x.dtype).max)[1])
-    y = module(x).double()
-    # an inf or NaN of the weights makes the exact result one, which has no bound: the same is right
-    same = (y == exact) | (y.isnan() & exact.isnan())
-    y, exact = (t.clamp(-infinity, infinity) for t in (y, exact))
-    fraction = ((y - exact).abs() / bound).masked_fill(same, 0.0).max().item()
-    return math.inf if math.isnan(fraction) else fraction
-
-
-def _not_finite(module: Norm) -> int:
-    """How many stored values are infinite or NaN."""
-    stored = [t for t in (module.weight, module.bias) if t is not None]
-    return sum(int((~t.isfinite()).sum()) for t in stored)
-
-
-def check_norm(module: Norm, entry: NormEntry, rows: int, dtypes: Sequence[str]) -> dict[str, Any]:
-    """Run one norm of a checkpoint on activations of each dtype; returns its line of the report."""
-    seed = zlib.crc32(entry.key.encode())  # the same in every run, and another for every layer
-    inputs = {d: activations((rows, *entry.shape), _bench.DTYPES[d], seed) for d in dtypes}
-    stored = str(entry.dtype).removeprefix("torch.")
-    timed = stored if stored in inputs else dtypes[0]
-    with torch.no_grad():
-        errors = {d: _worst_error(module, entry.spec.kind, x) for d, x in inputs.items()}
-        x = inputs[timed]
-        timers = {"ours": _bench.timer("module(x)", {"module": module, "x": x})}
-        timers["torch"] = _torch_timer(module, entry.spec.kind, x)
-        compared = _bench.paired(timers, CHECK_ROUNDS)
-        backend = _backend(module, entry.spec.kind, x)
-    worst = max(errors, key=errors.__getitem__)
-    return {
-        "layer": entry.key,
-        "kind": entry.spec.kind,
-        "shape": list(entry.shape),
-        "dtype": stored,
-        "eps": module.eps,
-        "weight_offset": module.weight_offset,
-        "not_finite": _not_finite(module),
-        "error_of_bound": errors,
-        "worst": {"dtype": worst, "error_of_bound": errors[worst]},
-        "within_bound": errors[worst] <= 1,
-        "backend": backend,
-        "timed_dtype": timed,
-        "us": compared.us("ours"),
-        "torch_us": compared.us("torch"),
-        "torch_over_normkit": compared.ratio("torch", "ours"),
-    }
-
-
-class _NotRun(Exception):
-    """A norm is as it should be, and still not one to run here."""
-
-
-def _loaded(files: Files, name: str) -> tuple[Norm, NormEntry] | None:
-    """The module of a stored norm; None for what has only the name of one."""
-    entry = describe_norm(files, name)
-    if entry is None:
-        return None
-    n = math.prod(entry.shape)
-    if n > WIDEST:
-        raise _NotRun(f"{name}: expected at most {WIDEST} elements, got {n}")
-    module = load_norm(files, entry.key)
-    for part, stored in module.named_parameters():
-        if stored.dtype not in FLOATS:
-            only = ", which only a float64 x takes" if stored.dtype == torch.float64 else ""
-            raise _NotRun(f"{part}: expected {FLOATS_TEXT}, got {stored.dtype}{only}")
-    return module, entry
-
-
-def _check_stored(
-    files: Files, name: str, rows: int, dtypes: Sequence[str]
-) -> tuple[str, dict[str, Any]] | None:
-    """The list of the report that a stored norm belongs in, and its line; None for no norm."""
-    key = name.rpartition(".")[0]
-    try:
-        loaded = _loaded(files, name)
-    except (_NotRun, TypeError) as error:  # the latter of integers
-        return "not_run", {"layer": key, "reason": _one_line(error)}
-    except (OSError, ValueError) as error:
-        return "unreadable", {"layer": key, "reason": _one_line(error)}
-    return loaded and ("norms", check_norm(*loaded, rows, dtypes))
+Report: TypeAlias = dict[str, list[dict[str, Any]]]
 
 
 @app.command()
@@ -267,88 +122,134 @@ def check(
         list[Dtype] | None,
         typer.Option(help="Dtype of x; may be repeated. float32 and bfloat16 if not given."),
     ] = None,
+    kind: Annotated[Kind | None, typer.Option(help="Kind of every norm.")] = None,
+    eps: Annotated[float | None, typer.Option(min=0, help="eps of every norm.")] = None,
+    weight_offset: Annotated[
+        float | None, typer.Option(help="What is added to every stored weight.")
+    ] = None,
+    round_before_weight: Annotated[
+        bool | None,
+        typer.Option(
+            "--round-before-weight/--round-once",
+            help="Whether 16-bit values are also rounded before the weight.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Run every norm of a checkpoint, compare it with float64, and time it against torch.
+    """Run every norm of a checkpoint: is it the model's, is it computed right, how fast is it.
 
-    A norm that cannot be run is listed with the reason, and hides no other.
+    What a norm computes is taken from config.json and from what was measured of its family, unless
+    options say it.  With transformers (or diffusers) installed, each norm is run beside the
+    model's own module, with the stored tensors.  Each is compared with float64 of the same norm,
+    and timed against torch.  A norm that cannot be run is listed with the reason, and hides no
+    other.
 
-    Exit status 0: every norm that the kernels take is within its bound.
-    1: a bound is broken.
+    Exit status 0: nothing is wrong, and nothing is assumed that the model's own module does not
+    confirm.
+    1: a norm is another than the model's own, or a bound is broken.
     2: a file or a norm is missing or malformed, or nothing could be run.
+    3: an option is assumed, and there was no module of the model to confirm it.
     """
-    dtypes = [d.value for d in dtype or (Dtype.float32, Dtype.bfloat16)]
+    given = Given(kind, eps, weight_offset, round_before_weight)
     try:
         files = Files(source)
         names = weight_names(files)
     except (OSError, ValueError) as error:
-        reason = _one_line(error)
+        reason = one_line(error)
         _fail(reason if str(source) in reason else f"{source}: {reason}")
     if len(names) > MOST_NORMS:
         _fail(f"{source}: expected at most {MOST_NORMS} norms, got {len(names)}")
-    report: dict[str, list[dict[str, Any]]] = {"norms": [], "not_run": [], "unreadable": []}
+    dtypes = [d.value for d in dtype or (Dtype.float32, Dtype.bfloat16)]
+    checker = Checker(files, given, rows, dtypes, originals_of(files))
+    report: Report = {"norms": [], "not_run": [], "unreadable": []}
     for name in _progress(names, len(names), "checking"):
-        found = _check_stored(files, name, rows, dtypes)
+        found = checker.check(name)
         if found is not None:
             report[found[0]].append(found[1])
     if not any(report.values()):
         _fail(f"{source}: no norms found")
-    summary = _summary(report)
+    summary = _summary(report) | {"own_modules": str(checker.originals)}
     if as_json:
         head = {"source": str(source), "rows": rows, "machine": _bench.machine()}
         _print_json(head | _bench.run_stamp() | report | {"summary": summary})
     else:
         _print_check(report, summary, rows)
-    if summary["broken"]:
-        raise typer.Exit(1)
+    raise typer.Exit(_status(report, summary))
+
+
+def _status(report: Report, summary: Mapping[str, Any]) -> int:
+    if summary["broken"] or summary["wrong"]:
+        return 1
     if report["unreadable"] or not report["norms"]:
-        raise typer.Exit(2)
+        return 2
+    return 3 if summary["assumed"] else 0
 
 
-def _one_line(error: Exception) -> str:
-    return printable(" ".join(str(error).split()), most=1000) or type(error).__name__
-
-
-def _summary(report: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+def _summary(report: Report) -> dict[str, Any]:
     lines = report["norms"]
-    counts = {name: len(part) for name, part in report.items()}
-    broken = [line["layer"] for line in lines if not line["within_bound"]]
-    if not lines:
-        return counts | {"broken": broken}
-    return counts | {
-        "broken": broken,
-        "worst": max(line["worst"]["error_of_bound"] for line in lines),
-        "native": sum(line["backend"] != "reference" for line in lines),
-        "torch_over_normkit": statistics.geometric_mean(
-            line["torch_over_normkit"] for line in lines
-        ),
-    }
+    summary: dict[str, Any] = {name: len(part) for name, part in report.items()}
+    own = [(line["layer"], line["own_module"]["same"], line["assumed"]) for line in lines]
+    summary["broken"] = [line["layer"] for line in lines if not line["within_bound"]]
+    summary["wrong"] = [layer for layer, same, _ in own if same is False]
+    summary["confirmed"] = sum(same is True for _, same, _ in own)
+    summary["assumed"] = [layer for layer, same, assumed in own if assumed and not same]
+    if lines:
+        gains = (line["torch_over_normkit"] for line in lines)
+        summary["worst"] = max(line["worst"]["error_of_bound"] for line in lines)
+        summary["native"] = sum(line["backend"] != "reference" for line in lines)
+        summary["torch_over_normkit"] = statistics.geometric_mean(gains)
+    return summary
 
 
-def _print_check(
-    report: Mapping[str, Sequence[Mapping[str, Any]]], summary: Mapping[str, Any], rows: int
-) -> None:
+def _print_check(report: Report, summary: Mapping[str, Any], rows: int) -> None:
     console = _console()
-    if report["norms"]:
-        console.print(_check_table(report["norms"], rows))
-    for line in report["norms"]:
-        if line["not_finite"]:
-            stored = f"holds inf or NaN, {line['not_finite']} of them"
-            _print_plain(console, f"{printable(line['layer'])}: {stored}")
+    lines = report["norms"]
+    if lines:
+        console.print(_check_table(lines, rows))
+    for line in lines:
+        for remark in _remarks(line):
+            _print_plain(console, f"{printable(line['layer'])}: {remark}")
     for line in (*report["not_run"], *report["unreadable"]):
         _print_plain(console, f"{printable(line['layer'])}: not run: {line['reason']}")
-    words = [f"{summary['norms']} norms"]
-    if report["norms"]:
+    for text in _conclusions(summary):
+        console.print(text, highlight=False, soft_wrap=True)
+
+
+def _remarks(line: Mapping[str, Any]) -> Iterator[str]:
+    own = line["own_module"]
+    if own["same"] is False:
+        yield f"the model's own module computes something else: {own['reason']}"
+    if line["note"]:
+        yield line["note"]
+    if line["not_finite"]:
+        yield f"holds inf or NaN, {line['not_finite']} of them"
+
+
+def _conclusions(summary: Mapping[str, Any]) -> Iterator[str]:
+    count, wrong = summary["norms"], len(summary["wrong"])
+    not_run = summary["not_run"] + summary["unreadable"]
+    words = [f"{count} norms"] + [f"[yellow]{not_run} not run[/]"] * bool(not_run)
+    if count:
         broken = len(summary["broken"])
-        verdict = f"[bold red]{broken} break the bound[/]" if broken else "all within the bound"
+        within = f"[bold red]{broken} break the bound[/]" if broken else "all within the bound"
         words += [
-            f"{verdict} (worst error {summary['worst']:.3f} of it)",
-            f"{summary['native']} served natively",
+            f"{within} of their own arithmetic (worst error {summary['worst']:.3f} of it)",
+            f"{summary['native']} run by a native backend",
             f"{summary['torch_over_normkit']:.1f} times as fast as torch (geometric mean)",
         ]
-    not_run = summary["not_run"] + summary["unreadable"]
-    words += [f"[yellow]{not_run} not run[/]"] if not_run else []
-    console.print(", ".join(words), highlight=False, soft_wrap=True)
+    yield ", ".join(words)
+    if wrong:
+        yield f"[bold red]{wrong} are other norms than the model's own[/]"
+    if summary["confirmed"]:
+        yield f"{summary['confirmed']} compute what the model's own modules compute"
+    if count > wrong + summary["confirmed"]:
+        left, why = count - wrong - summary["confirmed"], summary["own_modules"]
+        yield f"[yellow]{left} not compared with the model's own modules[/]: {why}"
+    if summary["assumed"]:
+        yield (
+            f"[yellow]{len(summary['assumed'])} with options that nobody stated[/]: say them with"
+            " --kind, --eps, --weight-offset, --round-before-weight or --round-once"
+        )
 
 
 def _print_plain(console: Console, text: str) -> None:
@@ -358,22 +259,32 @@ def _print_plain(console: Console, text: str) -> None:
 
 def _check_table(lines: Sequence[Mapping[str, Any]], rows: int) -> Table:
     table = Table(
-        caption=f"error: the worst of {rows} rows, as a fraction of the promised bound; "
-        "time: of one call on them"
+        caption="w +: what is added to the weight; from: where the options came from; own: whether"
+        " the model's own module computes the same\n"
+        f"error: the worst of {rows} rows, as a fraction of the promised bound of this norm; time:"
+        " of one call on them"
     )
     table.add_column("layer", overflow="fold")
-    for header in ("kind", "n", "dtype", "backend", "error", "with x in"):
+    for header in ("kind", "n", "dtype", "eps", "w +", "rounds"):
+        table.add_column(header, no_wrap=True)
+    table.add_column("from", overflow="fold")
+    for header in ("own", "error", "with x in"):
         table.add_column(header, no_wrap=True)
     for header in ("us", "torch us", "gain"):
         table.add_column(header, justify="right", no_wrap=True)
     for line in lines:
         worst, gain = line["worst"], line["torch_over_normkit"]
+        own = {True: "[green]same[/]", False: "[bold red]other[/]", None: "-"}
         table.add_row(
             Text(printable(line["layer"])),
             line["kind"],
             "x".join(map(str, line["shape"])),
             line["dtype"],
-            _coloured(line["backend"], line["backend"] != "reference", "yellow"),
+            f"{line['eps']:.4g}",
+            f"{line['weight_offset']:g}",
+            "before w" if line["round_before_weight"] else "once",
+            Text(_origins(line["origins"]), "yellow" if line["assumed"] else ""),
+            own[line["own_module"]["same"]],
             _coloured(f"{worst['error_of_bound']:.3f}", line["within_bound"], "bold red"),
             worst["dtype"],
             f"{line['us']:.2f}",
@@ -381,6 +292,14 @@ def _check_table(lines: Sequence[Mapping[str, Any]], rows: int) -> Table:
             _coloured(f"{gain:.1f}x", gain >= 1, "red"),
         )
     return table
+
+
+def _origins(origins: Mapping[str, str]) -> str:
+    """Where options came from, each origin once, with the options that are not the most."""
+    short = {k: v.removeprefix("family: ").removeprefix("config: ") for k, v in origins.items()}
+    usual = Counter(short.values()).most_common(1)[0][0]
+    others = [f"{option} {origin}" for option, origin in short.items() if origin != usual]
+    return printable("; ".join([usual, *others]))
 
 
 def _coloured(text: str, good: bool, otherwise: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from normkit._spec import Kind
-from normkit.checkpoint import Source, read_norm
+from normkit.checkpoint import Source, StoredNorm, read_norm
 from normkit.checkpoint._names import is_head_norm
 from normkit.modules import HeadNorm, LayerNorm, RMSNorm
 
@@ -76,6 +76,12 @@ def load_norm(
         round_before_weight=round_before_weight,
         device=device,
     )
+    stored.warn_of_assumed(stacklevel=2)
+    return module_of(stored)
+
+
+def module_of(stored: StoredNorm) -> RMSNorm | LayerNorm | HeadNorm:
+    """The module for a norm that was read, of the class that fits it."""
     if is_head_norm(stored.key, tuple(stored.weight.shape)):
         return HeadNorm.from_stored(stored)
     if stored.spec.kind == "layer":

@@ -201,6 +201,7 @@ class _RowNorm(_Affine):
             round_before_weight=round_before_weight,
             device=device,
         )
+        stored.warn_of_assumed(stacklevel=2)
         return cls.from_stored(stored)
 
     @classmethod
@@ -459,7 +460,9 @@ class HeadNorm(_Affine):
             >>> normkit.HeadNorm.from_checkpoint(stored, "q_norm", eps=1e-5)
             HeadNorm(3, 4, eps=1e-05, kind='rms')
         """
-        return cls.from_stored(read_norm(source, key, kind=kind, **options))
+        stored = read_norm(source, key, kind=kind, **options)
+        stored.warn_of_assumed(stacklevel=2)
+        return cls.from_stored(stored)
 
     @classmethod
     def from_stored(cls, stored: StoredNorm) -> Self:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import itertools
 import os
+import warnings
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -15,13 +16,18 @@ from torch import Tensor
 
 from normkit._serving.checks import check_eps, check_number
 from normkit._spec import Kind, NormSpec
-from normkit.checkpoint._families import Config, config_of
 from normkit.checkpoint._files import Files, describe_slice, printable
+from normkit.checkpoint._meaning import (
+    NOTHING_GIVEN,
+    Given,
+    Meaning,
+    Origin,
+    is_known,
+    meaning,
+)
 from normkit.checkpoint._names import (
     BIASES_OF,
-    IsKnown,
     biases_of,
-    canonical,
     is_norm,
     is_norm_weight,
     natural,
@@ -29,6 +35,14 @@ from normkit.checkpoint._names import (
     split,
     weights_of,
 )
+
+
+class AssumedWarning(UserWarning):
+    """A norm is loaded with options that nobody stated."""
+
+
+class NoRowError(ValueError):
+    """What is stored belongs to a module that is no norm of rows."""
 
 
 class HasGetTensor(Protocol):
@@ -43,15 +57,25 @@ Source: TypeAlias = "str | os.PathLike[str] | Mapping[str, Tensor] | HasGetTenso
 
 @dataclass(frozen=True)
 class NormEntry:
-    """A norm of a checkpoint: what is stored of it, and with which options `load_norm` makes it."""
+    """A norm of a checkpoint: what is stored of it, and with which options `load_norm` makes it.
+
+    Attributes:
+        key: its name in the checkpoint.
+        spec: what it computes.
+        shape: of the module's weight: (n,) or (heads, head_dim), also where (1, n) is stored.
+        dtype: that of the stored weight.
+        shard: the name of the file it is in; None where the source is no file.
+        origins: for each option of spec, where its value came from.
+        note: what the norm's module does beside, or in another way than normkit; "" for nothing.
+    """
 
     key: str
     spec: NormSpec
     shape: tuple[int, ...]
-    """Of the module's weight: (n,) or (heads, head_dim), also where it is stored as (1, n)."""
     dtype: torch.dtype
     shard: str | None
-    """The name of the file it is in; None where the source is no file."""
+    origins: Mapping[str, Origin] = field(default_factory=dict)
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -59,12 +83,31 @@ class StoredNorm:
     """A norm read from a checkpoint: copies of its tensors, bit for bit, and what it computes.
 
     They have the shape (n,) or (heads, head_dim); other shapes are kept as they are stored.
+
+    Attributes:
+        key: its name in the checkpoint.
+        weight: of any floating dtype that is stored.
+        bias: None where there is none.
+        spec: what it computes.
+        origins: for each option of spec, where its value came from.
+        source: the name of the source, for messages.
     """
 
     key: str
     weight: Tensor
     bias: Tensor | None
     spec: NormSpec
+    origins: Mapping[str, Origin] = field(default_factory=dict)
+    source: str = ""
+
+    def warn_of_assumed(self, stacklevel: int) -> None:
+        """Warn of options that nobody stated; Python shows one such warning for a source."""
+        assumed = [name for name, origin in self.origins.items() if origin.source == "assumed"]
+        if assumed:
+            options = ", ".join(f"{name}={getattr(self.spec, name)!r}" for name in assumed)
+            why = self.origins[assumed[0]].detail
+            text = f"{self.source}: {why}, so {options} is assumed; pass what you know"
+            warnings.warn(text, AssumedWarning, stacklevel=stacklevel + 1)
 
 
 # ---------------------------------------------------------------------------------------- sources
@@ -79,9 +122,8 @@ class _Objects:
         is_mapping = isinstance(source, Mapping)
         self._read = source.__getitem__ if is_mapping else source.get_tensor
         self._names = set(source.keys()) if hasattr(source, "keys") else None
-
-    def config(self, prefix: str) -> Config:
-        return config_of(canonical(prefix), {}, self.name)
+        self.config: Mapping[str, object] = {}
+        self.config_name = self.name
 
     def names(self) -> Collection[str] | None:
         return self._names
@@ -180,27 +222,37 @@ class _Found:
         return 0 not in self.shape and _is_floating(self.dtype)
 
 
-def weight_names(tensors: _Tensors, is_known: IsKnown | None = None) -> list[str]:
+def weight_names(tensors: _Tensors, *, only_rows: bool = False) -> list[str]:
     """The names of all tensors that are called as a norm's weight is, in the order of `find_norms`.
 
     What may be wrong with one of them is not looked at.
 
     Args:
         tensors: where they are.
-        is_known: given the canonical name of a module, True for a norm, False for what is none,
-            None where its name has to tell.
+        only_rows: leave out what the model's own code says is no norm of rows.
     """
     names = tensors.names()
     if names is None:
         raise TypeError(f"source: expected an object with keys(), got {tensors.name}")
-    found = (name for name in names if is_norm_weight(name, names, is_known))
+
+    def known(module: str) -> bool | None:
+        is_row = is_known(module, tensors.config)
+        return is_row or (False if only_rows and is_row is False else None)
+
+    found = (name for name in names if is_norm_weight(name, names, known))
     return sorted(found, key=natural)
 
 
-def describe_norm(tensors: _Tensors, name: str) -> NormEntry | None:
+def describe_norm(tensors: _Tensors, name: str, given: Given) -> NormEntry | None:
     """The norm of one of `weight_names`; None where the shape is not that of a norm.
 
+    Args:
+        tensors: where it is.
+        name: its name.
+        given: what the caller states of it.
+
     Raises:
+        NoRowError: the model's own code computes no norm of rows there.
         TypeError: it is stored in a dtype that is no floating one.
         ValueError: it has no elements, or a file is malformed.
         OSError: a file is missing or cannot be read.
@@ -209,7 +261,7 @@ def describe_norm(tensors: _Tensors, name: str) -> NormEntry | None:
     if norm is None:
         return None
     _check_weight(norm.name, norm.shape, norm.dtype)
-    return _entry(tensors, norm)
+    return _entry(tensors, norm, given)
 
 
 def _is_floating(dtype: torch.dtype | str) -> bool:
@@ -229,21 +281,35 @@ def _find(tensors: _Tensors, name: str) -> _Found | None:
     return None if shape is None else _Found(name, shape, dtype)
 
 
-def _entry(tensors: _Tensors, norm: _Found) -> NormEntry:
+def _entry(tensors: _Tensors, norm: _Found, given: Given = NOTHING_GIVEN) -> NormEntry:
     prefix, _ = split(norm.name)
     names = tensors.names() or ()
     has_bias = any(bias in names for bias in biases_of(norm.name))
-    config = tensors.config(prefix)
-    kind = config.kind(has_bias)
     assert isinstance(norm.dtype, torch.dtype)  # it was looked at
-    spec = NormSpec(
-        kind,
-        config.eps(kind),
-        config.weight_offset(kind),
-        config.round_before_weight(kind),
-        has_bias,
+    meant = _meaning(tensors, prefix, has_bias, given)
+    return NormEntry(
+        prefix,
+        meant.spec,
+        norm.shape,
+        norm.dtype,
+        tensors.shard(norm.name),
+        meant.origins,
+        meant.note,
     )
-    return NormEntry(prefix, spec, norm.shape, norm.dtype, tensors.shard(norm.name))
+
+
+def _meaning(
+    tensors: _Tensors, prefix: str, has_bias: bool, given: Given = NOTHING_GIVEN
+) -> Meaning:
+    """What the norm of that name computes.
+
+    Raises:
+        NoRowError: it is no norm of rows.
+    """
+    meant = meaning(prefix, tensors.config, tensors.config_name, has_bias=has_bias, given=given)
+    if meant.no_row:
+        raise NoRowError(f"{printable(prefix)}: no norm of rows: {meant.no_row}")
+    return meant
 
 
 # ---------------------------------------------------------------------------------------- loading
@@ -272,21 +338,11 @@ def read_norm(
         raise TypeError(f"round_before_weight: expected True, False or None, got {got}")
     tensors = _opened(source)
     prefix, weight, bias = _read(tensors, key)
-    config = tensors.config(prefix)
-    kind = kind or config.kind(bias is not None)
-    if weight_offset is None:
-        weight_offset = config.weight_offset(kind)
-    if round_before_weight is None:
-        round_before_weight = config.round_before_weight(kind)
-    spec = NormSpec(
-        kind,
-        config.eps(kind) if eps is None else eps,
-        weight_offset,
-        round_before_weight,
-        bias is not None,
-    )
+    given = Given(kind, eps, weight_offset, round_before_weight)
+    meant = _meaning(tensors, prefix, bias is not None, given)
     copied = None if bias is None else _copied(bias, device)
-    return StoredNorm(prefix, _copied(weight, device), copied, spec)
+    weight = _copied(weight, device)
+    return StoredNorm(prefix, weight, copied, meant.spec, meant.origins, tensors.name)
 
 
 def _read(tensors: _Tensors, key: str) -> tuple[str, Tensor, Tensor | None]:

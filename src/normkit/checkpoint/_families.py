@@ -1,122 +1,226 @@
-"""What a config.json says of the norms of its model.
+"""What the norms of a model compute, by its config.json: from the models' own code, or assumed.
 
-The families are named by model_type and listed as Hugging Face transformers 5.23 computes them.
+`_families.json` is made by `make families`: the modules of every architecture of transformers and
+diffusers were measured by `normkit.recognise`, in models where each eps has a value of its own.
+This file only looks up; what it does not find there is assumed, and said to be.
 """
 
 from __future__ import annotations
 
-import re
-from collections import ChainMap
-from collections.abc import Mapping
+import functools
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from normkit._serving.checks import check_number
-from normkit._spec import DEFAULT_EPS, Kind
+from normkit._spec import Kind
 
+Rounding = Literal["once", "first", "elsewhere"]
+Json = Mapping[str, object]
 
-def _set(names: str) -> frozenset[str]:
-    return frozenset(names.split())
+_ROUNDINGS: Mapping[str, Rounding] = {"once": "once", "first": "first", "elsewhere": "elsewhere"}
 
-
-_RMS_EPS = ("rms_norm_eps", "rms_norm_epsilon")
-_ANY_EPS = ("norm_eps", "norm_epsilon")
-_LAYER_EPS = ("layer_norm_eps", "layer_norm_epsilon", "layernorm_epsilon", "layernorm_eps")
-_EPS: dict[Kind, tuple[str, ...]] = {
-    "rms": _RMS_EPS + _ANY_EPS + _LAYER_EPS,
-    "layer": _LAYER_EPS + _ANY_EPS,
-}
-
-_LAYER_WITHOUT_BIAS = _set("dbrx modernbert modernbert-decoder moonshine")
-_RMS_WITH_LAYER_EPS = _set(
-    """chatglm falcon_mamba longt5 mamba mamba2 mt5 nemotron_h pix2struct pop2piano qwen
-    switch_transformers t5 udop umt5"""
-)
-_ADDS_ONE: dict[Kind, frozenset[str]] = {
-    "rms": _set(
-        """gemma gemma2 gemma3 gemma3_text qwen3_5 qwen3_5_text qwen3_5_moe qwen3_5_moe_text
-        qwen3_next recurrent_gemma t5gemma t5gemma2 vaultgemma"""
-    ),
-    "layer": _set("nemotron"),
-}
-# The gated norm of Qwen3-Next is unlike the others of its model: a plain weight, rounded before.
-_PLAIN_AMONG_OFFSET = "linear_attn.norm"
-_ROUNDS_FIRST = _set(
-    """apertus arcee aria_text bamba deepseek_v2 deepseek_v3 ernie4_5 ernie4_5_moe exaone4
-    falcon_h1 falcon_mamba glm glm4 glm4_moe granite granitemoe granitemoehybrid hunyuan_v1_dense
-    hunyuan_v1_moe jamba lfm2 lfm2_moe llama mamba mamba2 minimax minimax_m2 ministral ministral3
-    mistral mistral3 mixtral mllama_text_model olmoe phi3 pixtral qwen2 qwen2_5_vl qwen2_5_vl_text
-    qwen2_5_vl_vision qwen2_moe qwen2_vl qwen2_vl_text qwen3 qwen3_moe qwen3_vl qwen3_vl_text
-    qwen3_vl_moe qwen3_vl_moe_text seed_oss smollm3 zamba zamba2"""
-)
-
-_TOWER = re.compile(r"vision|visual|audio")
-_TEXT = ("text_config", "llm_config", "language_config")
+_DATA = Path(__file__).parents[1] / "_families.json"
 
 
 @dataclass(frozen=True)
-class Config:
-    """The part of a config.json that speaks of one norm."""
+class Rule:
+    """What a norm of a family computes.
 
-    origin: str
-    prefix: str
-    values: Mapping[str, Any]
-
-    @property
-    def family(self) -> str:
-        """The model_type; "None" where there is none."""
-        return str(self.values.get("model_type"))
-
-    def kind(self, has_bias: bool) -> Kind:
-        """The kind of the norm, by the rule in the documentation of `load_norm`."""
-        if has_bias:
-            return "layer"
-        if "rms" in self.prefix.rpartition(".")[2].lower():
-            return "rms"
-        if self.family in _LAYER_WITHOUT_BIAS:
-            return "layer"
-        if self.family in _RMS_WITH_LAYER_EPS or self._first(_RMS_EPS):
-            return "rms"
-        return "layer" if self._first(_LAYER_EPS) else "rms"
-
-    def eps(self, kind: Kind) -> float:
-        """The eps of that kind of norm, or the default of its class."""
-        name = self._first(_EPS[kind])
-        if name is None:
-            return DEFAULT_EPS[kind]
-        try:
-            return check_number(name, self.values[name], least=0)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{self.origin}: {error}") from error
-
-    def weight_offset(self, kind: Kind) -> float:
-        """What the family adds to the stored weight."""
-        return 1.0 if self.family in _ADDS_ONE[kind] and not self._is_plain() else 0.0
-
-    def round_before_weight(self, kind: Kind) -> bool:
-        """Whether the family rounds the normalised value before the weight multiplies it."""
-        if self.family in _ADDS_ONE["rms"]:
-            return self._is_plain()
-        return kind == "rms" and self.family in _ROUNDS_FIRST
-
-    def _is_plain(self) -> bool:
-        return self.prefix.endswith(_PLAIN_AMONG_OFFSET)
-
-    def _first(self, names: tuple[str, ...]) -> str | None:
-        return next((name for name in names if self.values.get(name) is not None), None)
-
-
-def config_of(prefix: str, config: dict[str, Any], origin: str) -> Config:
-    """The part of a config.json for the norm of that name.
-
-    Models with several towers have a config for each.  In a tower's, nothing of the language
-    model holds; in that of the language model, what it leaves out is said outside it.
+    Attributes:
+        kind: "rms" or "layer".
+        eps: a number that the model's code fixes, or the path of an entry of its config.
+        weight_offset: what is added to the weight.
+        has_bias: whether the family's module has a bias.
+        rounding: whether 16-bit values are rounded "once", at the end; also "first", before the
+            weight multiplies; or "elsewhere", which normkit does not do.
+        groups: parts of a row, each with a statistic of its own; a number, or an entry's path.
+        gate: "", or where a gate multiplies and through what.
+        channels_first: whether x is (batch, n, ...).
+        none: why this is no norm of rows; "" if it is one.
     """
-    tower = _TOWER.search(prefix.lower())
-    if tower:
-        name = "audio_config" if tower[0] == "audio" else "vision_config"
-        if isinstance(config.get(name), dict):
-            return Config(origin, prefix, config[name])
-    sections = (config.get(name) for name in _TEXT)
-    text = next((part for part in sections if isinstance(part, dict)), {})
-    return Config(origin, prefix, ChainMap(text, config))
+
+    kind: Kind = "rms"
+    eps: float | str = 0.0
+    weight_offset: float = 0.0
+    rounding: Rounding = "once"
+    has_bias: bool = False
+    groups: int | str = 1
+    gate: str = ""
+    channels_first: bool = False
+    none: str = ""
+
+    def __str__(self) -> str:
+        if self.none:
+            return f"none: {self.none}"
+        words = [self.kind, self.rounding, f"{self.weight_offset:+g}", str(self.eps)]
+        words += ["bias"] * self.has_bias
+        words += [f"groups={self.groups}"] * (self.groups != 1)
+        words += [f"gate={self.gate}"] * bool(self.gate)
+        words += ["channels-first"] * self.channels_first
+        return " ".join(words)
+
+    @staticmethod
+    def parsed(text: str) -> Rule:
+        """Read what `str` writes."""
+        if text.startswith("none: "):
+            return Rule(none=text.removeprefix("none: "))
+        kind, rounding, offset, eps, *others = text.split()
+        rest = {key: value for key, _, value in (word.partition("=") for word in others)}
+        groups = rest.get("groups", "1")
+        return Rule(
+            "layer" if kind == "layer" else "rms",
+            float(eps) if eps[0].isdigit() else eps,
+            float(offset),
+            _ROUNDINGS[rounding],
+            "bias" in rest,
+            int(groups) if groups.isdecimal() else groups,
+            rest.get("gate", ""),
+            "channels-first" in rest,
+        )
+
+
+@dataclass(frozen=True)
+class Family:
+    """The norms of one model_type.
+
+    Attributes:
+        rules: by the shortest ending of names, numbers as *, that no norm of the family with
+            another rule has.
+        entries: for each entry of the config that rules name, its default and the other entries
+            that set it.
+        sections: for each section of the config, its model_type by default and the names of the
+            parts of the model that it describes.
+        unnamed: endings of norms whose names do not say that they are norms.
+        switches: entries of the config, values of them, and the rules that hold instead.
+    """
+
+    rules: Mapping[str, Rule]
+    entries: Mapping[str, tuple[float | None, tuple[str, ...]]]
+    sections: Mapping[str, tuple[str, tuple[str, ...]]]
+    unnamed: frozenset[str] = frozenset()
+    switches: tuple[tuple[str, object, Mapping[str, Rule]], ...] = ()
+
+    def rule(self, pattern: str, config: Json) -> Rule | None:
+        """The rule of the longest ending of a pattern."""
+        chosen = (r for key, value, r in self.switches if config.get(key) == value)
+        rules = next(chosen, self.rules)
+        return next((rules[e] for e in endings(pattern) if e in rules), None)
+
+
+def pattern_of(name: str) -> str:
+    """A norm's name with every number a *."""
+    return ".".join("*" if part.isdecimal() else part for part in name.split("."))
+
+
+def endings(pattern: str) -> Iterator[str]:
+    """All endings of a pattern at a dot, the longest first; the last is ""."""
+    parts = pattern.split(".")
+    return (".".join(parts[first:]) for first in range(len(parts) + 1))
+
+
+@functools.cache
+def families() -> Mapping[str, Family]:
+    """The family file, read when it is first asked for."""
+    content = json.loads(_DATA.read_text(encoding="utf-8"))
+    return {name: _family(values) for name, values in content["families"].items()}
+
+
+def _family(values: Mapping[str, Any]) -> Family:
+    return Family(
+        _rules(values["rules"]),
+        {path: (default, tuple(others)) for path, (default, *others) in values["entries"].items()},
+        {name: (kind, tuple(parts)) for name, (kind, *parts) in values.get("sections", {}).items()},
+        frozenset(values.get("unnamed", ())),
+        tuple((key, value, _rules(r)) for key, value, r in values.get("switches", ())),
+    )
+
+
+def _rules(by_text: Mapping[str, list[str]]) -> dict[str, Rule]:
+    parsed = {Rule.parsed(text): found for text, found in by_text.items()}
+    return {ending: rule for rule, found in parsed.items() for ending in found}
+
+
+# ---------------------------------------------------------------------------------------- lookup
+
+
+@dataclass(frozen=True)
+class Found:
+    """The rule of a norm, the family that has it, and the part of the config that it reads."""
+
+    name: str
+    family: Family
+    rule: Rule
+    config: Json
+
+    def value(self, entry: float | str) -> tuple[float, str]:
+        """A number of the rule, and the entry of config.json that said it; "" where none did.
+
+        Raises:
+            ValueError: the entry is no finite number from 0 on.
+        """
+        if not isinstance(entry, str):
+            return entry, ""
+        default, others = self.family.entries[entry]
+        for path in (entry, *others):
+            value = _at(self.config, path)
+            if value is not None:
+                return check_number(path, value, least=0), path
+        if default is None:
+            raise ValueError(f"{entry}: expected a number, got None")
+        return default, ""
+
+
+def _at(config: Json, path: str) -> object:
+    value: object = config
+    for name in path.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
+
+
+def family_of(config: Json) -> str | None:
+    """The name of a config's family: transformers' model_type, or the class of diffusers."""
+    name = config.get("model_type", config.get("_class_name"))
+    return name if isinstance(name, str) else None
+
+
+def find(config: Json, pattern: str) -> Found | None:
+    """What the models' own code says of a norm; None where the family or the name is unknown."""
+    name = family_of(config)
+    family = families().get(name) if name is not None else None
+    if name is None or family is None:
+        return _find_in_named_section(config, pattern)
+    for section, (usual, parts) in family.sections.items():
+        inner = config.get(section)
+        if isinstance(inner, Mapping) and family_of(inner) not in (None, usual):
+            # a model of several parts, with another in the place of the usual one
+            rests = (_after(part, pattern) for part in parts)
+            rest = next((rest for rest in rests if rest is not None), None)
+            if rest is not None:
+                return find(inner, rest)
+    rule = family.rule(pattern, config)
+    return None if rule is None else Found(name, family, rule, config)
+
+
+def rules_of(config: Json) -> list[Rule]:
+    """The rules of all norms of a config's family, without those that are none."""
+    family = families().get(family_of(config) or "")
+    return [] if family is None else [r for r in set(family.rules.values()) if not r.none]
+
+
+def _after(part: str, pattern: str) -> str | None:
+    """What of a pattern follows the name of a part of the model."""
+    _, found, rest = f".{pattern}".partition(f".{part}.")
+    return rest if found else None
+
+
+def _find_in_named_section(config: Json, pattern: str) -> Found | None:
+    """Of a model made of any two, as an encoder and a decoder are, the part that the name names."""
+    for section, inner in config.items():
+        if isinstance(inner, Mapping) and family_of(inner) in families():
+            rest = _after(section.removesuffix("_config"), pattern)
+            if rest is not None:
+                return find(inner, rest)
+    return None

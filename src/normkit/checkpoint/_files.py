@@ -11,16 +11,13 @@ import math
 import os
 import re
 import stat
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-
-from normkit.checkpoint._families import Config, config_of
-from normkit.checkpoint._names import canonical
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -79,21 +76,18 @@ class Files:
         self.name = str(path)
         file = _single_file(path)
         folder = path if file is None else file.parent
-        self._config_path = folder / CONFIG
-        exists = os.path.lexists(self._config_path)
-        self._config = _read_json(self._config_path, _MOST_CONFIG) if exists else {}
+        config = folder / CONFIG
+        self.config_name = str(config)
+        exists = os.path.lexists(config)
+        self.config: Mapping[str, object] = _read_json(config, _MOST_CONFIG) if exists else {}
         self._open: dict[str, Any] = {}
-        self._folder = folder
+        self.folder = folder
         self._indexed = file is None
         self._shards = (
             _read_index(path / INDEX)
             if file is None
             else dict.fromkeys(self._file(file.name).keys(), file.name)
         )
-
-    def config(self, prefix: str) -> Config:
-        """What config.json says of the norm of that name."""
-        return config_of(canonical(prefix), self._config, str(self._config_path))
 
     def names(self) -> Collection[str]:
         """The names of all tensors."""
@@ -135,12 +129,12 @@ class Files:
             return getattr(self._file(shard), method)(name)
         except (SafetensorError, UnicodeError) as error:  # the latter of half a character
             raise ValueError(
-                f"{self._folder / shard}: cannot read {printable(name)}: {printable(error)}"
+                f"{self.folder / shard}: cannot read {printable(name)}: {printable(error)}"
             ) from error
 
     def _file(self, shard: str) -> Any:
         if shard not in self._open:
-            path = self._folder / shard
+            path = self.folder / shard
             _check_plain(path, f"listed in {INDEX}, but there is" if self._indexed else "")
             _check_header(path)
             try:

@@ -76,6 +76,12 @@ def canonical(prefix: str) -> str:
     return ".".join(kept)
 
 
+def canonical_name(name: str) -> str:
+    """The name of a weight in the plain model."""
+    prefix, ending = split(name)
+    return canonical(prefix) + ending
+
+
 def weights_of(prefix: str, names: Collection[str]) -> list[str]:
     """The names of the weights of one module, under whatever wraps it.
 

@@ -1,0 +1,204 @@
+"""The model's own modules, from transformers or diffusers, as judges of what load_norm made."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+from normkit._spec import Kind, NormSpec
+from normkit.modules import HeadNorm, LayerNorm, RMSNorm
+from normkit.recognition import Function, Recognition, recognise
+from normkit.recognition._probe import Probe, Unknown, agreement
+
+Norm: TypeAlias = RMSNorm | LayerNorm | HeadNorm
+
+
+class NoOriginals(Exception):
+    """Why there is no model of transformers or diffusers to compare with."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a model's own module says of a norm.
+
+    Attributes:
+        same: whether both compute the same; None where that could not be found out.
+        reason: what differs, or why it is not known.
+    """
+
+    same: bool | None
+    reason: str = ""
+
+
+class Originals:
+    """The modules of the model that a config.json describes, built on the meta device."""
+
+    def __init__(self, folder: Path, config: Mapping[str, object]) -> None:
+        """Build the model.
+
+        Raises:
+            NoOriginals: the library is not installed, does not know the family, or cannot build it.
+        """
+        library = "diffusers" if "_class_name" in config else "transformers"
+        build = _diffusers_model if "_class_name" in config else _transformers_model
+        with _quiet():
+            try:
+                self._model, self._path_of = build(folder, config)
+                self._name = f"{type(self._model).__name__} of {library} {version(library)}"
+            except NoOriginals:
+                raise
+            except Exception as error:  # whatever a model's code raises
+                text = " ".join(str(error).split())[:200]
+                raise NoOriginals(f"{type(error).__name__}: {text}") from error
+
+    def __str__(self) -> str:
+        return self._name
+
+    def judge(self, name: str, ours: Norm, kind: Kind) -> Verdict:
+        """Run the module that the stored weight of that name belongs to beside ours.
+
+        Both have the tensors of ours, and run in float32 and in the dtype that is stored.
+        """
+        path, _, parameter = self._path_of(name).rpartition(".")
+        try:
+            module = self._model.get_submodule(path)
+        except AttributeError:
+            return Verdict(None, "the model has no such module")
+        dtype = ours.weight.dtype
+        own = recognise(copy.deepcopy(module).to(dtype))
+        function = own.function
+        if function is None:
+            return Verdict(False, f"no norm of rows: {own.reason}")
+        if parameter not in (function.weight, function.bias):
+            return Verdict(None, f"the model's module has no {parameter}")
+        spec = NormSpec(
+            kind,
+            ours.eps,
+            ours.weight_offset,
+            ours.round_before_weight,
+            ours.bias is not None,
+        )
+        different = _differences(own, function, spec, dtype)
+        if different:
+            return Verdict(False, "; ".join(different))
+        try:
+            return _run_both(module, own, function, spec, ours)
+        except Unknown as why:
+            return Verdict(None, str(why))
+
+
+def _differences(
+    own: Recognition, function: Function, spec: NormSpec, dtype: torch.dtype
+) -> list[str]:
+    """What of the options is another, as the model's own module was measured."""
+    names = ["kind", "eps", "weight_offset"]
+    if dtype != torch.float32 and dtype in own.specs:
+        names.append("round_before_weight")
+    measured = own.specs.get(dtype, function.spec)
+    pairs = [(name, getattr(measured, name), getattr(spec, name)) for name in names]
+    pairs.append(("groups", own.form.groups, 1))
+    return [f"{name} is {theirs}, not {used}" for name, theirs, used in pairs if theirs != used]
+
+
+def _run_both(
+    module: nn.Module, own: Recognition, function: Function, spec: NormSpec, ours: Norm
+) -> Verdict:
+    pairs = ((function.weight, ours.weight), (function.bias, ours.bias))
+    stored = {name: t.detach().cpu() for name, t in pairs if name and t is not None}
+    n = ours.weight.shape[-1]
+    for dtype in dict.fromkeys((torch.float32, ours.weight.dtype)):
+        if dtype != torch.float32 and dtype not in own.specs:
+            continue  # it rounds as normkit does not, which the table says
+        tensors = {name: t.to(dtype) for name, t in stored.items()}
+        probe = Probe(module, n, own.form).with_tensors(tensors)
+        share, near = agreement(probe, function, spec, dtype)
+        if not near:
+            return Verdict(False, f"{1 - share:.1%} of y are other numbers in {dtype}")
+    return Verdict(True)
+
+
+# ------------------------------------------------------------------------------- building models
+
+_Built = tuple[nn.Module, Callable[[str], str]]
+
+
+def _transformers_model(folder: Path, config: Mapping[str, object]) -> _Built:
+    transformers = _library("transformers")
+    settings = transformers.AutoConfig.from_pretrained(
+        str(folder), local_files_only=True, trust_remote_code=False
+    )
+    names = config.get("architectures")
+    listed = names if isinstance(names, list) else []
+    known = (getattr(transformers, str(name), None) for name in listed)
+    model_class = next((c for c in known if c is not None), None)
+    with torch.device("meta"):
+        if model_class is None:
+            model = transformers.AutoModel.from_config(settings, trust_remote_code=False)
+        else:
+            model = model_class(settings)
+    return model, _loaded_name(model)
+
+
+def _loaded_name(model: Any) -> Callable[[str], str]:
+    """The name in the model of a tensor of a file, as from_pretrained finds it."""
+    loading = importlib.import_module("transformers.core_model_loading")
+    mapping = importlib.import_module("transformers.conversion_mapping")
+    transforms = mapping.get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, loading.WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, loading.WeightConverter)]
+    names = model.state_dict()
+
+    def loaded(name: str) -> str:
+        found: str = loading.rename_source_key(
+            name, renamings, converters, model.base_model_prefix, names
+        )[0]
+        return found
+
+    return loaded
+
+
+def _diffusers_model(folder: Path, config: Mapping[str, object]) -> _Built:
+    diffusers = _library("diffusers")
+    model_class = getattr(diffusers, str(config["_class_name"]), None)
+    if model_class is None:
+        raise NoOriginals(f"diffusers has no {config['_class_name']}")
+    with torch.device("meta"):
+        return model_class.from_config(dict(config)), lambda name: name
+
+
+def _library(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise NoOriginals(f"{error.name} is not installed") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the net, and without what the libraries say of a config that was only built."""
+    offline, level = os.environ.get("HF_HUB_OFFLINE"), logging.root.manager.disable
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+        if offline is None:
+            del os.environ["HF_HUB_OFFLINE"]
+        else:
+            os.environ["HF_HUB_OFFLINE"] = offline
