@@ -16,6 +16,7 @@ from checkpoints import (
     same_bits,
     tensors,
 )
+from hostile_files import with_header
 from normkit import LayerNorm, RMSNorm, load_norm
 from normkit.checkpoint import find_norms
 
@@ -89,10 +90,23 @@ def test_numbers_in_names_are_sorted_as_numbers(tmp_path, make):
     assert keys == [f"layers.{i}.norm" for i in (1, 9, 10, 100)]
 
 
-def test_float8_weights_are_found_too(tmp_path):
-    stored = {"norm.weight": torch.ones(4).to(torch.float8_e4m3fn)}
-    (entry,) = find_norms(file_of(tmp_path, stored))
-    assert entry.dtype == torch.float8_e4m3fn
+FLOAT8 = {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
+
+
+@pytest.mark.parametrize("stored", FLOAT8)
+def test_float8_weights_are_listed_and_refused_by_name(tmp_path, stored):
+    header = {"norm.weight": {"dtype": stored, "shape": [4], "data_offsets": [0, 4]}}
+    with_header(header, bytes(4))(tmp_path)
+    (entry,) = find_norms(tmp_path)
+    assert entry.dtype == FLOAT8[stored]
+    with pytest.raises(TypeError, match=f"norm.weight: expected .*, got {entry.dtype}"):
+        load_norm(tmp_path, "norm")
 
 
 def test_all_norms_of_a_real_checkpoint_are_found():

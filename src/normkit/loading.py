@@ -55,7 +55,7 @@ def load_norm(
     Raises:
         KeyError: source has no such norm, or several; the message names the nearest.
         TypeError: source is none of these, an argument is of the wrong type, or a tensor is stored
-            in a dtype that is no floating one.
+            in a dtype that no call takes, as float8 and integers are.
         ValueError: a value is none of these, eps is not a finite number from 0 on, a file is
             malformed, or the stored shapes do not fit.
         OSError: a file is missing or cannot be read.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from normkit._serving.checks import check_eps, check_number
-from normkit._spec import Kind, NormSpec
+from normkit._spec import FLOATS, FLOATS_TEXT, Kind, NormSpec
 from normkit.checkpoint._files import Files, describe_slice, printable
 from normkit.checkpoint._meaning import (
     NOTHING_GIVEN,
@@ -183,7 +183,7 @@ def find_norms(source: Source) -> list[NormEntry]:
     beta.  Batch, group and instance norms are left out where their name or a running mean tells; a
     group norm that is just called "norm" cannot be told from a LayerNorm.  Of a norm that PEFT
     trains, the copy that is trained and the one it replaces are listed, each under the key that it
-    is stored with.
+    is stored with.  Weights in float8 are listed with their dtype, and refused by `load_norm`.
 
     Args:
         source: as in `load_norm`; an object needs keys().  Only of an object without get_slice,
@@ -206,7 +206,7 @@ def find_norms(source: Source) -> list[NormEntry]:
     """
     tensors = _opened(source)
     found = (_find(tensors, name) for name in weight_names(tensors))
-    return [_entry(tensors, norm) for norm in found if norm is not None and norm.loads()]
+    return [_entry(tensors, norm) for norm in found if norm is not None and norm.is_listed()]
 
 
 @dataclass(frozen=True)
@@ -217,9 +217,10 @@ class _Found:
     shape: tuple[int, ...]
     dtype: torch.dtype | str
 
-    def loads(self) -> bool:
-        """Whether `load_norm` makes a module of it."""
-        return 0 not in self.shape and _is_floating(self.dtype)
+    def is_listed(self) -> bool:
+        """Whether it is one of `find_norms`: in float8 it is, though no call takes that."""
+        is_floating = isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point
+        return 0 not in self.shape and is_floating
 
 
 def weight_names(tensors: _Tensors, *, only_rows: bool = False) -> list[str]:
@@ -252,8 +253,12 @@ def describe_norm(tensors: _Tensors, name: str, given: Given) -> NormEntry | Non
         given: what the caller states of it.
 
     Raises:
+<<<<<<< HEAD
         NoRowError: the model's own code computes no norm of rows there.
         TypeError: it is stored in a dtype that is no floating one.
+=======
+        TypeError: it is stored in a dtype that no call takes.
+>>>>>>> 3a81ab2 (checkpoint: weights in float8 are refused on loading, by name)
         ValueError: it has no elements, or a file is malformed.
         OSError: a file is missing or cannot be read.
     """
@@ -264,13 +269,10 @@ def describe_norm(tensors: _Tensors, name: str, given: Given) -> NormEntry | Non
     return _entry(tensors, norm, given)
 
 
-def _is_floating(dtype: torch.dtype | str) -> bool:
-    return isinstance(dtype, torch.dtype) and dtype.is_floating_point
-
-
 def _check_weight(name: str, shape: tuple[int, ...], dtype: torch.dtype | str) -> None:
-    if not _is_floating(dtype):
-        raise TypeError(f"{printable(name)}: expected a floating-point dtype, got {dtype}")
+    if dtype not in (*FLOATS, torch.float64):
+        expected = f"{FLOATS_TEXT}, or float64"
+        raise TypeError(f"{printable(name)}: expected {expected}, got {dtype}")
     if not shape or 0 in shape:
         raise ValueError(f"{printable(name)}: expected the shape of a norm's tensor, got {shape}")
 
