@@ -121,6 +121,10 @@ def loop(path: Path) -> None:
     path.symlink_to(path.name)
 
 
+def device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
 def link(to: str) -> Callable[[Path], None]:
     return lambda path: path.symlink_to(to)
 
@@ -145,6 +149,28 @@ def as_source(name: str, make: Callable[[Path], Any]) -> Make:
         return folder / name
 
     return made
+
+
+def as_named(name: str, make: Make) -> Make:
+    """One of the files that are made, as the source."""
+
+    def made(folder: Path) -> Path:
+        make(folder)
+        return folder / name
+
+    return made
+
+
+def renamed(name: str, to: str, make: Make) -> Make:
+    def made(folder: Path) -> None:
+        make(folder)
+        (folder / name).rename(folder / to)
+
+    return made
+
+
+def of_mistral(make: Make) -> Make:
+    return renamed(FILE, "consolidated.safetensors", make)
 
 
 def of_bytes(data: bytes) -> Make:
@@ -220,7 +246,7 @@ NO_PLAIN_FILE = {
     "a FIFO": (fifo, "expected a file, got a FIFO"),
     "a folder": (Path.mkdir, "expected a file, got a folder"),
     "a socket": (listens, "expected a file, got a socket"),
-    "a device": (link("/dev/zero"), "expected a file, got a device"),
+    "a device": (device, "expected a file, got a device"),
     "a broken link": (link("../blobs/0123"), r"a broken link, to \.\./blobs/0123"),
     "a link to itself": (loop, "[Ss]ymbolic links"),
 }
@@ -361,6 +387,27 @@ LIES = {"weight_map": dict.fromkeys(("a.norm.weight", "good.norm.weight"), "part
 HALF = '{"weight_map": {"\\ud800.norm.weight": "part.safetensors"}}'
 
 TABLE = _table() | {
+    "a named shard whose index points outside": Hostile(
+        as_named("part.safetensors", pointing_at(POINTS_OUTSIDE[".."])), 2, NAMES
+    ),
+    "a named shard whose index is a FIFO": Hostile(
+        as_named("part.safetensors", instead_of(INDEX, fifo)), 2, "expected a file, got a FIFO"
+    ),
+    "an index of another name that points outside": Hostile(
+        renamed(INDEX, "x.safetensors.index.json", pointing_at(POINTS_OUTSIDE["absolute"])),
+        2,
+        NAMES,
+    ),
+    "a params.json that is a device": Hostile(
+        renamed("config.json", "params.json", of_mistral(instead_of("config.json", device))),
+        2,
+        "params.json: expected a file, got a device",
+    ),
+    "folders that are none": Hostile(
+        lambda folder: [make(folder / make.__name__) for make in (fifo, loop, Path.mkdir, device)],
+        2,
+        r"no \.safetensors file and no .* in this folder$",
+    ),
     "index: 1 GB": Hostile(
         instead_of(INDEX, lambda path: sparse(path, 1 << 30)), 2, "expected at most 48 MiB"
     ),

@@ -7,7 +7,7 @@ import torch
 
 from checkpoints import WithKeys, WithoutKeys, file_of, odd_values, same_bits
 from normkit import HeadNorm, LayerNorm, RMSNorm, load_norm
-from normkit.checkpoint import find_norms, weight_names
+from normkit.checkpoint import _names, find_norms, weight_names
 from normkit.checkpoint._files import Files
 from normkit.checkpoint._names import canonical
 
@@ -76,6 +76,11 @@ def test_a_layer_scale_is_no_norm(key):
 )
 def test_what_a_norm_comes_after_does_not_forbid_it(key):
     assert keys_of({f"{key}.weight": torch.ones(4)}) == [key]
+
+
+def test_what_is_asked_first_of_a_name_holds_for_every_word_of_a_norm():
+    for word in _names._NORM_WORDS:
+        assert keys_of({f"{word}.weight": torch.ones(4)}) == [word]
 
 
 @pytest.mark.parametrize("key", ["norm_proj", "layernorm_linear", "norm.q", "attn.q", "attn_qk.q"])

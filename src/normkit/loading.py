@@ -31,12 +31,12 @@ def load_norm(
     `LayerNorm`; a row that is stored as (1, n), (n, 1) or (n, 1, 1) has the weight (n,).
 
     Args:
-        source: a .safetensors file; a folder with model.safetensors, or with
-            model.safetensors.index.json and its shards, or with one .safetensors file; a dict of
-            tensors; or an object with get_tensor(name), which has keys() or raises KeyError for
-            what it lacks.  Only the tensors of this norm are read, from a file those of up to 128
-            MiB; docs/api.md has what else is refused in files.  A config.json beside the file
-            is used: its text_config, or vision_config or audio_config where the key says so.
+        source: a .safetensors file, with its other shards if an index beside it lists it; a folder
+            of such files, with their index or without; an index; a dict of tensors; or an object
+            with get_tensor(name), which has keys() or raises KeyError for what it lacks.  Only the
+            tensors of this norm are read, from a file those of up to 128 MiB; docs/api.md has which
+            file of a folder is meant, and what else is refused.  A config.json beside the file is
+            used: its text_config, or vision_config or audio_config where the key says so.
         key: name of the norm ("model.norm") or of its weight ("model.norm.weight").  A norm that
             is wrapped by PEFT, torch.compile, DDP or FSDP has its name in the plain model as well,
             which of several copies means the one that PEFT trains.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import itertools
 import os
 import warnings
@@ -27,7 +28,9 @@ from normkit.checkpoint._meaning import (
 )
 from normkit.checkpoint._names import (
     BIASES_OF,
+    Layout,
     biases_of,
+    has_gguf_names,
     is_norm,
     is_norm_weight,
     natural,
@@ -128,6 +131,18 @@ class _Objects:
     def names(self) -> Collection[str] | None:
         return self._names
 
+    listed = names
+
+    def layout(self, name: str) -> Layout:
+        if self._is_gguf:
+            return "gguf"
+        metadata = self._source.metadata() if hasattr(self._source, "get_slice") else None
+        return "mlx" if (metadata or {}).get("format") == "mlx" else "hf"
+
+    @functools.cached_property
+    def _is_gguf(self) -> bool:
+        return has_gguf_names(self._names or ())
+
     def get(self, name: str) -> Tensor | None:
         if self._names is not None and name not in self._names:
             return None
@@ -205,8 +220,12 @@ def find_norms(source: Source) -> list[NormEntry]:
         ['a.norm']
     """
     tensors = _opened(source)
-    found = (_find(tensors, name) for name in weight_names(tensors))
-    return [_entry(tensors, norm) for norm in found if norm is not None and norm.is_listed()]
+    names = weight_names(tensors)
+    # in the order of shards, so that each is opened once, however many there are
+    by_shard = sorted(names, key=lambda name: tensors.shard(name) or "")
+    found = {name: _find(tensors, name) for name in by_shard}
+    norms = (found[name] for name in names)
+    return [_entry(tensors, norm) for norm in norms if norm is not None and norm.is_listed()]
 
 
 @dataclass(frozen=True)
@@ -232,15 +251,15 @@ def weight_names(tensors: _Tensors, *, only_rows: bool = False) -> list[str]:
         tensors: where they are.
         only_rows: leave out what the model's own code says is no norm of rows.
     """
-    names = tensors.names()
-    if names is None:
+    listed, names = tensors.listed(), tensors.names()
+    if listed is None or names is None:
         raise TypeError(f"source: expected an object with keys(), got {tensors.name}")
 
     def known(module: str) -> bool | None:
         is_row = is_known(module, tensors.config)
         return is_row or (False if only_rows and is_row is False else None)
 
-    found = (name for name in names if is_norm_weight(name, names, known))
+    found = (name for name in listed if is_norm_weight(name, names, known))
     return sorted(found, key=natural)
 
 
@@ -253,12 +272,8 @@ def describe_norm(tensors: _Tensors, name: str, given: Given) -> NormEntry | Non
         given: what the caller states of it.
 
     Raises:
-<<<<<<< HEAD
         NoRowError: the model's own code computes no norm of rows there.
-        TypeError: it is stored in a dtype that is no floating one.
-=======
         TypeError: it is stored in a dtype that no call takes.
->>>>>>> 3a81ab2 (checkpoint: weights in float8 are refused on loading, by name)
         ValueError: it has no elements, or a file is malformed.
         OSError: a file is missing or cannot be read.
     """

@@ -6,6 +6,8 @@ made of; none is read that is not a plain file, or that would take more memory t
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import math
 import os
@@ -19,8 +21,19 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from normkit.checkpoint._names import Layout, has_gguf_names
+
 CONFIG = "config.json"
+MISTRAL, MISTRAL_CONFIG = "consolidated", "params.json"  # what Mistral's own files are called
 INDEX = "model.safetensors.index.json"
+# Of several files in a folder the first of these is the model: others are its variants or adapters.
+_BEST_KNOWN = (
+    "model.safetensors",
+    INDEX,
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.safetensors.index.json",
+)
+_INDEX_NAME = re.compile(r".*\.safetensors\.index(\.[\w-]+)?\.json", re.DOTALL)  # .index.fp16.json
 
 # Whatever a file holds, reading it stays below 1 GB, torch included.  Parsed JSON takes up to 4
 # bytes for a byte of text, and some 240 for a value; safetensors takes 160 for one of a header.
@@ -28,6 +41,8 @@ INDEX = "model.safetensors.index.json"
 # one file only, a tensor takes 170 bytes and 8 values.
 _MOST_CONFIG, _MOST_INDEX, _MOST_HEADER = 16 << 20, 48 << 20, 48 << 20
 _MOST_VALUES, _MOST_HEADER_VALUES = 300_000, 1_000_000
+# A model may have thousands of shards, and a process few hundred files open.
+_MOST_OPEN = 128
 # Weights of norms have some 10,000 elements; what is larger is a matrix that was asked for as one.
 _MOST_TENSOR = 128 << 20
 
@@ -73,28 +88,54 @@ def describe_slice(view: Any) -> tuple[tuple[int, ...], torch.dtype | str]:
 
 
 class Files:
-    """One safetensors file, or the shards of an index, and the config.json beside them."""
+    """One safetensors file, or the shards of an index, and the config beside them.
+
+    Where an index lists the file that was named, what the file lacks is read from the other shards,
+    such as the bias that goes with a weight; only the file's own tensors are listed.
+    """
 
     def __init__(self, path: Path) -> None:
         self.name = str(path)
-        file = _single_file(path)
-        folder = path if file is None else file.parent
-        config = folder / CONFIG
+        chosen = _chosen(path)
+        self.folder = chosen.parent
+        config = _config_path(chosen)
         self.config_name = str(config)
         exists = os.path.lexists(config)
         self.config: Mapping[str, object] = _read_json(config, _MOST_CONFIG) if exists else {}
+        """What it holds, be it of transformers, diffusers or Mistral; empty without one."""
         self._open: dict[str, Any] = {}
-        self.folder = folder
-        self._indexed = file is None
-        self._shards = (
-            _read_index(path / INDEX)
-            if file is None
-            else dict.fromkeys(self._file(file.name).keys(), file.name)
-        )
+        self._formats: dict[str, str | None] = {}
+        self._index: Path | None = None
+        if _is_index(chosen.name):
+            self._index = chosen
+            self._shards = _read_index(chosen)
+            self._listed: Collection[str] = self._shards.keys()
+        else:
+            own = dict.fromkeys(self._file(chosen.name).keys(), chosen.name)
+            self._index, indexed = _index_that_lists(chosen) if chosen == path else (None, {})
+            self._shards = indexed | own
+            self._listed = own.keys()
 
     def names(self) -> Collection[str]:
-        """The names of all tensors."""
+        """The names of all tensors that can be read."""
         return self._shards.keys()
+
+    def listed(self) -> Collection[str]:
+        """The names of the tensors of what was named: of a shard, only its own."""
+        return self._listed
+
+    def layout(self, name: str) -> Layout:
+        """Who wrote the file that a tensor is in, as far as that says what its values are."""
+        if self._is_gguf:
+            return "gguf"
+        shard = self._shards[name]
+        if shard not in self._formats:
+            self._file(shard)
+        return "mlx" if self._formats[shard] == "mlx" else "hf"
+
+    @functools.cached_property
+    def _is_gguf(self) -> bool:
+        return has_gguf_names(self.names())
 
     def get(self, name: str) -> Tensor | None:
         """The tensor of that name, or None."""
@@ -136,19 +177,25 @@ class Files:
             ) from error
 
     def _file(self, shard: str) -> Any:
-        if shard not in self._open:
-            path = self.folder / shard
-            _check_plain(path, f"listed in {INDEX}, but there is" if self._indexed else "")
-            _check_header(path)
-            try:
-                self._open[shard] = safe_open(path, framework="pt")
-            except SafetensorError as error:
-                raise ValueError(
-                    f"{path}: not a whole safetensors file: {printable(error)}"
-                ) from error
-            except RuntimeError as error:  # torch's, where the file is larger than the memory
-                raise OSError(f"{path}: cannot be opened: {printable(error)}") from error
-        return self._open[shard]
+        file = self._open.pop(shard, None)
+        if file is None:
+            if len(self._open) == _MOST_OPEN:
+                del self._open[next(iter(self._open))]
+            file = self._opened(shard)
+            self._formats[shard] = (file.metadata() or {}).get("format")
+        self._open[shard] = file  # the last used is the last
+        return file
+
+    def _opened(self, shard: str) -> Any:
+        path = self.folder / shard
+        _check_plain(path, f"listed in {self._index.name}, but there is" if self._index else "")
+        _check_header(path)
+        try:
+            return safe_open(path, framework="pt")
+        except SafetensorError as error:
+            raise ValueError(f"{path}: not a whole safetensors file: {printable(error)}") from error
+        except RuntimeError as error:  # torch's, where the file is larger than the memory
+            raise OSError(f"{path}: cannot be opened: {printable(error)}") from error
 
 
 # ---------------------------------------------------------------------------------- finding files
@@ -156,28 +203,69 @@ class Files:
 _KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
 
 
-def _single_file(path: Path) -> Path | None:
-    """The one file that holds everything; None if there is an index of several."""
+def _chosen(path: Path) -> Path:
+    """The one file that holds everything, or the index of several."""
     mode = _mode(path, "no such file or folder")
     if stat.S_ISREG(mode):
-        if path.suffix != ".safetensors":
+        if path.suffix != ".safetensors" and not _is_index(path.name):
             raise ValueError(f"{path}: expected a .safetensors file or a model folder")
         return path
     if not stat.S_ISDIR(mode):
         expected = "a .safetensors file or a model folder"
         raise ValueError(f"{path}: expected {expected}, got {_kind(mode)}")
-    listed = {file.name for file in path.iterdir()}
-    files = sorted(name for name in listed if name.endswith(".safetensors"))
-    if "model.safetensors" in files:
-        return path / "model.safetensors"
-    if INDEX in listed:
-        return None
-    if not files:
-        raise FileNotFoundError(f"{path}: no .safetensors file and no {INDEX} in this folder")
-    if len(files) > 1:
-        names = ", ".join(map(printable, files[:4]))
-        raise ValueError(f"{path}: several files and no {INDEX}, name one of them: {names}")
-    return path / files[0]
+    found = sorted(file.name for file in path.iterdir())
+    best = next((name for name in _BEST_KNOWN if name in found), None)
+    if best is not None:
+        return path / best
+    files = [name for name in found if name.endswith(".safetensors")]
+    indexes = [name for name in found if _is_index(name)]
+    if not indexes and f"{MISTRAL}.safetensors" in files:
+        return path / f"{MISTRAL}.safetensors"
+    candidates = indexes or files
+    if len(candidates) == 1:
+        return path / candidates[0]
+    folders = _folders_of_models(path)
+    if not candidates:
+        raise FileNotFoundError(
+            f"{path}: no .safetensors file and no {INDEX} in this folder{folders}"
+        )
+    what = "indexes" if indexes else f"files and no {INDEX}"
+    raise ValueError(f"{path}: several {what}, name one of them: {_some(candidates)}{folders}")
+
+
+def _is_index(name: str) -> bool:
+    return _INDEX_NAME.fullmatch(name) is not None
+
+
+def _index_that_lists(file: Path) -> tuple[Path | None, dict[str, str]]:
+    """The index beside a file that has it among its shards, and those by the names of tensors."""
+    indexes = sorted(path for path in file.parent.iterdir() if _is_index(path.name))
+    for index in sorted(indexes, key=lambda path: path.name not in _BEST_KNOWN):
+        shards = _read_index(index)
+        if file.name in shards.values():
+            return index, shards
+    return None, {}
+
+
+def _folders_of_models(path: Path) -> str:
+    """For a message: the folders inside, such as those of a diffusers pipeline, that have files."""
+    found = []
+    for inside in sorted(path.iterdir()):
+        with contextlib.suppress(OSError):  # what cannot be listed is none
+            if inside.is_dir() and any(name.suffix == ".safetensors" for name in inside.iterdir()):
+                found.append(inside.name)
+    return f"; of its folders, these have files: {_some(found)}" if found else ""
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(map(printable, names[:8])) + (", ..." if len(names) > 8 else "")
+
+
+def _config_path(chosen: Path) -> Path:
+    config, mistral = chosen.parent / CONFIG, chosen.parent / MISTRAL_CONFIG
+    if chosen.name.startswith(MISTRAL) and not os.path.lexists(config) and os.path.lexists(mistral):
+        return mistral
+    return config
 
 
 def _mode(path: Path, missing: str) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Collection
+from typing import Literal
 
 # A module that has several of these has its norm's weight under the first: the others are a scale
 # of its output or of a quantised tensor.  The endings of biases are tried in the order given.
@@ -26,6 +27,7 @@ _NORM_WORDS = frozenset(
         "normalization",
     )
 ) | {"enorm", "hnorm"}
+_HAS_NORM_WORD = re.compile("norm|rms|ln", re.IGNORECASE)  # one is in each of them
 _OTHER_WORDS = frozenset(("batch", "group", "instance", "spectral", "weight"))
 _OTHER_LAST_WORDS = frozenset(("linear", "proj"))  # a proj_norm is a norm, a norm_proj is none
 _HEAD_WORDS = frozenset(("q", "k", "v", "qk", "query", "key", "value", "b", "c"))
@@ -40,14 +42,26 @@ _WRAPPED = re.compile(
     "|".join(sorted(_WRAPPERS | _WRAPPERS_OF_ADAPTERS)) + r"|^base_model\.|^module\."
 )
 
+Layout = Literal["hf", "gguf", "mlx"]
+"""What a file tells of who wrote it, where a family adds 1 to the weights of its norms.
+
+- "gguf": names as llama.cpp's converter gives them. It has added the 1 for every family.
+- "mlx": written by MLX, whose models decide by family: those of Gemma 1 to 3 add the 1 themselves
+  and store what Hugging Face does; to the weights of Qwen3-Next the 1 was added.
+- "hf": nothing of that, so nothing speaks against the layout of Hugging Face.
+
+That the 1 was added by hand to weights that keep their names cannot be known.
+"""
+_GGUF_NAME = re.compile(r"(?:(?:enc|dec|v|a)\.)?blk\.\d+\.")
+
 IsKnown = Callable[[str], "bool | None"]
 """What a model's own code says of the module of a canonical name: that it is a norm, or none."""
 
 
 def split(name: str) -> tuple[str, str]:
     """The norm's name and the ending of its weight's; "" as ending where it is not a weight's."""
-    ending = next((e for e in BIASES_OF if name.endswith(e)), "")
-    return name.removesuffix(ending), ending
+    prefix, dot, last = name.rpartition(".")
+    return (prefix, dot + last) if dot + last in BIASES_OF else (name, "")
 
 
 def biases_of(weight: str) -> list[str]:
@@ -97,6 +111,8 @@ def weights_of(prefix: str, names: Collection[str]) -> list[str]:
 
 def is_norm(prefix: str) -> bool:
     """Whether a module is called as a norm is."""
+    if not _HAS_NORM_WORD.search(prefix):  # as of nearly all tensors of a large model
+        return False
     parent, words = _words(prefix)
     if _is_called_norm(words):
         return True
@@ -124,11 +140,18 @@ def norm_shape(prefix: str, stored: tuple[int, ...]) -> tuple[int, ...] | None:
 
 def is_norm_weight(name: str, names: Collection[str], is_known: IsKnown | None = None) -> bool:
     """Whether a tensor is called as a norm's weight is, among others of these names."""
-    prefix, _ = split(name)
-    if not _is_weight(name, names) or f"{prefix}.running_mean" in names:
+    prefix, ending = split(name)
+    if not ending:
         return False
     known = is_known(canonical(prefix)) if is_known else None
-    return is_norm(prefix) if known is None else known
+    if not (is_norm(prefix) if known is None else known):
+        return False
+    return _is_weight(name, names) and f"{prefix}.running_mean" not in names
+
+
+def has_gguf_names(names: Collection[str]) -> bool:
+    """Whether the tensors are called as in GGUF files: blk.0.attn_norm.weight."""
+    return any(map(_GGUF_NAME.match, names))
 
 
 def natural(name: str) -> list[tuple[int, str]]:
