@@ -23,7 +23,9 @@ from normkit.checkpoint import find_norms
 NORMS = """LayerNorm embeddings.LayerNorm layer_norm layernorm ln ln_1 ln_f ln_pre norm norm1 norm_f
 input_layernorm post_attention_layernorm q_norm k_norm q_a_layernorm final_layer_norm model.norm
 attention_norm self_attn_layer_norm layernorm_embedding layer_norm1 pre_layrnorm attn_ln norms.0
-blocks.3.norm.1 encoder.final_RMSNorm enorm h.0.ln_2"""
+blocks.3.norm.1 encoder.final_RMSNorm enorm h.0.ln_2 blk.0.attn_q_norm output_norm
+v.blk.0.ln1 blk.3.post_ffw_norm layers.0.ffn_norm block.0.attn.norm img_attn.norm.key_norm
+LayerNorm_0 encoder.layers_0.pre_attention_layer_norm"""
 OTHERS = """normalize_linear denormalizer norm_proj norm.linear layernorm_linear batch_norm
 BatchNorm group_norm GroupNorm0 instance_norm weight_norm bn1 q_proj embed normal alternorm
 norm.conv column lnear"""

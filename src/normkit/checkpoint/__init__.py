@@ -33,6 +33,7 @@ from normkit.checkpoint._names import (
     has_gguf_names,
     is_norm,
     is_norm_weight,
+    layout_of,
     natural,
     norm_shape,
     split,
@@ -134,14 +135,15 @@ class _Objects:
     listed = names
 
     def layout(self, name: str) -> Layout:
-        if self._is_gguf:
-            return "gguf"
-        metadata = self._source.metadata() if hasattr(self._source, "get_slice") else None
-        return "mlx" if (metadata or {}).get("format") == "mlx" else "hf"
+        """As that of Files; of an object without keys only its metadata can tell."""
+        return self._layout
 
     @functools.cached_property
-    def _is_gguf(self) -> bool:
-        return has_gguf_names(self._names or ())
+    def _layout(self) -> Layout:
+        read = getattr(self._source, "metadata", None)  # as an open safetensors file has it
+        metadata = read() if callable(read) else None
+        written_as = metadata.get("format") if isinstance(metadata, Mapping) else None
+        return layout_of(has_gguf_names(self._names or ()), written_as)
 
     def get(self, name: str) -> Tensor | None:
         if self._names is not None and name not in self._names:

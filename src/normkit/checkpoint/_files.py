@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from normkit.checkpoint._names import Layout, has_gguf_names
+from normkit.checkpoint._names import Layout, has_gguf_names, layout_of
 
 CONFIG = "config.json"
 MISTRAL, MISTRAL_CONFIG = "consolidated", "params.json"  # what Mistral's own files are called
@@ -126,12 +126,10 @@ class Files:
 
     def layout(self, name: str) -> Layout:
         """Who wrote the file that a tensor is in, as far as that says what its values are."""
-        if self._is_gguf:
-            return "gguf"
         shard = self._shards[name]
         if shard not in self._formats:
             self._file(shard)
-        return "mlx" if self._formats[shard] == "mlx" else "hf"
+        return layout_of(self._is_gguf, self._formats[shard])
 
     @functools.cached_property
     def _is_gguf(self) -> bool:

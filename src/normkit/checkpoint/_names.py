@@ -154,6 +154,13 @@ def has_gguf_names(names: Collection[str]) -> bool:
     return any(map(_GGUF_NAME.match, names))
 
 
+def layout_of(is_gguf: bool, written_as: str | None) -> Layout:
+    """The layout of a file with GGUF's names or not, whose metadata has that for "format"."""
+    if is_gguf:
+        return "gguf"
+    return "mlx" if written_as == "mlx" else "hf"
+
+
 def natural(name: str) -> list[tuple[int, str]]:
     """Numbers as numbers: of two without leading zeros, the one with more digits is larger."""
     parts = re.split(r"([0-9]+)", name)
