@@ -237,8 +237,7 @@ def _is_index(name: str) -> bool:
 
 def _index_that_lists(file: Path) -> tuple[Path | None, dict[str, str]]:
     """The index beside a file that has it among its shards, and those by the names of tensors."""
-    indexes = sorted(path for path in file.parent.iterdir() if _is_index(path.name))
-    for index in sorted(indexes, key=lambda path: path.name not in _BEST_KNOWN):
+    for index in sorted(path for path in file.parent.iterdir() if _is_index(path.name)):
         shards = _read_index(index)
         if file.name in shards.values():
             return index, shards
