@@ -7,7 +7,7 @@ import torch
 
 from checkpoints import WithKeys, WithoutKeys, file_of, odd_values, same_bits
 from normkit import HeadNorm, LayerNorm, RMSNorm, load_norm
-from normkit.checkpoint import _names, find_norms, weight_names
+from normkit.checkpoint import _names, find_norms, read_norm, weight_names
 from normkit.checkpoint._files import Files
 from normkit.checkpoint._names import canonical
 
@@ -137,6 +137,7 @@ def test_a_wrapped_norm_is_found_as_stored_and_has_its_plain_name_too(prefix, na
         module = load_norm(WithKeys(stored), key)
         assert isinstance(module, LayerNorm)
         assert same_bits(module.weight, stored[f"{prefix}.weight"])
+        assert read_norm(stored, key).key == prefix
 
 
 @pytest.mark.parametrize("wrapper", ["modules_to_save", "ln_tuning_layers"])
