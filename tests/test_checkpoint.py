@@ -208,9 +208,7 @@ def test_an_explicit_argument_wins(tmp_path):
 @pytest.mark.parametrize("kind", ["rms", "layer"])
 def test_eps_is_found_under_any_of_its_names(tmp_path, name, kind):
     path = file_of(tmp_path, tensors(), {name: 0.25})
-    of_another_kind = kind == "layer" and name == "rms_norm_eps"
-    expected = 1e-5 if of_another_kind else 0.25
-    assert load_norm(path, "model.norm", kind=kind).eps == expected
+    assert load_norm(path, "model.norm", kind=kind).eps == 0.25
 
 
 @pytest.mark.parametrize("config", [None, {}, {"rms_norm_eps": None, "layer_norm_eps": None}])
@@ -255,8 +253,8 @@ def test_families_are_those_of_transformers(tmp_path, family, key, offset, round
 def test_a_tower_goes_by_its_own_config(tmp_path):
     config = {
         "model_type": "gemma3",
-        "rms_norm_eps": 0.25,
-        "text_config": {"model_type": "gemma3_text"},
+        "rms_norm_eps": 0.75,  # of nothing: both parts have a config of their own
+        "text_config": {"model_type": "gemma3_text", "rms_norm_eps": 0.25},
         "vision_config": {"model_type": "siglip_vision_model", "layer_norm_eps": 0.5},
     }
     stored = {

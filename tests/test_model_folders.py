@@ -170,8 +170,8 @@ def test_mistrals_own_files_are_read_with_their_params(tmp_path):
     for source in (tmp_path, tmp_path / "consolidated.safetensors"):
         assert keys_of(source) == ["layers.0.attention_norm", "layers.0.ffn_norm", "norm"]
         files = Files(source)
-        assert files.config_dict == params
-        assert files.config_path == tmp_path / "params.json"
+        assert files.config == params
+        assert files.config_name == str(tmp_path / "params.json")
         module = load_norm(source, "layers.0.ffn_norm")
         assert isinstance(module, RMSNorm)
         assert module.eps == 0.25
@@ -180,9 +180,9 @@ def test_mistrals_own_files_are_read_with_their_params(tmp_path):
 def test_a_params_json_is_a_config_of_mistrals_own_files_alone(tmp_path):
     mistral(tmp_path)
     save_file(tensors(), tmp_path / "other.safetensors")
-    assert Files(tmp_path / "other.safetensors").config_dict == {}
+    assert Files(tmp_path / "other.safetensors").config == {}
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
-    assert Files(tmp_path).config_dict == LLAMA
+    assert Files(tmp_path).config == LLAMA
     (tmp_path / "model.safetensors").write_bytes((tmp_path / "other.safetensors").read_bytes())
     assert "model.norm" in keys_of(tmp_path)
 
@@ -197,7 +197,7 @@ def test_an_error_in_params_json_is_named(tmp_path):
 def test_the_config_of_diffusers_is_what_the_file_holds(tmp_path):
     config = {"_class_name": "FluxTransformer2DModel", "_diffusers_version": "0.42", "eps": 1e-6}
     path = file_of(tmp_path, tensors(), config)
-    assert Files(path).config_dict == config
+    assert Files(path).config == config
 
 
 @pytest.mark.parametrize("beside", [[], ["flux1-dev.safetensors", "ae.safetensors"]])

@@ -167,15 +167,20 @@ def test_of_several_adapters_one_has_to_be_named():
 
 
 def test_what_is_known_of_a_model_comes_before_the_words(tmp_path):
-    keys = ["base_model.model.enc_output.1", "mobile.LayerNorm", "a.norm", "a.linear"]
-    files = Files(file_of(tmp_path, {f"{key}.weight": torch.ones(4) for key in keys}))
-    asked = {"enc_output.1": True, "mobile.LayerNorm": False}
-    names = weight_names(files, asked.get)
-    assert names == ["a.norm.weight", "base_model.model.enc_output.1.weight"]
-    assert weight_names(files) == ["a.norm.weight", "mobile.LayerNorm.weight"]
+    """Lumina 2 has a norm in a Sequential, and MobileBERT's LayerNorms normalise nothing."""
+    in_sequential = "time_caption_embed.caption_embedder.0"
+    keys = [in_sequential, "norm_out.norm", "layers.0.norm1.linear"]
+    config = {"_class_name": "Lumina2Transformer2DModel"}
+    path = file_of(tmp_path, {f"{key}.weight": torch.ones(4) for key in keys}, config)
+    assert [entry.key for entry in find_norms(path)] == ["norm_out.norm", in_sequential]
+    config = {"model_type": "mobilebert"}
+    stored = {"encoder.layer.0.output.LayerNorm.weight": torch.ones(4), "a.weight": torch.ones(4)}
+    assert find_norms(file_of(tmp_path, stored, config)) == []
+    assert weight_names(Files(tmp_path)) == ["encoder.layer.0.output.LayerNorm.weight"]
 
 
 def test_what_is_known_of_a_model_does_not_make_a_norm_of_what_has_no_weight(tmp_path):
     names = ["norm.bias", "norm.weight_g", "bn.weight", "bn.running_mean"]
-    files = Files(file_of(tmp_path, {name: torch.ones(4) for name in names}))
-    assert weight_names(files, lambda _: True) == []
+    config = {"model_type": "llama"}  # of which all that is called so is a norm
+    files = Files(file_of(tmp_path, {name: torch.ones(4) for name in names}, config))
+    assert weight_names(files) == []

@@ -209,7 +209,7 @@ def originals_of(files: Files) -> Originals | NoOriginals:
     if not files.config:
         return NoOriginals("there is no config.json")
     try:
-        return Originals(files.folder, files.config)
+        return Originals(files.config)
     except NoOriginals as why:
         return why
 

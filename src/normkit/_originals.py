@@ -7,12 +7,14 @@ import copy
 import importlib
 import logging
 import os
+import re
+import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any, TypeAlias
 
 import torch
@@ -46,17 +48,18 @@ class Verdict:
 class Originals:
     """The modules of the model that a config.json describes, built on the meta device."""
 
-    def __init__(self, folder: Path, config: Mapping[str, object]) -> None:
+    def __init__(self, config: Mapping[str, object]) -> None:
         """Build the model.
 
         Raises:
             NoOriginals: the library is not installed, does not know the family, or cannot build it.
         """
+        _check_sizes(config)
         library = "diffusers" if "_class_name" in config else "transformers"
         build = _diffusers_model if "_class_name" in config else _transformers_model
-        with _quiet():
+        with _quiet(), _in_time():
             try:
-                self._model, self._path_of = build(folder, config)
+                self._model, self._path_of = build(config)
                 self._name = f"{type(self._model).__name__} of {library} {version(library)}"
             except NoOriginals:
                 raise
@@ -135,21 +138,33 @@ def _run_both(
 _Built = tuple[nn.Module, Callable[[str], str]]
 
 
-def _transformers_model(folder: Path, config: Mapping[str, object]) -> _Built:
+def _transformers_model(config: Mapping[str, object]) -> _Built:
     transformers = _library("transformers")
-    settings = transformers.AutoConfig.from_pretrained(
-        str(folder), local_files_only=True, trust_remote_code=False
-    )
+    family = config.get("model_type")
+    known = transformers.models.auto.configuration_auto.CONFIG_MAPPING
+    if family not in known:
+        raise NoOriginals(f"transformers {version('transformers')} has no family {family!r:.100}")
+    settings = known[family].from_dict(dict(config))
     names = config.get("architectures")
     listed = names if isinstance(names, list) else []
-    known = (getattr(transformers, str(name), None) for name in listed)
-    model_class = next((c for c in known if c is not None), None)
+    model_class = next((c for c in map(_class_named(transformers), listed) if c), None)
     with torch.device("meta"):
         if model_class is None:
             model = transformers.AutoModel.from_config(settings, trust_remote_code=False)
         else:
             model = model_class(settings)
     return model, _loaded_name(model)
+
+
+def _class_named(library: ModuleType) -> Callable[[object], type | None]:
+    """Find the class of a model by its name, which a file of a stranger says."""
+
+    def find(name: object) -> type | None:
+        found = getattr(library, name, None) if isinstance(name, str) else None
+        is_model = isinstance(found, type) and issubclass(found, nn.Module)
+        return found if is_model else None
+
+    return find
 
 
 def _loaded_name(model: Any) -> Callable[[str], str]:
@@ -170,13 +185,60 @@ def _loaded_name(model: Any) -> Callable[[str], str]:
     return loaded
 
 
-def _diffusers_model(folder: Path, config: Mapping[str, object]) -> _Built:
+def _diffusers_model(config: Mapping[str, object]) -> _Built:
     diffusers = _library("diffusers")
-    model_class = getattr(diffusers, str(config["_class_name"]), None)
+    model_class: Any = _class_named(diffusers)(config["_class_name"])
     if model_class is None:
-        raise NoOriginals(f"diffusers has no {config['_class_name']}")
+        found = f"diffusers {version('diffusers')}"
+        raise NoOriginals(f"{found} has no {config['_class_name']!r:.100}")
     with torch.device("meta"):
         return model_class.from_config(dict(config)), lambda name: name
+
+
+# The config may be a stranger's.  On the meta device a model has no elements, but a module for each
+# layer and expert: the largest published has 61 layers of 384.
+_MOST_LAYERS, _MOST_EXPERTS = 2048, 1 << 16
+_MOST_SECONDS = 60  # what loops over positions as Python
+
+
+def _check_sizes(config: Mapping[str, object]) -> None:
+    """Refuse what would be built for ever.
+
+    Raises:
+        NoOriginals: it has more layers or experts than any model.
+    """
+    layers, experts = 0, 1
+    sections = [config]
+    while sections:
+        for key, value in sections.pop().items():
+            if isinstance(value, Mapping):
+                sections.append(value)
+            counts = [n for n in (value if isinstance(value, list) else [value]) if type(n) is int]
+            if re.search("layer|depth|block|stage", key) and not re.search("size|id|dim", key):
+                layers = max(layers, sum(map(abs, counts)))
+            if "expert" in key and "size" not in key and "dim" not in key:
+                experts = max(experts, *map(abs, counts), 1)
+    if layers > _MOST_LAYERS or layers * experts > _MOST_EXPERTS:
+        raise NoOriginals(f"config.json: more than any model has: {layers} layers of {experts}")
+
+
+@contextlib.contextmanager
+def _in_time() -> Iterator[None]:
+    """Raise TimeoutError if it takes too long, where signals can tell."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def late(signum: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"not built in {_MOST_SECONDS} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(_MOST_SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _library(name: str) -> ModuleType:

@@ -222,7 +222,7 @@ def find_norms(source: Source) -> list[NormEntry]:
         ['a.norm']
     """
     tensors = _opened(source)
-    names = weight_names(tensors)
+    names = weight_names(tensors, only_rows=True)
     # in the order of shards, so that each is opened once, however many there are
     by_shard = sorted(names, key=lambda name: tensors.shard(name) or "")
     found = {name: _find(tensors, name) for name in by_shard}
@@ -305,7 +305,7 @@ def _entry(tensors: _Tensors, norm: _Found, given: Given = NOTHING_GIVEN) -> Nor
     names = tensors.names() or ()
     has_bias = any(bias in names for bias in biases_of(norm.name))
     assert isinstance(norm.dtype, torch.dtype)  # it was looked at
-    meant = _meaning(tensors, prefix, has_bias, given)
+    meant = _meaning(tensors, norm.name, has_bias, given)
     return NormEntry(
         prefix,
         meant.spec,
@@ -317,15 +317,21 @@ def _entry(tensors: _Tensors, norm: _Found, given: Given = NOTHING_GIVEN) -> Nor
     )
 
 
-def _meaning(
-    tensors: _Tensors, prefix: str, has_bias: bool, given: Given = NOTHING_GIVEN
-) -> Meaning:
-    """What the norm of that name computes.
+def _meaning(tensors: _Tensors, name: str, has_bias: bool, given: Given) -> Meaning:
+    """What the norm with the weight of that name computes.
 
     Raises:
         NoRowError: it is no norm of rows.
     """
-    meant = meaning(prefix, tensors.config, tensors.config_name, has_bias=has_bias, given=given)
+    prefix, _ = split(name)
+    meant = meaning(
+        prefix,
+        tensors.config,
+        tensors.config_name,
+        has_bias=has_bias,
+        layout=tensors.layout(name),
+        given=given,
+    )
     if meant.no_row:
         raise NoRowError(f"{printable(prefix)}: no norm of rows: {meant.no_row}")
     return meant
@@ -356,12 +362,12 @@ def read_norm(
         got = type(round_before_weight).__name__
         raise TypeError(f"round_before_weight: expected True, False or None, got {got}")
     tensors = _opened(source)
-    prefix, weight, bias = _read(tensors, key)
+    name, weight, bias = _read(tensors, key)
     given = Given(kind, eps, weight_offset, round_before_weight)
-    meant = _meaning(tensors, prefix, bias is not None, given)
+    meant = _meaning(tensors, name, bias is not None, given)
     copied = None if bias is None else _copied(bias, device)
     weight = _copied(weight, device)
-    return StoredNorm(prefix, weight, copied, meant.spec, meant.origins, tensors.name)
+    return StoredNorm(split(name)[0], weight, copied, meant.spec, meant.origins, tensors.name)
 
 
 def _read(tensors: _Tensors, key: str) -> tuple[str, Tensor, Tensor | None]:
@@ -375,7 +381,7 @@ def _read(tensors: _Tensors, key: str) -> tuple[str, Tensor, Tensor | None]:
             f"{printable(prefix)}: expected a weight and a bias of one shape,"
             f" got {tuple(weight.shape)} and {tuple(bias.shape)}"
         )
-    return prefix, weight, bias
+    return name, weight, bias
 
 
 def _as_row(name: str, prefix: str, stored: Tensor) -> Tensor:

@@ -186,12 +186,28 @@ def family_of(config: Json) -> str | None:
     return name if isinstance(name, str) else None
 
 
+def part_of(config: Json, pattern: str) -> Json:
+    """The section for a part of the model that its family does not have, as of a tower added to it.
+
+    It is the one whose name is in the norm's; else the config itself.
+    """
+    family = families().get(family_of(config) or "")
+    usual = () if family is None else family.sections
+    for section, inner in config.items():
+        if isinstance(inner, Mapping) and section not in usual:
+            stem = section.removesuffix("_config")
+            if any(stem in part for part in pattern.split(".")):
+                return inner
+    return config
+
+
 def find(config: Json, pattern: str) -> Found | None:
     """What the models' own code says of a norm; None where the family or the name is unknown."""
+    config = part_of(config, pattern)
     name = family_of(config)
     family = families().get(name) if name is not None else None
     if name is None or family is None:
-        return _find_in_named_section(config, pattern)
+        return None
     for section, (usual, parts) in family.sections.items():
         inner = config.get(section)
         if isinstance(inner, Mapping) and family_of(inner) not in (None, usual):
@@ -214,13 +230,3 @@ def _after(part: str, pattern: str) -> str | None:
     """What of a pattern follows the name of a part of the model."""
     _, found, rest = f".{pattern}".partition(f".{part}.")
     return rest if found else None
-
-
-def _find_in_named_section(config: Json, pattern: str) -> Found | None:
-    """Of a model made of any two, as an encoder and a decoder are, the part that the name names."""
-    for section, inner in config.items():
-        if isinstance(inner, Mapping) and family_of(inner) in families():
-            rest = _after(section.removesuffix("_config"), pattern)
-            if rest is not None:
-                return find(inner, rest)
-    return None

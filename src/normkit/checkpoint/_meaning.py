@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections import ChainMap, Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypeVar
 
 from normkit._serving.checks import check_number
@@ -17,10 +17,11 @@ from normkit.checkpoint._families import (
     families,
     family_of,
     find,
+    part_of,
     pattern_of,
     rules_of,
 )
-from normkit.checkpoint._names import canonical
+from normkit.checkpoint._names import Layout, canonical
 
 Value = TypeVar("Value")
 Source = Literal["given", "config", "family", "layout", "assumed"]
@@ -94,7 +95,7 @@ def meaning(
     where: str,
     *,
     has_bias: bool,
-    contains_one: bool = False,
+    layout: Layout = "hf",
     given: Given = NOTHING_GIVEN,
 ) -> Meaning:
     """Find out what a stored norm computes.
@@ -104,25 +105,29 @@ def meaning(
         config: what config.json holds; empty where there is none.
         where: the name of that file, for messages.
         has_bias: whether a bias is stored.
-        contains_one: whether the file's layout has the 1 of (1 + weight) in the weights.
+        layout: who wrote the file.
         given: what the caller states.
 
     Raises:
         ValueError: an entry of config.json is no finite number from 0 on.
     """
+    config = part_of(config, pattern_of(canonical(name)))
     try:
         found = _found(name, config, has_bias)
         if found is None or found.rule.none:
-            known = _assumed(name, config, has_bias)
+            known = _as_its_text(name, config, has_bias) or _assumed(name, config, has_bias)
         else:
             known = _of_family(found)
         no_row = "" if found is None else _no_row(found)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
     values, origins = known.values, dict(known.origins)
-    if contains_one:
+    if layout == "gguf":
         values["weight_offset"] = 0.0
-        origins["weight_offset"] = Origin("layout", "the stored weights contain the 1 of 1 + w")
+        origins["weight_offset"] = Origin("layout", "converters to GGUF store 1 + w")
+    elif layout == "mlx" and values["weight_offset"]:
+        # mlx-lm stores w for Gemma, and 1 + w for some norms of Qwen3-Next
+        origins["weight_offset"] = Origin("assumed", "MLX stores 1 + w for some families")
     for option, value in vars(given).items():
         if value is not None:
             values[option], origins[option] = value, GIVEN
@@ -134,12 +139,15 @@ def meaning(
 
 
 def _found(name: str, config: Json, has_bias: bool) -> Found | None:
-    """The rule of a norm; None where the family has norms with a bias and without, and not so."""
+    """The rule of a norm; None where the family has none, or its norm has a bias and this has not.
+
+    A bias may be switched off by the config; where all norms of the family have one, it is.
+    """
     found = find(config, pattern_of(canonical(name)))
     if found is None or found.rule.none or found.rule.has_bias == has_bias:
         return found
-    rules = found.family.rules.values()
-    return None if any(not r.none and r.has_bias == has_bias for r in rules) else found
+    without = any(not r.none and not r.has_bias for r in found.family.rules.values())
+    return None if has_bias or without else found
 
 
 @dataclass(frozen=True)
@@ -185,6 +193,20 @@ def _notes(rule: Rule) -> Iterator[str]:
         yield "channels first"
     if rule.rounding == "elsewhere":
         yield "16 bits are rounded elsewhere"
+
+
+def _as_its_text(name: str, config: Json, has_bias: bool) -> _Known | None:
+    """Of an unknown model made of parts: what the family of its language model says."""
+    if family_of(config) in families():
+        return None
+    for section in _TEXTS:
+        inner = config.get(section)
+        found = _found(name, inner, has_bias) if isinstance(inner, dict) else None
+        if found is not None and not found.rule.none:
+            known = _of_family(found)
+            why = f"{_why_assumed(config)}, as {found.name} in its {section}"
+            return replace(known, origins=dict.fromkeys(_OPTIONS, Origin("assumed", why)))
+    return None
 
 
 def _assumed(name: str, config: Json, has_bias: bool) -> _Known:
@@ -234,22 +256,23 @@ def _why_assumed(config: Json) -> str:
 
 
 def _assumed_kind(name: str, config: Json, has_bias: bool) -> Kind:
-    """The kind: of a bias, of the name, of most families whose config has such an entry."""
+    """The kind by the bias, by the name, or of most norms whose eps such an entry is."""
     if has_bias:
         return "layer"
     if "rms" in name.rpartition(".")[2].lower():
         return "rms"
     votes = Counter[Kind]()
     for entry in _eps_entries(config):
-        votes += _kinds_by_entry()[entry]
+        votes += _kinds_by_entry(has_bias=False)[entry]
     return "layer" if votes["layer"] > votes["rms"] else "rms"
 
 
 def _assumed_eps(kind: Kind, config: Json) -> tuple[float, str]:
     """The eps of the entry of config.json that most norms of the kind follow, and its name."""
     entries = _eps_entries(config)
-    best = max(entries, key=lambda entry: _kinds_by_entry()[entry][kind], default=None)
-    if best is None or not _kinds_by_entry()[best][kind]:
+    votes = _kinds_by_entry(has_bias=None)
+    best = max(entries, key=lambda entry: votes[entry][kind], default=None)
+    if best is None:
         return DEFAULT_EPS[kind], ""
     return check_number(best, entries[best], least=0), best
 
@@ -258,19 +281,22 @@ def _eps_entries(config: Json) -> dict[str, object]:
     """The entries of a config that are an eps in any family; of a model of parts, of its text."""
     texts = (config.get(section) for section in _TEXTS)
     flat = ChainMap(*[t for t in texts if isinstance(t, dict)], dict(config))
-    return {k: flat[k] for k in _kinds_by_entry() if flat.get(k) is not None}
+    return {k: flat[k] for k in _kinds_by_entry(has_bias=None) if flat.get(k) is not None}
 
 
 _TEXTS = ("text_config", "llm_config", "language_config")
 
 
 @functools.cache
-def _kinds_by_entry() -> Mapping[str, Counter[Kind]]:
-    """For every entry of a config that is an eps: in how many families it is that of which kind."""
+def _kinds_by_entry(*, has_bias: bool | None) -> Mapping[str, Counter[Kind]]:
+    """For every entry of a config that is an eps: of how many families' norms, by kind.
+
+    Of those with a bias, or without, or of all.
+    """
     votes: dict[str, Counter[Kind]] = {}
     for family in families().values():
         for rule in set(family.rules.values()):
             if isinstance(rule.eps, str):
-                entry = rule.eps.rpartition(".")[2]
-                votes.setdefault(entry, Counter())[rule.kind] += 1
+                entry = votes.setdefault(rule.eps.rpartition(".")[2], Counter())
+                entry[rule.kind] += has_bias in (None, rule.has_bias)
     return votes
