@@ -20,7 +20,8 @@ pytest.importorskip("typer")
 from typer.testing import CliRunner
 
 import normkit
-from normkit import RMSNorm, _bench, cli
+from normkit import RMSNorm, _bench, _check, _originals, cli
+from normkit.recognition import _probe
 
 RMS_KEYS = ["model.layers.0.input_layernorm", "model.norm"]
 
@@ -31,7 +32,7 @@ def run(*arguments: str | Path) -> Any:
 
 @pytest.fixture(autouse=True)
 def one_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "CHECK_ROUNDS", 1)
+    monkeypatch.setattr(_check, "CHECK_ROUNDS", 1)
 
 
 @pytest.fixture
@@ -201,6 +202,93 @@ def test_a_norm_that_cannot_run_hides_no_other(checkpoint: Path) -> None:
     assert [line["layer"] for line in data["unreadable"]] == ["empty.norm"]
 
 
+needs_transformers = pytest.mark.skipif(
+    importlib.util.find_spec("transformers") is None, reason="no model to compare with"
+)
+
+
+@needs_transformers
+def test_check_says_what_the_models_own_module_says(checkpoint: Path) -> None:
+    data = json.loads(run("check", checkpoint, "--json").stdout)
+    assert [line["own_module"]["same"] for line in data["norms"]] == [True, True]
+    assert data["summary"]["confirmed"] == 2
+    assert data["summary"]["own_modules"].startswith("LlamaModel of transformers ")
+    for line in data["norms"]:
+        assert line["origins"]["kind"] == "family: llama"
+        assert line["origins"]["eps"] == "config: rms_norm_eps"
+
+
+@needs_transformers
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--kind", "layer"], "kind is rms, not layer"),
+        (["--eps", "1e-6"], "eps is 1e-05, not 1e-06"),
+        (["--weight-offset", "1"], "weight_offset is 0.0, not 1.0"),
+        (["--round-once"], "round_before_weight is True, not False"),
+    ],
+)
+def test_another_norm_than_the_models_own_is_exit_status_1(
+    checkpoint: Path, options: list[str], says: str
+) -> None:
+    told = run("check", checkpoint, *options)
+    assert told.exit_code == 1, told.output
+    assert f"model.norm: the model's own module computes something else: {says}" in told.stdout
+    assert "2 are other norms than the model's own" in told.stdout
+
+
+@needs_transformers
+def test_an_own_module_of_other_numbers_is_exit_status_1(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not only the options are compared: both are run with the stored tensors."""
+    measured = _probe.head_norm
+    monkeypatch.setattr(_originals, "_differences", lambda *_: [])
+    monkeypatch.setattr(_originals, "agreement", with_ours(lambda y: y * 1.01, measured))
+    told = run("check", checkpoint)
+    assert told.exit_code == 1, told.output
+    assert "of y are other numbers in torch.float32" in told.stdout
+
+
+def with_ours(change: Any, measured: Any) -> Any:
+    agreement = _originals.agreement
+
+    def changed(*arguments: Any) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_probe, "head_norm", lambda *a, **k: change(measured(*a, **k)))
+            return agreement(*arguments)
+
+    return changed
+
+
+def test_what_nobody_stated_is_exit_status_3_and_what_is_stated_is_not(checkpoint: Path) -> None:
+    (checkpoint / "config.json").unlink()
+    told = run("check", checkpoint, "--json")
+    assert told.exit_code == 3, told.output
+    data = json.loads(told.stdout)
+    assert sorted(data["summary"]["assumed"]) == RMS_KEYS
+    every = ["eps", "kind", "round_before_weight", "weight_offset"]
+    assert all(sorted(line["assumed"]) == every for line in data["norms"])
+    assert all(line["origins"]["eps"] == "assumed: no config.json" for line in data["norms"])
+    assert "2 with options that nobody stated" in run("check", checkpoint).stdout
+    stated = ["--kind", "rms", "--eps", "1e-5", "--weight-offset", "0", "--round-before-weight"]
+    told = run("check", checkpoint, "--json", *stated)
+    assert told.exit_code == 0, told.output
+    assert {o for line in json.loads(told.stdout)["norms"] for o in line["origins"].values()} == {
+        "given"
+    }
+
+
+def test_without_transformers_it_is_said_that_nothing_was_compared(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    told = run("check", checkpoint)
+    assert told.exit_code == 0, told.output
+    said = "2 not compared with the model's own modules: transformers is not installed"
+    assert said in told.stdout
+
+
 def test_a_missing_shard_hides_no_other(checkpoint: Path) -> None:
     (checkpoint / "model.safetensors").rename(checkpoint / "1.safetensors")
     weight_map = dict(zip((f"{key}.weight" for key in RMS_KEYS), "12", strict=True))
@@ -208,7 +296,7 @@ def test_a_missing_shard_hides_no_other(checkpoint: Path) -> None:
     (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
     told = run("check", checkpoint)
     assert told.exit_code == 2
-    assert "1 norms, all within the bound" in told.stdout
+    assert "1 norms, 1 not run, all within the bound" in told.stdout
     assert "model.norm: not run: " in told.stdout
     assert "2.safetensors: listed in" in told.stdout
 
@@ -300,8 +388,8 @@ def test_check_covers_every_norm_of_a_real_model() -> None:
 
 
 def test_activations_are_like_those_of_transformers() -> None:
-    x = cli.activations((256, 1024), torch.float32, 0)
-    assert torch.equal(x, cli.activations((256, 1024), torch.float32, 0))
+    x = _check.activations((256, 1024), torch.float32, 0)
+    assert torch.equal(x, _check.activations((256, 1024), torch.float32, 0))
     channels = x.std(0)
     assert (channels > 10 * channels.median()).sum() >= 2  # outlier channels, and few
     assert (channels > 10 * channels.median()).sum() <= 16

@@ -22,7 +22,7 @@ pytest.importorskip("typer")
 from typer.testing import CliRunner
 
 from hostile_files import FOLLOWS, INDEX, LARGEST, TABLE, Hostile, good, outside
-from normkit import RMSNorm, cli, load_norm
+from normkit import RMSNorm, _check, cli, load_norm
 from normkit.checkpoint import _files, find_norms
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="made with what POSIX has")
@@ -89,8 +89,12 @@ def inside(path: str, folder: Path) -> bool:
     return not plain.is_relative_to(folder.parent) or plain.is_relative_to(folder)
 
 
+# With every option stated nothing is assumed, and the exit status is that of the files.
+STATED = ["--kind", "rms", "--eps", "1e-6", "--weight-offset", "0", "--round-once"]
+
+
 def check(source: Path, *options: str) -> tuple[int, str]:
-    arguments = ["check", str(source), "--rows", "2", "--dtype", "float32", *options]
+    arguments = ["check", str(source), "--rows", "2", "--dtype", "float32", *STATED, *options]
     told = CliRunner().invoke(cli.app, arguments)
     assert told.exception is None or isinstance(told.exception, SystemExit), repr(told.exception)
     return told.exit_code, told.output
@@ -100,7 +104,9 @@ def check(source: Path, *options: str) -> tuple[int, str]:
 def test_check_says_in_a_line_what_is_wrong(
     name: str, folder: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "CHECK_ROUNDS", 1)
+    monkeypatch.setattr(_check, "CHECK_ROUNDS", 1)
+    monkeypatch.setattr(_check, "originals_of", lambda files: _check.NoOriginals("not asked"))
+    monkeypatch.setattr(cli, "originals_of", _check.originals_of)
     hostile = TABLE[name]
     source = made(hostile, folder)
     reads.clear()

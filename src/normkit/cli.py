@@ -49,7 +49,7 @@ class Dtype(str, Enum):
 
 def _console() -> Console:
     # rich takes 80 columns where there is no terminal, and would cut layer names in logs and pipes
-    return Console(width=None if sys.stdout.isatty() else 150)
+    return Console(width=None if sys.stdout.isatty() else 160)
 
 
 def _progress(items: Iterable[Item], count: int, description: str) -> Iterable[Item]:
@@ -261,14 +261,14 @@ def _check_table(lines: Sequence[Mapping[str, Any]], rows: int) -> Table:
     table = Table(
         caption="w +: what is added to the weight; from: where the options came from; own: whether"
         " the model's own module computes the same\n"
-        f"error: the worst of {rows} rows, as a fraction of the promised bound of this norm; time:"
-        " of one call on them"
+        f"error: the worst of {rows} rows of each dtype, as a fraction of the promised bound of this"
+        " norm; time: of one call on them"
     )
     table.add_column("layer", overflow="fold")
     for header in ("kind", "n", "dtype", "eps", "w +", "rounds"):
         table.add_column(header, no_wrap=True)
     table.add_column("from", overflow="fold")
-    for header in ("own", "error", "with x in"):
+    for header in ("own", "error"):
         table.add_column(header, no_wrap=True)
     for header in ("us", "torch us", "gain"):
         table.add_column(header, justify="right", no_wrap=True)
@@ -286,7 +286,6 @@ def _check_table(lines: Sequence[Mapping[str, Any]], rows: int) -> Table:
             Text(_origins(line["origins"]), "yellow" if line["assumed"] else ""),
             own[line["own_module"]["same"]],
             _coloured(f"{worst['error_of_bound']:.3f}", line["within_bound"], "bold red"),
-            worst["dtype"],
             f"{line['us']:.2f}",
             f"{line['torch_us']:.2f}",
             _coloured(f"{gain:.1f}x", gain >= 1, "red"),

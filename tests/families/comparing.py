@@ -13,6 +13,7 @@ from torch import nn
 from families.building import Built, Family, build, sections
 from families.measuring import saved_names
 from normkit.checkpoint import _names
+from normkit.checkpoint._families import pattern_of
 from normkit.checkpoint._meaning import is_known, meaning
 from normkit.recognition import Recognition, recognise
 
@@ -80,7 +81,9 @@ def _compare(where: str, model: nn.Module, config: Mapping[str, Any], result: Co
         module = modules[path]
         own = recognise(module)
         prefix, ending = _names.split(name)
-        listed = bool(ending) and _names.is_norm_weight(name, names, lambda m: is_known(m, config))
+        listed = bool(ending) and _names.is_norm_weight(
+            name, names, lambda m: is_known(pattern_of(m), config)
+        )
         listed = listed and _has_shape(prefix, module._parameters[parameter])
         is_row = own.function is not None and own.form.groups == 1
         if is_row and own.function.weight == parameter:

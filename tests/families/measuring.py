@@ -40,7 +40,8 @@ def measure(built: Built) -> Measured:
         patterns = {pattern_of(name) for name, ending in names if ending} | {pattern_of(path)}
         if not given or module._modules:
             continue
-        rule = _rule(path, module, built)
+        is_named = any(ending and _names.is_norm(name) for name, ending in names)
+        rule = _rule(module, built, is_named=is_named)
         if rule is None:
             found.others |= patterns
         for pattern in patterns if rule else ():
@@ -48,13 +49,12 @@ def measure(built: Built) -> Measured:
     return found
 
 
-def _rule(path: str, module: nn.Module, built: Built) -> Rule | None:
+def _rule(module: nn.Module, built: Built, *, is_named: bool) -> Rule | None:
     """What the family file says of a module; None where it is no norm and not called one."""
     result = recognise(module)
     if result.function is None:
-        named = _names.is_norm(path) and "weight" in module._parameters
         small = all(p is None or p.squeeze().ndim <= 2 for p in module._parameters.values())
-        return Rule(none=result.reason.partition(": ")[0]) if named and small else None
+        return Rule(none=result.reason.partition(": ")[0]) if is_named and small else None
     return rule_of(result, built.keys, built.groups)
 
 

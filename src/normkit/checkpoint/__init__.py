@@ -17,6 +17,7 @@ from torch import Tensor
 
 from normkit._serving.checks import check_eps, check_number
 from normkit._spec import FLOATS, FLOATS_TEXT, Kind, NormSpec
+from normkit.checkpoint._families import pattern_of
 from normkit.checkpoint._files import Files, describe_slice, printable
 from normkit.checkpoint._meaning import (
     NOTHING_GIVEN,
@@ -257,9 +258,12 @@ def weight_names(tensors: _Tensors, *, only_rows: bool = False) -> list[str]:
     if listed is None or names is None:
         raise TypeError(f"source: expected an object with keys(), got {tensors.name}")
 
+    # a model has 90,000 names and some 100 patterns
+    by_pattern = functools.cache(functools.partial(is_known, config=tensors.config))
+
     def known(module: str) -> bool | None:
-        is_row = is_known(module, tensors.config)
-        return is_row or (False if only_rows and is_row is False else None)
+        is_row = by_pattern(pattern_of(module))
+        return None if is_row is False and not only_rows else is_row
 
     found = (name for name in listed if is_norm_weight(name, names, known))
     return sorted(found, key=natural)

@@ -109,6 +109,10 @@ class Family:
         rules = next(chosen, self.rules)
         return next((rules[e] for e in endings(pattern) if e in rules), None)
 
+    def has_unnamed(self, pattern: str) -> bool:
+        """Whether it is a norm though its name does not say so."""
+        return any(ending in self.unnamed for ending in endings(pattern))
+
 
 def pattern_of(name: str) -> str:
     """A norm's name with every number a *."""

@@ -83,10 +83,17 @@ class Meaning:
         return [name for name, origin in self.origins.items() if origin.source == "assumed"]
 
 
-def is_known(name: str, config: Json) -> bool | None:
-    """Whether the family says that this is a norm of rows; None where it says nothing."""
-    found = find(config, pattern_of(canonical(name)))
-    return None if found is None else not _no_row(found)
+def is_known(pattern: str, config: Json) -> bool | None:
+    """Whether the family says of a canonical name that it is a norm of rows, or none, or nothing.
+
+    Of what has the name of a norm, it may say that it is none; of the rest, which norms it has.
+    """
+    found = find(config, pattern)
+    if found is None:
+        return None
+    if _no_row(found):
+        return False
+    return True if found.family.has_unnamed(pattern) else None
 
 
 def meaning(
