@@ -16,8 +16,8 @@ PACKAGE = ROOT / "src" / "normkit"
 
 # A module imports from the layers before its own, never from its own; a new file needs a place.
 LAYERS = [
-    {"_C", "_scripting", "_serving", "_spec", "reference"},
-    {"_serving.refusal", "_serving.triton_kernels", "checkpoint._names"},
+    {"_C", "_serving", "_spec", "reference"},
+    {"_scripting", "_serving.refusal", "_serving.triton_kernels", "checkpoint._names"},
     {"recognition._result", "recognition._screen"},
     {"_serving.checks", "_serving.nested", "_serving.triton", "testing"},
     {"_serving.backends", "checkpoint._families"},
@@ -48,7 +48,8 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # What others than the standard library and torch may be imported, and by whom.
 THIRD_PARTY = {
     "safetensors": {"checkpoint._files", "cli", "compat.exllamav2_module"},
-    "typing_extensions": {"compat.lorax", "modules"},  # for the type checker only
+    # For the type checker only.
+    "typing_extensions": {"compat.lorax", "modules", "parallel.devices", "parallel.shards"},
     "triton": {"_serving.triton_kernels"},  # comes with torch where it is used
     "rich": {"_bench", "cli"},
     "typer": {"cli"},

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from normkit._serving import triton as _triton
+from normkit._spec import FLAGS
 
 pytestmark = pytest.mark.usefixtures("triton_is_there")
 
@@ -18,7 +19,7 @@ ARCHITECTURES = {"nvidia": ("cuda", 90, 32), "amd": ("hip", "gfx942", 64)}
 VARIANTS: dict[str, dict[str, Any]] = {
     "rms": {},
     "layer": {"LAYER": True, "bias": "fp16", "saved": True},
-    "add": {"residual": "fp32", "IN_PLACE": True, "CLAMP_SUM": True},
+    "add": {"x": "fp16", "residual": "fp16", "IN_PLACE": True, "CLAMP_INF": True},
     "head": {"LAYER": True, "bias": "fp32", "PER_HEAD": True, "dims": 3, "index": "i64"},
 }
 LENGTHS = (8, 128, 1024, 4096, 16384, 40_000)
@@ -61,10 +62,10 @@ def source(
         return dtype and f"*{dtype}"
 
     constants: dict[str, Any] = {
-        **dict.fromkeys(("LAYER", "PER_HEAD", "CLAMP_X", "CLAMP_SUM", "IN_PLACE"), False),
+        **{name.upper(): True for name in FLAGS},
+        **dict.fromkeys(("LAYER", "PER_HEAD", "CLAMP_INF", "IN_PLACE"), False),
         "HAS_OFFSET": True,
-        "ROUND_SUM": True,
-        "XHAT_DTYPE": tl.bfloat16,
+        "NORMALISED": {"fp16": tl.float16, "bf16": tl.bfloat16}[residual or x],
         "DIMS": dims,
         "ROWS": plan.rows,
         "LOG2_BLOCK": plan.block.bit_length() - 1,

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normkit._spec import DEFAULT_OPTIONS, PLAIN_OPTIONS
+
 
 class ScriptableNorm(torch.nn.Module):
     """The norm of x alone, by operators, on the parameters of the module it stands for.
@@ -26,9 +28,8 @@ class ScriptableNorm(torch.nn.Module):
         self.weight = norm.weight
         self.bias = norm.bias
         self.eps = norm.eps
-        self.weight_offset: float = norm.weight_offset
-        self.round_before_weight: bool = norm.round_before_weight
-        self.memory_efficient: bool = norm.memory_efficient
+        options = [getattr(norm, name, DEFAULT_OPTIONS[name]) for name in PLAIN_OPTIONS]
+        self.options = (*options, None, norm.memory_efficient)  # None: out_dtype
         self.kind = kind
         self.shape = shape
         self.per_head = per_head
@@ -41,22 +42,15 @@ class ScriptableNorm(torch.nn.Module):
         weight, bias = self.weight, self.bias
         if self.per_head:
             return torch.ops.normkit.head_norm(  # type: ignore[no-any-return]
-                x, weight, bias, self.eps, self.kind, self.weight_offset, self.round_before_weight,
-                False, None, self.memory_efficient,
-            )[0]  # fmt: skip
+                x, weight, bias, self.eps, self.kind, *self.options
+            )[0]
         rows = x.flatten(-dims)
         if weight is not None:
             weight = weight.flatten()
         if bias is not None:
             bias = bias.flatten()
         if self.kind == "layer":
-            y = torch.ops.normkit.layer_norm(
-                rows, weight, bias, self.eps, self.weight_offset, self.round_before_weight, False,
-                None, self.memory_efficient,
-            )[0]  # fmt: skip
+            y = torch.ops.normkit.layer_norm(rows, weight, bias, self.eps, *self.options)[0]
         else:
-            y = torch.ops.normkit.rms_norm(
-                rows, weight, bias, self.eps, self.weight_offset, self.round_before_weight, False,
-                None, self.memory_efficient,
-            )[0]  # fmt: skip
+            y = torch.ops.normkit.rms_norm(rows, weight, bias, self.eps, *self.options)[0]
         return y.view(x.size())  # type: ignore[no-any-return]

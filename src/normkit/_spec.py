@@ -8,9 +8,10 @@ tests and benchmarks come from these; signatures are written by hand, and a test
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from operator import attrgetter
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -110,9 +111,22 @@ class Call:
         """The norm in words."""
         return "layer" if self.layer else "rms"
 
+    @property
+    def rounds_within(self) -> bool:
+        """Whether more than y and the sum is rounded, to the dtype of what is normalised."""
+        return self.round_before_weight
+
     def native(self) -> tuple[Any, ...]:
         """The arguments of the extension."""
         return _native_values(self)
+
+    def options(self) -> dict[str, Any]:
+        """The options, but for round_sum where nothing is added."""
+        return self.named(OPTIONS if self.adds else PLAIN_OPTIONS)
+
+    def named(self, names: tuple[str, ...]) -> dict[str, Any]:
+        """Some of the fields by name."""
+        return {name: getattr(self, name) for name in names}
 
     def tensors(self) -> list[tuple[str, Tensor]]:
         """The tensors that were given, by name."""
@@ -148,6 +162,50 @@ class Call:
 # The fields that are the extension's arguments, in its order.
 NATIVE = tuple(field.name for field in fields(Call))[:-2]
 _native_values = attrgetter(*NATIVE)
+
+# The options that change what is computed, in the order of a call.
+OPTIONS = NATIVE[NATIVE.index("eps") + 1 : NATIVE.index("out_dtype")]
+PLAIN_OPTIONS = tuple(name for name in OPTIONS if name != "round_sum")
+# Those of them that change rstd or mean.
+OF_STATISTICS = ("round_sum", "clamp_inf")
+
+
+class PlainOptions(TypedDict, total=False):
+    """Those of every norm, for functions that pass them on."""
+
+    weight_offset: float
+    round_before_weight: bool
+    clamp_inf: bool
+
+
+class Formula(NamedTuple):
+    """What is differentiated: a norm of x or, with a residual, of x + residual in float32."""
+
+    layer: bool
+    per_head: bool
+    from_output: bool  # x is the output, of which xhat is made again
+    eps: float | None
+    options: dict[str, Any]  # all of OPTIONS
+
+    @classmethod
+    def of(cls, call: Call, *, from_output: bool) -> Formula:
+        """That of a call."""
+        return cls(call.layer, call.per_head, from_output, call.eps, call.named(OPTIONS))
+
+    @classmethod
+    def of_values(cls, values: Sequence[Any]) -> Formula:
+        """That of which `values` are."""
+        layer, per_head, from_output, eps, *options = values
+        return cls(layer, per_head, from_output, eps, dict(zip(OPTIONS, options, strict=True)))
+
+    def values(self) -> tuple[Any, ...]:
+        """All of it, one after the other, as operators take it."""
+        return (*self[:-1], *self.options.values())
+
+    @property
+    def statistic(self) -> Kind:
+        """The norm in words."""
+        return "layer" if self.layer else "rms"
 
 
 class Field(NamedTuple):
@@ -191,6 +249,8 @@ FIELDS: Fields = {
     "residual_out": Field("Tensor?", None, "fused adds: where the sum goes; None: a new tensor"),
     "memory_efficient": Field("bool", False, "keep y instead of x for the gradients"),
 }
+FLAGS = tuple(name for name in OPTIONS if FIELDS[name].type == "bool")
+DEFAULT_OPTIONS = {name: FIELDS[name].default for name in OPTIONS}
 # What forms that write in place do not take.
 OF_RESULTS = ("out_dtype", "out", "residual_out", "memory_efficient")
 
@@ -247,3 +307,15 @@ _NAMES = {
     for op in OPS.values()
     for layer in ((0, LAYER) if op.layer is None else (op.bits & LAYER,))
 }
+
+
+def all_options(function: str, given: PlainOptions) -> dict[str, Any]:
+    """The options in a call's order: those given to a function, and the defaults of the others.
+
+    Raises:
+        TypeError: the function takes no such option.
+    """
+    for name in given:
+        if name not in PLAIN_OPTIONS:
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+    return DEFAULT_OPTIONS | given

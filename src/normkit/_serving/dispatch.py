@@ -18,7 +18,7 @@ from normkit._serving import triton
 from normkit._serving.backends import Native, backends, natives, wanted_backend
 from normkit._serving.checks import check
 from normkit._serving.refusal import Refusal
-from normkit._spec import Call, Kind
+from normkit._spec import OF_STATISTICS, Call, Formula
 
 Result = Tensor | tuple[Tensor, Tensor]
 
@@ -60,28 +60,9 @@ def save(call: Call) -> Saved:
         call.residual,
         call.eps,
         kind=call.statistic,
-        round_sum=call.round_sum,
-        clamp_inf=call.clamp_inf,
+        **call.named(OF_STATISTICS),
     )
     return y, residual_out, rstd, mean
-
-
-class Formula(NamedTuple):
-    """What is differentiated: a norm of x or, with a residual, of x + residual in float32."""
-
-    layer: bool
-    per_head: bool
-    from_output: bool  # x is the output, of which xhat is made again
-    eps: float | None
-    weight_offset: float
-    round_before_weight: bool
-    clamp_inf: bool
-    round_sum: bool
-
-    @property
-    def statistic(self) -> Kind:
-        """The norm in words."""
-        return "layer" if self.layer else "rms"
 
 
 # Of x, residual, weight and bias; None where it is not wanted.  The first two may be one tensor.
@@ -118,14 +99,14 @@ def backward(
     mean: Tensor | None,
 ) -> Gradients:
     """Make the gradients of a norm; backend is what `use_backend` named for the forward pass."""
-    if not backward_refusal(backend, formula.clamp_inf):
+    if not backward_refusal(backend, formula.options["clamp_inf"]):
         native = natives[backend].norm_backward
         kind = formula.layer + 2 * formula.per_head + 8 * formula.from_output
         options = (
             rstd,
             mean,
-            formula.weight_offset,
-            formula.round_before_weight,
+            formula.options["weight_offset"],
+            formula.options["round_before_weight"],
             wanted.x,
             wanted.residual,
             wanted.weight + 2 * wanted.bias,
@@ -167,16 +148,13 @@ def backward_by_reference(
         kind=formula.statistic,
         rstd=None if differentiable else rstd,
         from_output=formula.from_output,
-        round_sum=formula.round_sum,
-        weight_offset=formula.weight_offset,
-        round_before_weight=formula.round_before_weight,
-        clamp_inf=formula.clamp_inf,
         compute_dtype=compute,
+        **formula.options,
     )
     if grad_residual_out is not None:
         of_sum = of_sum + grad_residual_out
     of_x = of_sum
-    if formula.clamp_inf and x.dtype == torch.float16:  # what was clamped is a constant
+    if formula.options["clamp_inf"] and x.dtype == torch.float16:  # what was clamped is a constant
         of_x = torch.where(x.isinf(), 0.0, of_sum)
     return (
         None if wanted.x is None else packed(of_x.to(wanted.x)),
@@ -271,18 +249,14 @@ def run_by_reference(call: Call) -> Result:
     """Run a call that has been checked in plain torch; what it makes is packed."""
     options: dict[str, Any] = {
         "kind": call.statistic,
-        "weight_offset": call.weight_offset,
-        "round_before_weight": call.round_before_weight,
-        "clamp_inf": call.clamp_inf,
         "out_dtype": call.out_dtype if call.out is None else call.out.dtype,
+        **call.options(),
     }
     affine = (call.weight, call.bias, call.eps)
     if call.residual is None:
         y = reference.norm(call.x, *affine, **options)
         return packed(y) if call.out is None else call.out.copy_(y)
-    y, residual_out = reference.add_norm(
-        call.x, call.residual, *affine, round_sum=call.round_sum, **options
-    )
+    y, residual_out = reference.add_norm(call.x, call.residual, *affine, **options)
     if call.residual_out is not None:
         residual_out = call.residual_out.copy_(residual_out)
     else:

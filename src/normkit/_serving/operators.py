@@ -16,8 +16,8 @@ from torch import Tensor
 from normkit._serving import dispatch
 from normkit._serving.backends import wanted_backend
 from normkit._serving.checks import check
-from normkit._serving.dispatch import Formula, Gradients, Result, Saved, Wanted
-from normkit._spec import FIELDS, OPS, Call, Field, Fields, Op
+from normkit._serving.dispatch import Gradients, Result, Saved, Wanted
+from normkit._spec import FIELDS, OPS, OPTIONS, Call, Field, Fields, Formula, Op
 
 
 def is_sharded(t: Any) -> bool:
@@ -59,16 +59,7 @@ def _remember(ctx: Any, call: Call, saved: Saved) -> None:
     ctx.set_materialize_grads(False)
     ctx.backend = wanted_backend()
     ctx.dtypes = call.x.dtype, None if call.residual is None else call.residual.dtype
-    ctx.formula = Formula(
-        call.layer,
-        call.per_head,
-        from_output,
-        call.eps,
-        call.weight_offset,
-        call.round_before_weight,
-        call.clamp_inf,
-        call.round_sum,
-    )
+    ctx.formula = Formula.of(call, from_output=from_output)
 
 
 def _gradients(
@@ -263,11 +254,7 @@ _FORMULA = {
     "layer": Field("bool", ..., "whether the mean is subtracted"),
     "per_head": Field("bool", ..., "whether weight and bias may have a row per head"),
     "from_output": Field("bool", ..., "whether x is the output, to be undone"),
-    "eps": FIELDS["eps"]._replace(default=...),
-    "weight_offset": FIELDS["weight_offset"]._replace(default=...),
-    "round_before_weight": FIELDS["round_before_weight"]._replace(default=...),
-    "clamp_inf": FIELDS["clamp_inf"]._replace(default=...),
-    "round_sum": FIELDS["round_sum"]._replace(default=...),
+    **{name: FIELDS[name]._replace(default=...) for name in ("eps", *OPTIONS)},
 }
 _WANTED = {
     "x_dtype": Field("ScalarType?", ..., "dtype of x's gradient; None: it is not wanted"),
@@ -296,7 +283,7 @@ def _register_backward() -> None:
     first, last = len(_TENSORS), len(_TENSORS) + len(_FORMULA)
 
     def parts(values: Sequence[Any]) -> tuple[Formula, Wanted, Sequence[Any]]:
-        return Formula(*values[first:last]), Wanted(*values[last:]), values[:first]
+        return Formula.of_values(values[first:last]), Wanted(*values[last:]), values[:first]
 
     def backward(*values: Any) -> tuple[Tensor, ...]:
         formula, wanted, tensors = parts(values)
@@ -332,7 +319,7 @@ def _call_backward_operator(
     formula: Formula, wanted: Wanted, _backend: str, *tensors: Tensor | None
 ) -> Gradients:
     operator = torch.ops.normkit.norm_backward.default
-    x, residual, weight, bias = operator(*tensors, *formula, *wanted)
+    x, residual, weight, bias = operator(*tensors, *formula.values(), *wanted)
     return (
         x if wanted.x is not None else None,
         x if wanted.residual == wanted.x else residual,

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from normkit._serving.refusal import Refusal
-from normkit._spec import FLOATS, Call
+from normkit._spec import FLAGS, FLOATS, Call
 
 FLOAT32_EPSILON = 2.0**-23
 
@@ -150,7 +150,6 @@ def _run(
     if rows > 0:
         sizes, strides = _lay_out_rows(x, residual, y, total)
         normalised = residual if residual is not None and call.round_sum else x
-        clamps_sum = call.clamp_inf and residual is not None and call.round_sum
         inputs = {t.data_ptr() for t in (x, residual, weight, bias) if t is not None}
         written = {t.data_ptr() for t in (out, residual_out) if t is not None}
         launch = getattr(kernels, way.kernel)
@@ -177,12 +176,8 @@ def _run(
                 LAYER=call.layer,
                 PER_HEAD=any(t is not None and t.ndim == 2 for t in (weight, bias)),
                 HAS_OFFSET=weight is not None and call.weight_offset != 0,
-                XHAT_DTYPE=kernels.DTYPES[
-                    normalised.dtype if call.round_before_weight else torch.float32
-                ],
-                ROUND_SUM=call.round_sum,
-                CLAMP_X=call.clamp_inf and x.dtype == torch.float16,
-                CLAMP_SUM=clamps_sum and normalised.dtype == torch.float16,
+                NORMALISED=kernels.DTYPES[normalised.dtype],
+                **{name.upper(): getattr(call, name) for name in FLAGS},
                 IN_PLACE=not inputs.isdisjoint(written),
                 DIMS=len(sizes),
                 ROWS=way.rows,

@@ -141,16 +141,21 @@ def norm_rows(
     LAYER: tl.constexpr,
     PER_HEAD: tl.constexpr,
     HAS_OFFSET: tl.constexpr,
-    XHAT_DTYPE: tl.constexpr,
+    NORMALISED: tl.constexpr,
+    ROUND_BEFORE_WEIGHT: tl.constexpr,
     ROUND_SUM: tl.constexpr,
-    CLAMP_X: tl.constexpr,
-    CLAMP_SUM: tl.constexpr,
+    CLAMP_INF: tl.constexpr,
     IN_PLACE: tl.constexpr,
     DIMS: tl.constexpr,
     ROWS: tl.constexpr,
     LOG2_BLOCK: tl.constexpr,
 ):
     """Normalise ROWS rows that fit into a block each, and stay in registers."""
+    CLAMP_X: tl.constexpr = CLAMP_INF and x.dtype.element_ty == tl.float16
+    CLAMP_SUM: tl.constexpr = (
+        CLAMP_INF and ROUND_SUM and residual is not None and tl.float16 == NORMALISED
+    )
+    XHAT_DTYPE: tl.constexpr = NORMALISED if ROUND_BEFORE_WEIGHT else tl.float32
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, 1 << LOG2_BLOCK)[None, :]
     mask = (row < rows) & (column < n)
@@ -250,10 +255,10 @@ def norm_streamed_row(
     LAYER: tl.constexpr,
     PER_HEAD: tl.constexpr,
     HAS_OFFSET: tl.constexpr,
-    XHAT_DTYPE: tl.constexpr,
+    NORMALISED: tl.constexpr,
+    ROUND_BEFORE_WEIGHT: tl.constexpr,
     ROUND_SUM: tl.constexpr,
-    CLAMP_X: tl.constexpr,
-    CLAMP_SUM: tl.constexpr,
+    CLAMP_INF: tl.constexpr,
     IN_PLACE: tl.constexpr,
     DIMS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -263,6 +268,11 @@ def norm_streamed_row(
 
     residual_out is written in the last pass only, so that it may be x or residual.
     """
+    CLAMP_X: tl.constexpr = CLAMP_INF and x.dtype.element_ty == tl.float16
+    CLAMP_SUM: tl.constexpr = (
+        CLAMP_INF and ROUND_SUM and residual is not None and tl.float16 == NORMALISED
+    )
+    XHAT_DTYPE: tl.constexpr = NORMALISED if ROUND_BEFORE_WEIGHT else tl.float32
     block: tl.constexpr = 1 << LOG2_BLOCK
     row = tl.program_id(0).to(tl.int64) + tl.full((1, 1), 0, tl.int64)
     x_at = _row_offsets(row, sizes, x_strides, DIMS)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from normkit._serving import dispatch
 from normkit._serving.backends import wanted_backend
-from normkit._serving.dispatch import Formula, Wanted
-from normkit._spec import ADD, FLOATS, FLOATS_TEXT, LAYER, Call
+from normkit._serving.dispatch import Wanted
+from normkit._spec import ADD, DEFAULT_OPTIONS, FLOATS, FLOATS_TEXT, LAYER, Call, Formula
 
 # ---------------------------------------------------------------- checks
 
@@ -208,7 +208,7 @@ def gradients(
     is_rms_norm: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor]:
     """Make the gradients of the sum, in both dtypes, and of gamma and beta, and their parts."""
-    formula = Formula(not is_rms_norm, False, False, 0.0, 0.0, False, False, True)
+    formula = Formula(not is_rms_norm, False, False, 0.0, DEFAULT_OPTIONS)
     weight = gamma.float()  # exact, and makes its gradient float32
     first, second, of_gamma, of_beta = dispatch.backward(
         formula,
