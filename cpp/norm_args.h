@@ -49,6 +49,17 @@ struct NormOptions {
   bool clamp_inf = false;
 };
 
+// Those that are on or off, in the order in which calls give them.
+struct Flag {
+  const char* name;
+  bool NormOptions::* member;
+};
+inline constexpr Flag kFlags[] = {
+    {"round_before_weight", &NormOptions::round_before_weight},
+    {"round_sum", &NormOptions::round_sum},
+    {"clamp_inf", &NormOptions::clamp_inf},
+};
+
 enum class Step : uint8_t { kWhole, kStatistics, kApply };
 
 // Rows that are split into `parts` of n columns each, of which this process has one: every part
@@ -80,6 +91,11 @@ struct RowNorm {
   float* mean;  // likewise; null for kRms
   Split split;  // without residual, where rows are split
 };
+
+// The dtype of what is normalised, to which options round; a float32 sum has none, and x's counts.
+constexpr DType normalised_dtype(const RowNorm& norm) {
+  return norm.residual.data && norm.options.round_sum ? norm.residual.dtype : norm.x.dtype;
+}
 
 // Gradients of a row norm.  With g = grad_y * (weight + weight_offset), and the means over the row:
 //   of what was normalised  rstd * (g - mean(g) - xhat * mean(g * xhat)), without mean(g) for kRms,

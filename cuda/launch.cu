@@ -46,7 +46,7 @@ RowNormArgs args_of(const RowNorm& norm, const Plan& plan) {
   a.n = norm.n;
   a.options = norm.options;
   a.options.weight_offset = launch_offset(norm.options.weight_offset);
-  a.normalised = norm.residual.data && norm.options.round_sum ? norm.residual.dtype : norm.x.dtype;
+  a.normalised = normalised_dtype(norm);
   a.split = {norm.split, planes_of(norm.statistic)};
   return a;
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import inspect
 import math
 from dataclasses import fields
@@ -13,10 +12,21 @@ import torch
 
 import normkit
 from normkit._serving import backends
-from normkit._spec import FIELDS, NATIVE, OF_RESULTS, OPS, Call, Op
+from normkit._spec import (
+    FIELDS,
+    NATIVE,
+    OF_RESULTS,
+    OF_STATISTICS,
+    OPS,
+    OPTIONS,
+    PLAIN_OPTIONS,
+    Call,
+    Op,
+    PlainOptions,
+)
 
 ROOT = Path(__file__).parents[1]
-OPTIONS = [name for name, field in FIELDS.items() if field.type not in ("Tensor", "Tensor?")] + [
+SHOWN = [name for name, field in FIELDS.items() if field.type not in ("Tensor", "Tensor?")] + [
     "out",
     "residual_out",
 ]
@@ -63,21 +73,24 @@ def test_a_call_is_the_arguments_of_the_extension() -> None:
     assert tuple(field.name for field in fields(Call))[: len(NATIVE)] == NATIVE
 
 
-def test_the_stub_has_a_call_of_as_many_values() -> None:
-    tree = ast.parse((Path(normkit.__file__).parent / "_C.pyi").read_text())
-    (call,) = [n for n in ast.walk(tree) if isinstance(n, ast.AnnAssign) and _name(n) == "_Call"]
-    assert isinstance(call.value, ast.Subscript)
-    assert isinstance(call.value.slice, ast.Tuple)
-    assert len(call.value.slice.elts) == len(NATIVE)
+@pytest.mark.parametrize("name", ["norm_tp", "part_apply"])
+def test_other_calls_of_the_extension_have_the_options_in_the_same_order(name: str) -> None:
+    if backends._missing:
+        pytest.skip("no extension")
+    signature = getattr(normkit._C, name).__text_signature__
+    assert ", ".join(("eps", *OPTIONS, "out_dtype")) in signature
 
 
-def _name(node: ast.AnnAssign) -> str:
-    return node.target.id if isinstance(node.target, ast.Name) else ""
+def test_every_list_of_options_has_the_same_ones_in_the_same_order() -> None:
+    assert tuple(PlainOptions.__annotations__) == PLAIN_OPTIONS
+    for op in OPS.values():
+        assert tuple(name for name in op.fields if name in PLAIN_OPTIONS) == PLAIN_OPTIONS
+    assert set(OF_STATISTICS) < set(OPTIONS)
 
 
 def option_table() -> str:
     lines = ["| option | default | |", "|---|---|---|"]
-    for name in OPTIONS:
+    for name in SHOWN:
         default = FIELDS[name].default
         if name == "eps":
             default = "1e-6 for rms, 1e-5 for layer"

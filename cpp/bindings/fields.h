@@ -1,6 +1,7 @@
 // The arguments of the extension's functions: a table for each, in their order.  What reads them,
 // how many there must be, `fields` and the signatures in the docs follow from it.
 #pragma once
+#include <array>
 #include <iterator>
 #include <utility>
 
@@ -107,21 +108,40 @@ Refusal wanted(Arguments& a, const char*, PyObject* value) {
 
 // ---------------------------------------------------------------- the tables
 
-inline constexpr Field<Arguments> kNormFields[] = {
-    {"kind", kind},
-    {"x", x},
-    {"residual", member<&Arguments::residual>},
-    {"weight", member<&Arguments::weight>},
-    {"bias", member<&Arguments::bias>},
-    {"eps", eps},
-    {"weight_offset", option<&NormOptions::weight_offset>},
-    {"round_before_weight", option<&NormOptions::round_before_weight>},
-    {"round_sum", option<&NormOptions::round_sum>},
-    {"clamp_inf", option<&NormOptions::clamp_inf>},
-    {"out_dtype", member<&Arguments::out_dtype>},
-    {"out", member<&Arguments::out>},
-    {"residual_out", member<&Arguments::residual_out>},
-};
+template <class Arguments, size_t... kAt>
+constexpr auto flags(std::index_sequence<kAt...>) {
+  return std::array<Field<Arguments>, sizeof...(kAt)>{
+      {{kFlags[kAt].name, option<kFlags[kAt].member, Arguments>}...}};
+}
+
+// The options of a forward call, between the fields in front of them and those behind.
+template <class Arguments, size_t kBefore, size_t kBehind>
+constexpr auto with_options(const Field<Arguments> (&before)[kBefore],
+                            const Field<Arguments> (&behind)[kBehind]) {
+  std::array<Field<Arguments>, kBefore + 2 + std::size(kFlags) + kBehind> all{};
+  size_t at = 0;
+  for (const auto& field : before) all[at++] = field;
+  all[at++] = {"eps", eps};
+  all[at++] = {"weight_offset", option<&NormOptions::weight_offset, Arguments>};
+  for (const auto& field : flags<Arguments>(std::make_index_sequence<std::size(kFlags)>()))
+    all[at++] = field;
+  for (const auto& field : behind) all[at++] = field;
+  return all;
+}
+
+inline constexpr auto kNormFields = with_options<Arguments>(
+    {
+        {"kind", kind},
+        {"x", x},
+        {"residual", member<&Arguments::residual>},
+        {"weight", member<&Arguments::weight>},
+        {"bias", member<&Arguments::bias>},
+    },
+    {
+        {"out_dtype", member<&Arguments::out_dtype>},
+        {"out", member<&Arguments::out>},
+        {"residual_out", member<&Arguments::residual_out>},
+    });
 
 inline constexpr Field<BackwardArguments> kBackwardFields[] = {
     {"kind", kind},
@@ -145,19 +165,18 @@ struct TpArguments : Arguments {
   PyObject *xs, *weights, *biases, *outs, *streams;
 };
 
-inline constexpr Field<TpArguments> kTpFields[] = {
-    {"kind", kind},
-    {"xs", member<&TpArguments::xs>},
-    {"weights", member<&TpArguments::weights>},
-    {"biases", member<&TpArguments::biases>},
-    {"eps", eps},
-    {"weight_offset", option<&NormOptions::weight_offset>},
-    {"round_before_weight", option<&NormOptions::round_before_weight>},
-    {"clamp_inf", option<&NormOptions::clamp_inf>},
-    {"out_dtype", member<&TpArguments::out_dtype>},
-    {"outs", member<&TpArguments::outs>},
-    {"streams", member<&TpArguments::streams>},
-};
+inline constexpr auto kTpFields = with_options<TpArguments>(
+    {
+        {"kind", kind},
+        {"xs", member<&TpArguments::xs>},
+        {"weights", member<&TpArguments::weights>},
+        {"biases", member<&TpArguments::biases>},
+    },
+    {
+        {"out_dtype", member<&TpArguments::out_dtype>},
+        {"outs", member<&TpArguments::outs>},
+        {"streams", member<&TpArguments::streams>},
+    });
 
 struct PartArguments : Arguments {
   Tensor gathered{"gathered"};
@@ -169,18 +188,17 @@ inline constexpr Field<PartArguments> kPartStatisticsFields[] = {
     {"clamp_inf", option<&NormOptions::clamp_inf>},
 };
 
-inline constexpr Field<PartArguments> kPartApplyFields[] = {
-    {"kind", kind},
-    {"x", x},
-    {"weight", member<&PartArguments::weight>},
-    {"bias", member<&PartArguments::bias>},
-    {"eps", eps},
-    {"weight_offset", option<&NormOptions::weight_offset>},
-    {"round_before_weight", option<&NormOptions::round_before_weight>},
-    {"clamp_inf", option<&NormOptions::clamp_inf>},
-    {"out_dtype", member<&PartArguments::out_dtype>},
-    {"gathered", member<&PartArguments::gathered>},
-};
+inline constexpr auto kPartApplyFields = with_options<PartArguments>(
+    {
+        {"kind", kind},
+        {"x", x},
+        {"weight", member<&PartArguments::weight>},
+        {"bias", member<&PartArguments::bias>},
+    },
+    {
+        {"out_dtype", member<&PartArguments::out_dtype>},
+        {"gathered", member<&PartArguments::gathered>},
+    });
 
 struct BackwardPartArguments : BackwardArguments {
   Tensor gathered{"gathered"};

@@ -53,7 +53,6 @@ nb::object norm_tp(PyObject* const* args) {
   if (quick_path_is_off) return nb::none();
   TpArguments shared;
   if (read<kTpFields>(shared, args)) return nb::none();
-  shared.options.round_sum = true;
   if (!PyTuple_Check(shared.streams)) return nb::none();
   PyObject* const of_devices[] = {shared.xs, shared.weights, shared.biases, shared.outs};
   nb::object lists[4];

@@ -100,7 +100,8 @@ struct Stages {
 
 Stages stages_of(const RowNorm& norm, const Kernels& kernels) {
   Stages s;
-  DType x = norm.x.dtype, normalised = x;
+  DType x = norm.x.dtype;
+  const DType normalised = normalised_dtype(norm);
   if (norm.options.clamp_inf && x == DType::kFloat16) {
     s.clamp_x = kernels.clamp;
     s.wide = true;
@@ -109,12 +110,9 @@ Stages stages_of(const RowNorm& norm, const Kernels& kernels) {
   if (norm.residual.data) {
     s.add = kernels.add[int(x)][int(norm.residual.dtype)][!norm.options.round_sum];
     s.wide = !norm.options.round_sum;
-    if (norm.options.round_sum) {
-      normalised = norm.residual.dtype;
-      if (norm.options.clamp_inf && normalised == DType::kFloat16) {
-        s.clamp_sum = kernels.clamp;
-        s.wide = true;
-      }
+    if (norm.options.round_sum && norm.options.clamp_inf && normalised == DType::kFloat16) {
+      s.clamp_sum = kernels.clamp;
+      s.wide = true;
     }
   }
   const DType source = s.wide ? DType::kFloat32 : normalised;
@@ -163,10 +161,8 @@ void run(Block& b, const Stages& s, const RowNorm& norm, int64_t row) {
   } else {
     add_up(b, s);
     if (norm.split.step == Step::kStatistics) return save_statistics(b, norm, row);
-    const double inverse_n = 1.0 / static_cast<double>(b.n);
-    for (int r = 0; r < b.rows; ++r)
-      b.rstd[r] = reciprocal_deviation(b.sum[r], inverse_n, norm.options.eps);
   }
+  take_rstd(b, norm);
   s.apply(b);
 }
 

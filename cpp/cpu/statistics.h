@@ -8,10 +8,13 @@
 
 namespace normkit::cpu {
 
-// In double, for one rounding in the place of four: in float32 some elements of a layer norm broke
-// the bound of docs/numerics.md, one in 10^8.
-inline float reciprocal_deviation(float squares, double inverse_n, float eps) {
-  return static_cast<float>(1.0 / std::sqrt(squares * inverse_n + eps));
+// b.sum has the sums of squares of whole rows.  In double, for one rounding in the place of four:
+// in float32 some elements of a layer norm broke the bound of docs/numerics.md, one in 10^8.
+inline void take_rstd(Block& b, const RowNorm& norm) {
+  const double inverse_n =
+      1.0 / (static_cast<double>(norm.n) * static_cast<double>(norm.split.parts));
+  for (int r = 0; r < b.rows; ++r)
+    b.rstd[r] = static_cast<float>(1.0 / std::sqrt(b.sum[r] * inverse_n + norm.options.eps));
 }
 
 // A statistic of each row of a block, as one part has left it.
@@ -37,8 +40,8 @@ inline void save_statistics(const BackwardBlock& b, const RowNormBackward& norm,
   save_planes(norm, row, b.rows, b.gx_mean, b.g_mean);
 }
 
-// The statistics of whole rows, added in the order of the parts.  In double, so that many parts
-// lose no more than few.
+// Of whole rows the sum of squares, and the mean, added in the order of the parts.  In double, so
+// that many parts lose no more than few.
 inline void combine(Block& b, const RowNorm& norm, int64_t row) {
   const Split& split = norm.split;
   const bool layer = norm.statistic == Statistic::kLayer;
@@ -58,8 +61,7 @@ inline void combine(Block& b, const RowNorm& norm, int64_t row) {
       squares += n * apart * apart;
     }
     b.mean[r] = static_cast<float>(mean);
-    const float total = static_cast<float>(squares);  // infinite where that of a whole row is
-    b.rstd[r] = reciprocal_deviation(total, 1.0 / (n * parts), norm.options.eps);
+    b.sum[r] = static_cast<float>(squares);  // infinite where that of a whole row is
   }
 }
 

@@ -274,21 +274,24 @@ def combined_statistics(
 
 def part_norm(
     x: Tensor,
-    rstd: Tensor,
-    mean: Tensor | None,
+    gathered: Tensor,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
+    eps: float | None = 1e-6,
     *,
+    kind: str,
     weight_offset: float = 0.0,
     round_before_weight: bool = False,
     clamp_inf: bool = False,
     out_dtype: torch.dtype | None = None,
-) -> Tensor:
-    """Return `norm` of a part x of rows whose rstd and mean `combined_statistics` took."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return `norm` of a part x of rows, and the rows' rstd and mean, as `combined_statistics`."""
+    rstd, mean = combined_statistics(gathered, x.shape[-1], eps, kind=kind)
     xhat = _part_normalised(x, rstd, mean, clamp_inf)
     if round_before_weight:
         xhat = xhat.to(x.dtype).to(rstd.dtype)
-    return _scaled(xhat, weight, bias, weight_offset).to(out_dtype or x.dtype)
+    y = _scaled(xhat, weight, bias, weight_offset).to(out_dtype or x.dtype)
+    return y, rstd, mean
 
 
 def part_backward_statistics(

@@ -13,6 +13,7 @@ from conformance.gradients import check as check_gradients
 from conformance.support import LAYER, Op, assert_same_bits
 from devices import call_on
 from normkit._serving.backends import natives
+from normkit._spec import DEFAULT_OPTIONS, OPTIONS
 from normkit.testing import Inputs, assert_accurate
 
 
@@ -76,9 +77,7 @@ def run(native: Native, op: Op, inputs: Inputs, count: int, **options: Any) -> M
                 weight,
                 bias,
                 eps_of(op, options),
-                options.get("weight_offset", 0.0),
-                options.get("round_before_weight", False),
-                clamp_inf,
+                *(DEFAULT_OPTIONS | {k: v for k, v in options.items() if k in OPTIONS}).values(),
                 options.get("out_dtype"),
                 gathered,
             )

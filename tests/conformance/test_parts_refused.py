@@ -9,6 +9,7 @@ import torch
 
 from conformance.parts import Native, native_of
 from normkit._serving.refusal import Refusal
+from normkit._spec import DEFAULT_OPTIONS, FLAGS
 
 
 @pytest.fixture(scope="session")
@@ -34,8 +35,9 @@ GATHERED = torch.ones(4, 2, 2, 3)
 STATISTICS = Call("part_statistics", {"kind": 1, "x": X, "clamp_inf": False})
 APPLY = Call(
     "part_apply",
-    {"kind": 1, "x": X, "weight": ROW, "bias": ROW, "eps": 1e-5, "weight_offset": 0.0}
-    | {"round_before_weight": False, "clamp_inf": False, "out_dtype": None, "gathered": GATHERED},
+    {"kind": 1, "x": X, "weight": ROW, "bias": ROW, "eps": 1e-5}
+    | DEFAULT_OPTIONS
+    | {"out_dtype": None, "gathered": GATHERED},
 )
 GRADIENTS = {"kind": 1, "grad_y": X, "x": X, "weight": ROW}
 SAVED = {"rstd": VALUES, "mean": VALUES, "weight_offset": 0.0}
@@ -74,8 +76,7 @@ WRONG: dict[str, list[Any]] = {
     "mean": [None, VALUES.half(), torch.ones(6), torch.ones(2, 4), torch.ones(3, 2).t()],
     "eps": ["1", -1.0, float("nan"), float("inf"), True],
     "weight_offset": ["1", float("nan"), float("inf"), None],
-    "round_before_weight": [1, None],
-    "clamp_inf": [1, None],
+    **{flag: [1, None] for flag in FLAGS},
     "out_dtype": [torch.float64, torch.int8, "float32"],
     "x_dtype": [torch.float64, torch.int8, "float32"],
     "gathered": [

@@ -117,8 +117,8 @@ def split_columns(call: Call) -> int | None:
     affine = [t for name, t in inputs.items() if name in ("weight", "bias")]
     if not all(_is_usable(t.placements, split[0]) for t in affine):
         return None
-    # What is added in float32 and not rounded has no dtype left to round its xhat to.
-    if call.residual is not None and call.round_before_weight and not call.round_sum:
+    # What is added in float32 and not rounded has no dtype left to round anything else to.
+    if call.residual is not None and call.rounds_within and not call.round_sum:
         return None
     part = x._local_tensor
     has_memory = type(part) is torch.Tensor or _split_rows.is_on_its_way(part)

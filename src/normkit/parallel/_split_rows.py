@@ -7,7 +7,8 @@ takes the operators `sharded_norm` and `sharded_norm_backward` in `torch.ops.nor
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,20 +18,11 @@ from normkit import reference
 from normkit._serving import dispatch
 from normkit._serving.backends import ALWAYS_DISPATCH, natives, wanted_backend
 from normkit._serving.refusal import Refusal
-from normkit._spec import LAYER, Call
+from normkit._spec import FIELDS, LAYER, OPTIONS, PLAIN_OPTIONS, Call
 from normkit.parallel._gather import Ranks, gather
 
 Made = tuple[Tensor, Tensor, Tensor | None]  # y, rstd, and mean but for rms
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
-
-
-class Formula(NamedTuple):
-    """What is computed, as far as the backward pass asks for it."""
-
-    layer: bool
-    weight_offset: float
-    round_before_weight: bool
-    clamp_inf: bool
 
 
 def run(call: Call, ranks: Ranks) -> Tensor:
@@ -57,28 +49,27 @@ def _forward(call: Call, ranks: Ranks) -> Made:
     eps = torch.finfo(planes.dtype).eps if call.eps is None else call.eps
     gathered = gather(planes, x.shape[-1], ranks, backward=False, eps=eps)
     made = _ask(
-        ranks.op, backend, "part_apply", call.layer, x, weight, bias, call.eps, call.weight_offset,
-        call.round_before_weight, clamp_inf, call.out_dtype, gathered,
+        ranks.op, backend, "part_apply", call.layer, x, weight, bias, call.eps,
+        *call.named(OPTIONS).values(), call.out_dtype, gathered,
     )  # fmt: skip
     if made is not None:
         return made  # type: ignore[no-any-return]
-    rstd, mean = reference.combined_statistics(gathered, x.shape[-1], call.eps, kind=call.statistic)
-    y = reference.part_norm(
+    y, rstd, mean = reference.part_norm(
         x,
-        rstd,
-        mean,
+        gathered,
         weight,
         bias,
-        weight_offset=call.weight_offset,
-        round_before_weight=call.round_before_weight,
-        clamp_inf=clamp_inf,
+        call.eps,
+        kind=call.statistic,
         out_dtype=call.out_dtype,
+        **call.options(),
     )
     return dispatch.packed(y), rstd, mean
 
 
 def _backward(
-    formula: Formula,
+    layer: bool,
+    options: dict[str, Any],
     wanted: tuple[bool, bool, bool],
     ranks: Ranks,
     backend: str,
@@ -90,7 +81,8 @@ def _backward(
     mean: Tensor | None,
 ) -> Gradients:
     """Return the gradients of x, weight and bias; as elsewhere the kernels know no clamp_inf."""
-    layer, offset, rounded, clamp_inf = formula
+    offset, clamp_inf = options["weight_offset"], options["clamp_inf"]
+    rounded = options["round_before_weight"]
     plain: dict[str, Any] = {"weight_offset": offset, "clamp_inf": clamp_inf}
     backend = "reference" if clamp_inf else backend
     planes = _ask(
@@ -154,37 +146,34 @@ class _PartNorm(torch.autograd.Function):
     def forward(ctx: Any, call: Call, ranks: Ranks, *tensors: Tensor | None) -> Tensor:
         y, rstd, mean = _forward(call, ranks)
         ctx.save_for_backward(*tensors, rstd, mean)
-        ctx.made_with = _formula(call), ranks, wanted_backend()
+        ctx.made_with = call.layer, call.options(), ranks, wanted_backend()
         return y
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
-        formula, ranks, backend = ctx.made_with
+        layer, options, ranks, backend = ctx.made_with
         if torch.is_grad_enabled():  # torch would take the gradient for a constant where it is not
             raise RuntimeError(
                 f"{ranks.op}: its gradient cannot be differentiated again; expected"
                 " create_graph=False, got True"
             )
         wanted = ctx.needs_input_grad[2:]
-        return None, None, *_backward(formula, wanted, ranks, backend, grad_y, *ctx.saved_tensors)
-
-
-def _formula(call: Call) -> Formula:
-    return Formula(call.layer, call.weight_offset, call.round_before_weight, call.clamp_inf)
+        made = _backward(layer, options, wanted, ranks, backend, grad_y, *ctx.saved_tensors)
+        return None, None, *made
 
 
 # ---------------------------------------------------------------- operators
 
 _library = torch.library.Library("normkit", "FRAGMENT")  # type: ignore[no-untyped-call]
-_FORMULA = "bool layer, float weight_offset, bool round_before_weight, bool clamp_inf"
+_FORMULA = ", ".join(["bool layer", *(f"{FIELDS[name].type} {name}" for name in PLAIN_OPTIONS)])
 _RANKS = "str op, str group, float? timeout"
 _TENSORS = "Tensor x, Tensor? weight, Tensor? bias"
-_TAKEN = len(Formula._fields)
+_TAKEN = 1 + len(PLAIN_OPTIONS)
 
 
 def _call_operator(call: Call, ranks: Ranks) -> Tensor:
     y, _, _ = torch.ops.normkit.sharded_norm.default(
-        *_formula(call), ranks.op, ranks.group.group_name, ranks.timeout,
+        call.layer, *call.options().values(), ranks.op, ranks.group.group_name, ranks.timeout,
         call.x, call.weight, call.bias, call.eps, call.out_dtype,
     )  # fmt: skip
     return y  # type: ignore[no-any-return]
@@ -196,13 +185,14 @@ def _ranks(op: str, group: str, timeout: float | None) -> Ranks:
     return Ranks(op, _resolve_process_group(group), timeout)  # type: ignore[arg-type]
 
 
+def _options(values: Sequence[Any]) -> dict[str, Any]:
+    return dict(zip(PLAIN_OPTIONS, values[1:_TAKEN], strict=True))
+
+
 def _sharded_norm(*values: Any) -> tuple[Tensor, Tensor, Tensor]:
-    formula, ranks = Formula(*values[:_TAKEN]), _ranks(*values[_TAKEN : _TAKEN + 3])
+    kind, ranks = values[0] * LAYER, _ranks(*values[_TAKEN : _TAKEN + 3])
     x, weight, bias, eps, out_dtype = values[_TAKEN + 3 :]
-    call = Call(
-        formula.layer * LAYER, x, None, weight, bias, eps, formula.weight_offset,
-        formula.round_before_weight, clamp_inf=formula.clamp_inf, out_dtype=out_dtype,
-    )  # fmt: skip
+    call = Call(kind, x, None, weight, bias, eps, **_options(values), out_dtype=out_dtype)
     y, rstd, mean = _forward(call, ranks)
     return y, rstd, rstd.new_empty(0) if mean is None else mean
 
@@ -216,11 +206,11 @@ def _fake_norm(*values: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _sharded_norm_backward(*values: Any) -> tuple[Tensor, Tensor, Tensor]:
-    formula, ranks = Formula(*values[:_TAKEN]), _ranks(*values[_TAKEN : _TAKEN + 3])
+    layer, ranks = values[0], _ranks(*values[_TAKEN : _TAKEN + 3])
     wanted, tensors = values[_TAKEN + 3 : _TAKEN + 6], list(values[_TAKEN + 6 :])
-    if not formula.layer:
+    if not layer:
         tensors[-1] = None
-    made = _backward(formula, wanted, ranks, wanted_backend(), *tensors)
+    made = _backward(layer, _options(values), wanted, ranks, wanted_backend(), *tensors)
     of_x, of_weight, of_bias = (
         tensors[0].new_empty(0) if gradient is None else gradient for gradient in made
     )

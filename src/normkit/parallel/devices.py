@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -13,8 +13,11 @@ from normkit._serving import backends
 from normkit._serving.checks import check, check_apart
 from normkit._serving.dispatch import check_backend
 from normkit._serving.serve import serve
-from normkit._spec import LAYER, Call, Kind, heads
+from normkit._spec import LAYER, Call, Kind, PlainOptions, all_options, heads
 from normkit.parallel.context import TPContext
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Tensors = Sequence[Tensor]
 Affine = Sequence[Tensor | None] | None
@@ -28,10 +31,8 @@ def rms_norm_tp(
     *,
     outs: Tensors | None = None,
     context: TPContext,
-    weight_offset: float = 0.0,
-    round_before_weight: bool = False,
-    clamp_inf: bool = False,
     out_dtype: torch.dtype | None = None,
+    **options: Unpack[PlainOptions],
 ) -> list[Tensor]:
     """Normalise a tensor on each of several devices by its root mean square, from one call.
 
@@ -46,10 +47,8 @@ def rms_norm_tp(
         outs: for each of xs where its result goes: of its shape, last stride 1; xs themselves, to
             normalise in place; None for new tensors.
         context: the devices and their streams.
-        weight_offset: added to the weights in float32.
-        round_before_weight: round xhat to x's dtype before the weight multiplies it.
-        clamp_inf: count +-inf in a float16 x as +-65504.
         out_dtype: dtype of the results; None for outs', or xs'.
+        **options: the other options of `normkit.rms_norm`, such as weight_offset.
 
     Returns:
         The results, in the order of xs.
@@ -73,10 +72,8 @@ def rms_norm_tp(
         >>> [y.shape for y in rms_norm_tp(xs, [torch.ones(4)] * 2, context=context)]
         [torch.Size([2, 4]), torch.Size([2, 4])]
     """
-    return _norm_tp(
-        0, xs, weights, biases, eps, weight_offset, round_before_weight, clamp_inf,
-        out_dtype, outs, context,
-    )  # fmt: skip
+    given = all_options("rms_norm_tp", options)
+    return _norm_tp(0, xs, weights, biases, eps, given, out_dtype, outs, context)
 
 
 def layer_norm_tp(
@@ -87,10 +84,8 @@ def layer_norm_tp(
     *,
     outs: Tensors | None = None,
     context: TPContext,
-    weight_offset: float = 0.0,
-    round_before_weight: bool = False,
-    clamp_inf: bool = False,
     out_dtype: torch.dtype | None = None,
+    **options: Unpack[PlainOptions],
 ) -> list[Tensor]:
     """Normalise a tensor on each of several devices to mean 0 and variance 1, from one call.
 
@@ -103,10 +98,8 @@ def layer_norm_tp(
         eps: added to the variance; as in `normkit.layer_norm`.
         outs: where the results go.
         context: the devices and their streams.
-        weight_offset: added to the weights in float32.
-        round_before_weight: round xhat to x's dtype before the weight multiplies it.
-        clamp_inf: count +-inf in a float16 x as +-65504.
         out_dtype: dtype of the results.
+        **options: the other options.
 
     Returns:
         The results, in the order of xs.
@@ -125,10 +118,8 @@ def layer_norm_tp(
         >>> layer_norm_tp(xs, eps=0.0, context=TPContext(["cpu"]))
         [tensor([[-1.,  1.]]), tensor([[ 1., -1.]])]
     """
-    return _norm_tp(
-        LAYER, xs, weights, biases, eps, weight_offset, round_before_weight, clamp_inf,
-        out_dtype, outs, context,
-    )  # fmt: skip
+    given = all_options("layer_norm_tp", options)
+    return _norm_tp(LAYER, xs, weights, biases, eps, given, out_dtype, outs, context)
 
 
 def head_norm_tp(
@@ -140,10 +131,8 @@ def head_norm_tp(
     kind: Kind = "rms",
     outs: Tensors | None = None,
     context: TPContext,
-    weight_offset: float = 0.0,
-    round_before_weight: bool = False,
-    clamp_inf: bool = False,
     out_dtype: torch.dtype | None = None,
+    **options: Unpack[PlainOptions],
 ) -> list[Tensor]:
     """Normalise the heads that each of several devices has, from one call.
 
@@ -158,10 +147,8 @@ def head_norm_tp(
         kind: "rms" or "layer".
         outs: where the results go.
         context: the devices and their streams.
-        weight_offset: added to the weights in float32.
-        round_before_weight: round xhat to x's dtype before the weight multiplies it.
-        clamp_inf: count +-inf in a float16 x as +-65504.
         out_dtype: dtype of the results.
+        **options: the other options.
 
     Returns:
         The results, in the order of xs.
@@ -180,10 +167,8 @@ def head_norm_tp(
         >>> [y.shape for y in head_norm_tp(q, context=TPContext(["cpu"]))]
         [torch.Size([2, 7, 4, 16]), torch.Size([2, 7, 4, 16])]
     """
-    return _norm_tp(
-        heads(kind), xs, weights, biases, eps, weight_offset,
-        round_before_weight, clamp_inf, out_dtype, outs, context,
-    )  # fmt: skip
+    given = all_options("head_norm_tp", options)
+    return _norm_tp(heads(kind), xs, weights, biases, eps, given, out_dtype, outs, context)
 
 
 def _norm_tp(
@@ -192,9 +177,7 @@ def _norm_tp(
     weights: Affine,
     biases: Affine,
     eps: float | None,
-    weight_offset: float,
-    round_before_weight: bool,
-    clamp_inf: bool,
+    options: dict[str, Any],
     out_dtype: torch.dtype | None,
     outs: Tensors | None,
     context: TPContext,
@@ -203,21 +186,17 @@ def _norm_tp(
         raise TypeError(f"context: expected a TPContext, got {type(context).__name__}")
     if not is_dynamo_compiling():
         made = backends.quick_tp(
-            kind, xs, weights, biases, eps, weight_offset, round_before_weight, clamp_inf,
-            out_dtype, outs, context._handles,
-        )  # fmt: skip
+            kind, xs, weights, biases, eps, *options.values(), out_dtype, outs, context._handles
+        )
         if made is not None:
             return cast(list[Tensor], made)
     lists = {"weights": weights, "biases": biases, "outs": outs}
     given = {"xs": _listed("xs", xs, None)}
     given |= {name: _listed(name, of, len(given["xs"])) for name, of in lists.items()}
     calls = [
-        Call(
-            kind, x, None, weight, bias, eps, weight_offset, round_before_weight, True, clamp_inf,
-            out_dtype, out,
-        )
+        Call(kind, x, None, weight, bias, eps, **options, out_dtype=out_dtype, out=out)
         for x, weight, bias, out in zip(*given.values(), strict=True)
-    ]  # fmt: skip
+    ]
     calls = _checked(calls, context)
     # Each in its device's current stream, which is ordered as well: what autograd and the allocator
     # know of a tensor's stream stays true.

@@ -25,12 +25,13 @@ from torch import Tensor
 from normkit._serving.checks import check
 from normkit._serving.operators import is_sharded
 from normkit._serving.serve import autocasts
-from normkit._spec import LAYER, PER_HEAD, Call
+from normkit._spec import LAYER, PER_HEAD, Call, PlainOptions, all_options
 from normkit.parallel import _split_rows
 from normkit.parallel._gather import Ranks
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from typing_extensions import Unpack
 
 
 def sharded_rms_norm(
@@ -40,11 +41,9 @@ def sharded_rms_norm(
     eps: float | None = 1e-6,
     *,
     group: ProcessGroup | None = None,
-    weight_offset: float = 0.0,
-    round_before_weight: bool = False,
-    clamp_inf: bool = False,
     out_dtype: torch.dtype | None = None,
     timeout: float | timedelta | None = None,
+    **options: Unpack[PlainOptions],
 ) -> Tensor:
     """Normalise rows by their root mean square, of which every rank of a group has some columns.
 
@@ -66,14 +65,12 @@ def sharded_rms_norm(
         eps: added to the mean of squares; None for the machine epsilon of the computing dtype.
         group: the ranks that share the rows, part by part in their order; None for the default
             group.
-        weight_offset: added to the weight in float32 (Gemma: 1.0).
-        round_before_weight: round xhat to x's dtype before the weight multiplies it.
-        clamp_inf: count +-inf in a float16 x as +-65504.
         out_dtype: dtype of the result; None for x's.
         timeout: seconds, or a timedelta, to wait for the other ranks, from 0.001 to 1e9; on CUDA
             the host then waits with the device.  None: the group's own, and on CUDA no wait of the
             host.  A group whose message did not come in time is not used again: the next calls
             raise, and a new group is needed.
+        **options: the other options of `normkit.rms_norm`, such as weight_offset.
 
     Returns:
         The columns of y that belong to those of x, of x's shape, in out_dtype.
@@ -101,10 +98,9 @@ def sharded_rms_norm(
         tensor([1.2000, 1.6000, 0.0000, 0.0000])
         >>> dist.destroy_process_group()
     """
-    call = Call(
-        _heads(weight, bias), x, None, weight, bias, eps, weight_offset, round_before_weight,
-        clamp_inf=clamp_inf, out_dtype=out_dtype,
-    )  # fmt: skip
+    given = all_options("sharded_rms_norm", options)
+    kind = _heads(weight, bias)
+    call = Call(kind, x, None, weight, bias, eps, **given, out_dtype=out_dtype)
     return _run("sharded_rms_norm", call, group, timeout)
 
 
@@ -115,11 +111,9 @@ def sharded_layer_norm(
     eps: float | None = 1e-5,
     *,
     group: ProcessGroup | None = None,
-    weight_offset: float = 0.0,
-    round_before_weight: bool = False,
-    clamp_inf: bool = False,
     out_dtype: torch.dtype | None = None,
     timeout: float | timedelta | None = None,
+    **options: Unpack[PlainOptions],
 ) -> Tensor:
     """Normalise rows to mean 0 and variance 1, of which every rank of a group has some columns.
 
@@ -141,14 +135,12 @@ def sharded_layer_norm(
         eps: added to the variance; None for the machine epsilon of the computing dtype.
         group: the ranks that share the rows, part by part in their order; None for the default
             group.
-        weight_offset: added to the weight in float32.
-        round_before_weight: round xhat to x's dtype before the weight multiplies it.
-        clamp_inf: count +-inf in a float16 x as +-65504.
         out_dtype: dtype of the result; None for x's.
         timeout: seconds, or a timedelta, to wait for the other ranks, from 0.001 to 1e9; on CUDA
             the host then waits with the device.  None: the group's own, and on CUDA no wait of the
             host.  A group whose message did not come in time is not used again: the next calls
             raise, and a new group is needed.
+        **options: the other options of `normkit.layer_norm`, such as weight_offset.
 
     Returns:
         The columns of y that belong to those of x, of x's shape, in out_dtype.
@@ -175,10 +167,9 @@ def sharded_layer_norm(
         tensor([-1.,  1.])
         >>> dist.destroy_process_group()
     """
-    call = Call(
-        LAYER | _heads(weight, bias), x, None, weight, bias, eps, weight_offset,
-        round_before_weight, clamp_inf=clamp_inf, out_dtype=out_dtype,
-    )  # fmt: skip
+    given = all_options("sharded_layer_norm", options)
+    kind = LAYER | _heads(weight, bias)
+    call = Call(kind, x, None, weight, bias, eps, **given, out_dtype=out_dtype)
     return _run("sharded_layer_norm", call, group, timeout)
 
 
