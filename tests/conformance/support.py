@@ -13,6 +13,7 @@ from torch import Tensor
 
 import normkit
 from normkit import testing
+from normkit._spec import FLAGS, PLAIN_OPTIONS
 from normkit.testing import Inputs
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -21,6 +22,8 @@ SIZES = (
     *(768, 1000, 1024, 4096, 4104, 5120, 8192, 12288),
 )
 dtypes = st.sampled_from(DTYPES)
+# The options that round something on the way to y.
+ROUNDINGS = tuple(flag for flag in FLAGS if flag.startswith("round_") and flag in PLAIN_OPTIONS)
 
 # Without kernels the reason why none serves is always that there are none.
 needs_kernels = pytest.mark.skipif(

@@ -28,6 +28,7 @@ from conformance.support import (
     run_in_place,
 )
 from normkit import testing
+from normkit._spec import FLAGS
 
 
 @pytest.mark.parametrize("op", OPS, ids=str)
@@ -143,12 +144,9 @@ def _any_call(draw: st.DrawFn) -> tuple[Op, Any, dict[str, Any]]:
     options = {
         "eps": draw(st.sampled_from([None, 0.3, 1e-6, 0.0])),
         "weight_offset": draw(st.sampled_from([0.0, 1.0, -0.37])),
-        "round_before_weight": draw(st.booleans()),
-        "clamp_inf": draw(st.booleans()),
         "out_dtype": draw(st.none() | dtypes),
+        **{flag: draw(st.booleans()) for flag in FLAGS if op.adds or flag != "round_sum"},
     }
-    if op.adds:
-        options["round_sum"] = draw(st.booleans())
     return op, inputs._replace(**dict.fromkeys(absent)), options
 
 

@@ -30,6 +30,7 @@ from conformance.support import (
     LAYER,
     OPS,
     RMS,
+    ROUNDINGS,
     Op,
     assert_same_bits,
     dtypes,
@@ -102,8 +103,8 @@ def test_gradients_of_mixed_residuals_are_accurate(backend: Any, op: Op, round_s
 
 @pytest.mark.parametrize("op", OPS, ids=str)
 def test_gradients_follow_the_options(backend: Any, op: Op) -> None:
-    for dtype, rounds, eps in itertools.product(DTYPES, (False, True), (0.3, 1e-6)):
-        options = {"weight_offset": 1.0, "round_before_weight": rounds, "eps": eps}
+    for dtype, flag, eps in itertools.product(DTYPES, ("", *ROUNDINGS), (0.3, 1e-6)):
+        options = {"weight_offset": 1.0, "eps": eps, **({flag: True} if flag else {})}
         make_and_check(backend, case_of(op, inputs_for(op, (6, 3), 130, dtype), **options))
 
 
@@ -268,7 +269,7 @@ def test_what_clamp_inf_clamps_is_a_constant(backend: Any) -> None:
     dtype=dtypes,
     weight_dtype=dtypes,
     out_dtype=dtypes,
-    rounds=st.booleans(),
+    rounds=st.sets(st.sampled_from(ROUNDINGS)),
     seed=st.integers(0, 2**31),
 )
 def test_gradients_of_random_calls_are_accurate(
@@ -279,12 +280,12 @@ def test_gradients_of_random_calls_are_accurate(
     dtype: torch.dtype,
     weight_dtype: torch.dtype,
     out_dtype: torch.dtype,
-    rounds: bool,
+    rounds: set[str],
     seed: int,
 ) -> None:
     shape = tuple(outer) if not op.per_head else (*outer, 3)
     inputs = inputs_for(op, shape, n, dtype, weight_dtype=weight_dtype, seed=seed)
-    options = {"out_dtype": out_dtype, "round_before_weight": rounds, "weight_offset": 0.5}
+    options = {"out_dtype": out_dtype, "weight_offset": 0.5, **dict.fromkeys(rounds, True)}
     make_and_check(backend, case_of(op, inputs, **options))
 
 

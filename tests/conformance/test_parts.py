@@ -27,6 +27,7 @@ from conformance.support import (
     HEAD_RMS,
     LAYER,
     RMS,
+    ROUNDINGS,
     Op,
     assert_same_bits,
     inputs_for,
@@ -87,10 +88,10 @@ def test_every_mix_of_dtypes_is_served(native: Native, op: Op) -> None:
 @pytest.mark.parametrize("op", OPS, ids=str)
 def test_every_option_is_that_of_the_whole_norm(native: Native, op: Op) -> None:
     for dtype, rounds, offset, eps in itertools.product(
-        DTYPES, (False, True), (0.0, 1.0), (0.3, 1e-6)
+        DTYPES, ({}, *({flag: True} for flag in ROUNDINGS)), (0.0, 1.0), (0.3, 1e-6)
     ):
         inputs = inputs_for(op, (2, 3), 132, dtype)
-        options = {"round_before_weight": rounds, "weight_offset": offset, "eps": eps}
+        options = {**rounds, "weight_offset": offset, "eps": eps}
         run_and_check(native, op, inputs, 4, **options)
         run_and_check(native, op, inputs._replace(bias=None), 4, **options)
     bare = inputs._replace(weight=None)
@@ -226,9 +227,11 @@ def test_gradients_of_every_mix_of_dtypes_are_accurate(native: Native, op: Op) -
 
 @pytest.mark.parametrize("op", OPS, ids=str)
 def test_gradients_of_every_option_are_accurate(native: Native, op: Op) -> None:
-    for dtype, rounds, offset in itertools.product(DTYPES, (False, True), (0.0, 1.0)):
+    for dtype, rounds, offset in itertools.product(
+        DTYPES, ({}, *({flag: True} for flag in ROUNDINGS)), (0.0, 1.0)
+    ):
         inputs = inputs_for(op, (2, 3), 132, dtype)
-        options = {"round_before_weight": rounds, "weight_offset": offset}
+        options = {**rounds, "weight_offset": offset}
         make_and_check(native, case_of(op, inputs, **options), 4)
         make_and_check(native, case_of(op, inputs._replace(bias=None), **options), 4)
     make_and_check(native, case_of(op, inputs._replace(weight=None)), 4)

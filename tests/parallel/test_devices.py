@@ -14,6 +14,7 @@ from torch import Tensor
 import normkit
 from normkit import _C, parallel
 from normkit._serving import backends
+from normkit._spec import FLAGS, PLAIN_OPTIONS
 from normkit.parallel import BroadcastType, TPContext
 from torch_integration.support import assert_equal_bits
 
@@ -53,8 +54,7 @@ def test_each_device_gets_what_a_call_of_its_own_gives(name: str, count: int) ->
     lists = operands(count, DTYPES)
     options: dict[str, Any] = {
         "weight_offset": 1.0,
-        "round_before_weight": True,
-        "clamp_inf": True,
+        **{flag: True for flag in FLAGS if flag in PLAIN_OPTIONS},
         "out_dtype": torch.bfloat16,
     }
     lists[0][0][0, 0, 0] = torch.inf

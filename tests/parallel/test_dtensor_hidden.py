@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.debug import CommDebugMode
 
 import normkit
-from conformance.support import ADD_LAYER, ADD_RMS, LAYER, OPS, RMS, Op, assert_same_bits
+from conformance.support import ADD_LAYER, ADD_RMS, LAYER, OPS, RMS, ROUNDINGS, Op, assert_same_bits
 from normkit.parallel import sharded_rms_norm
 from normkit.testing import Inputs, assert_accurate, make_inputs
 from parallel.processes import GATHER, counted, on_ranks
@@ -102,7 +102,7 @@ def test_any_mix_of_dtypes_and_options_is_that_of_one_process(rank: int, world: 
     mesh = init_device_mesh("cpu", (world,))
     options: list[dict[str, Any]] = [
         {"weight_offset": 1.0},
-        {"round_before_weight": True},
+        *({flag: True} for flag in ROUNDINGS),
         {"out_dtype": SINGLE},
         {"clamp_inf": True},
     ]
@@ -220,8 +220,9 @@ def test_what_parts_cannot_say_is_redistributed(rank: int, world: int) -> None:
         for t, whole in zip(outputs, alone, strict=True):
             torch.testing.assert_close(t.full_tensor(), whole.detach())
     inputs = make_inputs((4, 16), BRAIN, residual_dtype=SINGLE)
-    leaves = distributed(ADD_RMS, inputs, mesh, [Shard(1)], [Replicate()])
-    check(ADD_RMS, inputs, leaves, 4e-2, round_sum=False, round_before_weight=True)
+    for rounding in ROUNDINGS:
+        leaves = distributed(ADD_RMS, inputs, mesh, [Shard(1)], [Replicate()])
+        check(ADD_RMS, inputs, leaves, 4e-2, round_sum=False, **{rounding: True})
 
 
 @on_ranks(2)

@@ -21,8 +21,9 @@ import emulation
 import normkit
 from conformance.gradients import Case, Gradients, case_of
 from conformance.gradients import check as check_gradients
-from conformance.support import LAYER, RMS, Op, assert_same_bits
+from conformance.support import LAYER, RMS, ROUNDINGS, Op, assert_same_bits
 from normkit import testing
+from normkit._spec import PLAIN_OPTIONS
 from normkit.parallel import sharded_layer_norm, sharded_rms_norm
 from normkit.testing import Inputs
 from parallel.processes import GATHER, counted, on_ranks, part_of, whole
@@ -75,7 +76,7 @@ def test_any_mix_of_dtypes_and_options_is_within_the_bound(rank: int, world: int
     options: list[dict[str, Any]] = [
         {},
         {"weight_offset": 1.0, "eps": 0.3},
-        {"round_before_weight": True},
+        *({flag: True} for flag in ROUNDINGS),
         {"out_dtype": SINGLE, "eps": None},
         {"clamp_inf": True},
     ]
@@ -359,7 +360,9 @@ def test_operators_are_what_torch_expects_of_operators(rank: int, world: int) ->
     for layer, weight in ((True, inputs.weight), (False, None)):
         leaves = [inputs.x, weight, inputs.bias]
         leaves = [None if t is None else t.detach().requires_grad_() for t in leaves]
-        given = (layer, 1.0, True, False, "sharded_norm", dist.group.WORLD.group_name, None)
+        chosen = {"weight_offset": 1.0, "round_before_weight": True}
+        options = [chosen.get(name, False) for name in PLAIN_OPTIONS]
+        given = (layer, *options, "sharded_norm", dist.group.WORLD.group_name, None)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # its own
             torch.library.opcheck(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import normkit
+from conformance.support import ROUNDINGS
 from normkit import HeadNorm, LayerNorm, RMSNorm
 from torch_integration.support import (
     FUNCTIONS,
@@ -44,6 +45,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"round_before_weight": True, "memory_efficient": True},
     {"clamp_inf": True, "eps": 0.3},
     {"memory_efficient": True},
+    *({rounding: True} for rounding in ROUNDINGS),
 ]
 
 

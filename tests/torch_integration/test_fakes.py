@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import normkit
 from conformance.support import DTYPES
+from normkit._spec import DEFAULT_OPTIONS
 from torch_integration.support import (
     FUNCTIONS,
     MODULES,
@@ -104,7 +105,7 @@ def test_fake_gradients_are_laid_out_as_real_ones(name: str, wanted: tuple[int, 
                 *(torch.randn(x.shape).to(x.dtype), torch.randn(x.shape), x, None, weight, bias),
                 torch.ones(x.shape[:-1]),
                 torch.zeros(x.shape[:-1]) if "layer" in name else None,
-                *("layer" in name, per_head(name), False, 1e-6, 0.0, False, False, True),
+                *("layer" in name, per_head(name), False, 1e-6, *DEFAULT_OPTIONS.values()),
                 *(x.dtype if of_x else None, of_sum if of_residual else None, of_weight, of_bias),
             ]
             real = looks(operator("norm_backward")(*arguments))

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 import normkit
+from conformance.support import ROUNDINGS
 from normkit._serving import operators
-from normkit._spec import OPS
+from normkit._spec import DEFAULT_OPTIONS, OPS
 from torch_integration.support import (
     FORMS,
     FUNCTIONS,
@@ -49,7 +50,8 @@ def cases(name: str) -> Iterator[tuple[list[Tensor | None], dict[str, Any]]]:
     yield tensors(name, weight_dtype=torch.bfloat16, residual_dtype=torch.float16), eps
     x, *rest = tensors(name, dtype=torch.bfloat16, residual_dtype=torch.float32)
     yield [x, *rest[:-2], None, None], {"weight_offset": 1.0}
-    yield [x, *rest[:-1], None], {"round_before_weight": True}
+    for rounding in ROUNDINGS:
+        yield [x, *rest[:-1], None], {rounding: True}
     yield tensors(name, (0, 3, 8), torch.float16), {"clamp_inf": True}
     yield tensors(name, dtype=torch.float64), {"eps": 0.3}
     if per_head(name):
@@ -162,7 +164,7 @@ def backward_arguments(
         torch.randn(x.shape).to(x.dtype),
         torch.randn(x.shape) if residual else None,
         *(x, None, affine, affine, rstd, rstd.clone() if layer else None),
-        *(layer, per_head, False, 1e-6, 0.0, False, False, True),
+        *(layer, per_head, False, 1e-6, *DEFAULT_OPTIONS.values()),
         x.dtype if of_x else None,
         torch.float32 if of_residual else None,
         *(of_weight, of_bias),
@@ -231,7 +233,7 @@ def test_gradients_that_nobody_wants_are_empty_in_plain_torch_too() -> None:
     x, grad_y = torch.randn(3, 8, dtype=torch.float64), torch.randn(3, 8, dtype=torch.float64)
     weight = torch.rand(8, dtype=torch.float64)
     rstd = torch.ops.normkit.rms_norm(x, weight)[1]
-    formula = (False, False, False, 1e-6, 0.0, False, False, True)
+    formula = (False, False, False, 1e-6, *DEFAULT_OPTIONS.values())
     wanted = (x.dtype, None, False, False)
     tensors = (grad_y, None, x, None, weight, weight, rstd, None)
     made = torch.ops.normkit.norm_backward(*tensors, *formula, *wanted)
