@@ -244,74 +244,63 @@ class _Oracle:
         eps: float | None,
         kind: str,
         weight_offset: float,
-        rounded_to: torch.dtype | None,
+        xhat_dtype: torch.dtype | None,
         clamp_inf: bool,
     ) -> None:
         # The options are numbers of the computing dtype, as the inputs are of theirs.
         computing = torch.float64 if x.dtype == torch.float64 else torch.float32
         eps = torch.finfo(computing).eps if eps is None else _rounded(eps, computing)
-        self.kind, self.rounded_to = kind, rounded_to
+        self.kind, self.xhat_dtype = kind, xhat_dtype
         self.weight, self.bias = _widened(weight), _widened(bias)
         self.arithmetic = _ARITHMETIC
         if self.weight is not None:
             self.arithmetic += _OFFSET if weight_offset else 0.0
             self.weight = self.weight + _rounded(weight_offset, computing)
-        self.xhat = self._normalised(x, eps, clamp_inf, torch.float64)
-        self.t, self.u = self._magnitudes(x, eps, clamp_inf)
+        self.xhats = self._normalised(x, eps, clamp_inf)
         if computing is torch.float32:
             overflows = self._sum_overflows(x, clamp_inf)
             if overflows.any():
-                in_float32 = self._normalised(x, eps, clamp_inf, computing)
-                self.xhat = torch.where(overflows, in_float32, self.xhat)
+                in_float32 = reference.norm(
+                    x, eps=eps, kind=kind, clamp_inf=clamp_inf, out_dtype=torch.float64
+                )
+                self.xhats = [torch.where(overflows, in_float32, xhat) for xhat in self.xhats]
 
     def stated(self) -> Tensor:
         """What `reference.norm` gives in float64."""
-        return self._scaled(self.xhat if self.rounded_to is None else self._rounded_xhat())
+        xhat = self.xhats[0]
+        return self._scaled(xhat if self.xhat_dtype is None else _narrowed(xhat, self.xhat_dtype))
 
     def accepted(self, out_dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
         """The values that count as the norm, each with the bound of the distance from it."""
-        candidates = [self.xhat]
-        # Rounding to float32 is arithmetic, which the bound has already.
-        if self.rounded_to in (torch.float16, torch.bfloat16):
-            nearest = self._rounded_xhat()
-            step = _ulp(self.xhat, self.rounded_to)
-            off = self.xhat - nearest
-            close_call = off.abs() >= step / 2 - _ARITHMETIC * self.t
-            neighbour = nearest + step.copysign(off)
-            candidates = [nearest, neighbour.where(close_call, nearest)]
+        candidates = [
+            candidate
+            for xhat in self.xhats
+            for candidate in _roundings(xhat, self.xhat_dtype, _ARITHMETIC * self.t)
+        ]
         scale = 1.0 if self.weight is None else self.weight.abs()
         shift = 0.0 if self.bias is None else self.bias.abs()
         arithmetic = self.arithmetic * (self.t * scale + shift) + _UNDERFLOW * self.u * scale
         values = [self._scaled(xhat) for xhat in candidates]
         return [(y, _ulp(y, out_dtype) / 2 * _STORE + arithmetic) for y in values]
 
-    def _normalised(self, x: Tensor, eps: float, clamp_inf: bool, computing: torch.dtype) -> Tensor:
-        return reference.norm(
-            x,
-            eps=eps,
-            kind=self.kind,
-            clamp_inf=clamp_inf,
-            out_dtype=torch.float64,
-            compute_dtype=computing,
+    def _normalised(self, x: Tensor, eps: float, clamp_inf: bool) -> list[Tensor]:
+        """What counts as xhat in float64; and the t and u of the bound, for a weight of 1 alone."""
+        wide = _clamped(x, clamp_inf)
+        mean = around = torch.zeros_like(wide[..., :1])
+        if self.kind == "layer":
+            mean, around = wide.mean(-1, keepdim=True), wide.abs().mean(-1, keepdim=True)
+        rstd, _ = reference.statistics(
+            x, eps=eps, kind=self.kind, clamp_inf=clamp_inf, compute_dtype=torch.float64
         )
+        rstd = rstd.unsqueeze(-1)
+        rstds = [rstd]
+        self.t = (wide.abs() + around) * rstd
+        self.u = 1 + rstd if self.kind == "layer" else torch.ones_like(rstd)
+        return [(wide - mean) * rstd for rstd in rstds]
 
     def _scaled(self, xhat: Tensor) -> Tensor:
         y = xhat if self.weight is None else xhat * self.weight
         return y if self.bias is None else y + self.bias
-
-    def _rounded_xhat(self) -> Tensor:
-        assert self.rounded_to is not None
-        return self.xhat.to(self.rounded_to).double()
-
-    def _magnitudes(self, x: Tensor, eps: float, clamp_inf: bool) -> tuple[Tensor, Tensor]:
-        """The t and u of the bound, for a weight of 1 and no bias."""
-        wide = _clamped(x, clamp_inf)
-        centred = wide - wide.mean(-1, keepdim=True) if self.kind == "layer" else wide
-        rstd = ((centred * centred).mean(-1, keepdim=True) + eps).rsqrt()
-        t = wide.abs()
-        if self.kind == "layer":
-            return (t + t.mean(-1, keepdim=True)) * rstd, 1 + rstd
-        return t * rstd, torch.ones_like(rstd)
 
     def _sum_overflows(self, x: Tensor, clamp_inf: bool) -> Tensor:
         wide = _clamped(x, clamp_inf)
@@ -321,6 +310,22 @@ class _Oracle:
             total = wide.abs().sum(-1, keepdim=True)
             largest = torch.maximum((centred * centred).sum(-1, keepdim=True), total)
         return (largest > _FLOAT32_MAX) & largest.isfinite()
+
+
+def _roundings(value: Tensor, dtype: torch.dtype | None, error: Tensor) -> list[Tensor]:
+    """What a float64 value may be rounded to: either neighbour, close to their middle."""
+    # Rounding to float32 is arithmetic, which the bound has already.
+    if dtype not in (torch.float16, torch.bfloat16):
+        return [value]
+    nearest = _narrowed(value, dtype)
+    step = _ulp(value, dtype)
+    off = value - nearest
+    neighbour = nearest + step.copysign(off)
+    return [nearest, neighbour.where(off.abs() >= step / 2 - error, nearest)]
+
+
+def _narrowed(value: Tensor, dtype: torch.dtype) -> Tensor:
+    return value.to(dtype).double()
 
 
 def _widened(t: Tensor | None) -> Tensor | None:

@@ -104,7 +104,8 @@ def make_and_check(call: Callable[..., Any], case: Case) -> Gradients:
 def _expected(case: Case) -> list[tuple[str, Tensor, Tensor]]:
     """Name, gradient in float64, and the t of its bound."""
     op, options = case.op, case.options
-    s, rounded_to = _normalised(case)
+    s, dtype = _normalised(case)
+    rounded_to = dtype if options.get("round_before_weight") else None
     eps = options.get("eps", 1e-6 if op.kind == "rms" or op.per_head else 1e-5)
     layer = op.kind == "layer"
     mean = s.mean(-1, keepdim=True) if layer else torch.zeros_like(s[..., :1])
@@ -131,11 +132,8 @@ def _expected(case: Case) -> list[tuple[str, Tensor, Tensor]]:
     if weight is not None:
         forward, t = xhat, u * grad_y.abs()
         if rounded_to is not None:
-            forward = xhat.to(rounded_to).double()
-            # Near the middle between two neighbours either is right: it is one step away.
-            step = 2 * _half_ulp(xhat, rounded_to)
-            close_call = (xhat - forward).abs() >= step / 2 - _ARITHMETIC * u
-            t = t + (step * grad_y.abs()).where(close_call, 0.0) / _ARITHMETIC
+            forward, slack = _rounded(xhat, rounded_to, _ARITHMETIC * u)
+            t = t + slack * grad_y.abs() / _ARITHMETIC
         expected.append(
             ("weight", (grad_y * forward).sum_to_size(weight.shape), t.sum_to_size(weight.shape))
         )
@@ -145,8 +143,8 @@ def _expected(case: Case) -> list[tuple[str, Tensor, Tensor]]:
     return expected
 
 
-def _normalised(case: Case) -> tuple[Tensor, torch.dtype | None]:
-    """What is normalised, and what round_before_weight rounds xhat to."""
+def _normalised(case: Case) -> tuple[Tensor, torch.dtype]:
+    """What is normalised, and the dtype that options round to."""
     x, residual = case.inputs.x, case.inputs.residual
     rounded_to = x.dtype
     s = x.double()
@@ -155,8 +153,17 @@ def _normalised(case: Case) -> tuple[Tensor, torch.dtype | None]:
         s = total.double()
         if case.options.get("round_sum", True):
             s, rounded_to = total.to(residual.dtype).double(), residual.dtype
-    rounds = case.options.get("round_before_weight") and rounded_to != torch.float32
-    return s, rounded_to if rounds else None
+    return s, rounded_to
+
+
+def _rounded(value: Tensor, dtype: torch.dtype, error: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest in dtype, and how far from it the other neighbour is that may be right, too."""
+    if dtype == torch.float32:  # which the bound has already
+        return value, torch.zeros_like(value)
+    nearest = value.to(dtype).double()
+    step = 2 * _half_ulp(value, dtype)
+    close_call = (value - nearest).abs() >= step / 2 - error
+    return nearest, step.where(close_call, 0.0)
 
 
 def _float32(value: float) -> float:
