@@ -47,6 +47,7 @@ struct NormOptions {
   bool round_before_weight = false;
   bool round_sum = false;
   bool clamp_inf = false;
+  bool round_rstd = false;
 };
 
 // Those that are on or off, in the order in which calls give them.
@@ -58,6 +59,7 @@ inline constexpr Flag kFlags[] = {
     {"round_before_weight", &NormOptions::round_before_weight},
     {"round_sum", &NormOptions::round_sum},
     {"clamp_inf", &NormOptions::clamp_inf},
+    {"round_rstd", &NormOptions::round_rstd},
 };
 
 enum class Step : uint8_t { kWhole, kStatistics, kApply };
@@ -87,7 +89,7 @@ struct RowNorm {
   RowsOf x, residual, out, residual_out;
   Affine weight, bias;
   NormOptions options;
-  float* rstd;  // one a row, for the backward pass; null when not asked for
+  float* rstd;  // one a row, as it multiplied, for the backward pass; null when not asked for
   float* mean;  // likewise; null for kRms
   Split split;  // without residual, where rows are split
 };

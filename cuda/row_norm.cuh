@@ -22,7 +22,7 @@ struct RowNormArgs : Grid {
   int log2_lanes, groups;
   int64_t n;
   NormOptions options;  // but for weight_offset, which is as launch_offset() makes it
-  DType normalised;     // what round_before_weight rounds to
+  DType normalised;     // what round_before_weight and round_rstd round to
   SplitArgs split;
 };
 
@@ -75,6 +75,22 @@ __device__ __forceinline__ Sums<Access::kSize / 4> sums_of(const Floats<Access::
 
 __device__ __forceinline__ float reciprocal_deviation(float squares, int64_t n, float eps) {
   return inverse_square_root(squares / static_cast<float>(n) + eps);
+}
+
+// As it multiplies.  Where one dtype is known, the branch is a loop of one turn or none, which
+// stays one: for a select after the square root, ptxas takes up to 20 registers more (95 for 75
+// with four packs of bfloat16).
+template <class Access>
+__device__ __forceinline__ float rstd_of(const RowNormArgs& a, float squares, int64_t n) {
+  float rstd = reciprocal_deviation(squares, n, a.options.eps);
+  if constexpr (Access::kWhole) {
+#pragma unroll 1
+    for (int turn = 0; turn < a.options.round_rstd; ++turn)
+      rstd = Access::rounded(a.normalised, rstd);
+  } else if (a.options.round_rstd) {
+    rstd = Access::rounded(a.normalised, rstd);
+  }
+  return rstd;
 }
 
 // For the backward pass.
@@ -236,7 +252,7 @@ __global__ void __launch_bounds__(kPacks >= kMaxPacks ? kMostLanes : kMaxLanes, 
   if constexpr (kCluster) cluster_arrive();  // no peer's memory is read any more
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
-    const float rstd = reciprocal_deviation(sum[r], a.n, a.options.eps);
+    const float rstd = rstd_of<Access>(a, sum[r], a.n);
     if (lane == 0 && rank == 0 && live[r]) save<kStatistic>(a, row(r), mean[r], rstd);
 #pragma unroll
     for (int p = 0; p < kPacks; ++p) {
@@ -305,7 +321,7 @@ __global__ void __launch_bounds__(kMostLanes) long_row_norm_kernel(RowNormArgs a
     if (threadIdx.x == 0) save_statistics(a.split, blockIdx.x, statistics);
   } else {
     const int64_t columns = kStep == Step::kApply ? a.n * a.split.parts : a.n;
-    const float rstd = reciprocal_deviation(squares, columns, a.options.eps);
+    const float rstd = rstd_of<Access>(a, squares, columns);
     let_next_kernel_start();
     if (threadIdx.x == 0) save<kStatistic>(a, blockIdx.x, mean, rstd);
     for_packs([&](int64_t column, Values& v, const Values& added) {

@@ -3,10 +3,28 @@
 #pragma once
 #include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <limits>
 
 #include "kernels.h"
 
 namespace normkit::cpu {
+
+// To the nearest even number of a dtype; v is not negative, or NaN.
+inline float rounded(float v, DType dtype) {
+  if (dtype == DType::kFloat32 || std::isnan(v)) return v;
+  if (dtype == DType::kFloat16) {
+    if (v >= 65520.f) return std::numeric_limits<float>::infinity();
+    if (v < 0x1p-14f) return v + 0x1p-1f - 0x1p-1f;  // subnormal: multiples of 2^-24
+  }
+  const int dropped = dtype == DType::kFloat16 ? 13 : 16;
+  uint32_t bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  bits += (1u << (dropped - 1)) - 1 + (bits >> dropped & 1);
+  bits = bits >> dropped << dropped;
+  std::memcpy(&v, &bits, sizeof v);
+  return v;
+}
 
 // b.sum has the sums of squares of whole rows.  In double, for one rounding in the place of four:
 // in float32 some elements of a layer norm broke the bound of docs/numerics.md, one in 10^8.
@@ -15,6 +33,8 @@ inline void take_rstd(Block& b, const RowNorm& norm) {
       1.0 / (static_cast<double>(norm.n) * static_cast<double>(norm.split.parts));
   for (int r = 0; r < b.rows; ++r)
     b.rstd[r] = static_cast<float>(1.0 / std::sqrt(b.sum[r] * inverse_n + norm.options.eps));
+  if (norm.options.round_rstd)
+    for (int r = 0; r < b.rows; ++r) b.rstd[r] = rounded(b.rstd[r], normalised_dtype(norm));
 }
 
 // A statistic of each row of a block, as one part has left it.

@@ -52,6 +52,7 @@ class NormSpec:
         weight_offset: added to the weight in float32.
         round_before_weight: whether xhat is rounded to x's dtype before the weight multiplies it.
         has_bias: whether there is a bias.
+        round_rstd: whether rstd is rounded to x's dtype before it multiplies.
         out_dtype: that of y; None for x's.
     """
 
@@ -60,6 +61,7 @@ class NormSpec:
     weight_offset: float = 0.0
     round_before_weight: bool = False
     has_bias: bool = False
+    round_rstd: bool = False
     out_dtype: torch.dtype | None = None
 
 
@@ -80,6 +82,7 @@ class Call:
     round_before_weight: bool = False
     round_sum: bool = True
     clamp_inf: bool = False
+    round_rstd: bool = False
     out_dtype: torch.dtype | None = None
     out: Tensor | None = None
     residual_out: Tensor | None = None
@@ -114,7 +117,7 @@ class Call:
     @property
     def rounds_within(self) -> bool:
         """Whether more than y and the sum is rounded, to the dtype of what is normalised."""
-        return self.round_before_weight
+        return self.round_before_weight or self.round_rstd
 
     def native(self) -> tuple[Any, ...]:
         """The arguments of the extension."""
@@ -167,7 +170,7 @@ _native_values = attrgetter(*NATIVE)
 OPTIONS = NATIVE[NATIVE.index("eps") + 1 : NATIVE.index("out_dtype")]
 PLAIN_OPTIONS = tuple(name for name in OPTIONS if name != "round_sum")
 # Those of them that change rstd or mean.
-OF_STATISTICS = ("round_sum", "clamp_inf")
+OF_STATISTICS = ("round_sum", "clamp_inf", "round_rstd")
 
 
 class PlainOptions(TypedDict, total=False):
@@ -176,6 +179,7 @@ class PlainOptions(TypedDict, total=False):
     weight_offset: float
     round_before_weight: bool
     clamp_inf: bool
+    round_rstd: bool
 
 
 class Formula(NamedTuple):
@@ -244,6 +248,9 @@ FIELDS: Fields = {
     "weight_offset": Field("float", 0.0, "added to the weight in float32 (Gemma: 1.0)"),
     "round_before_weight": Field("bool", False, "round xhat to x's dtype first (Llama, Qwen)"),
     "clamp_inf": Field("bool", False, "count +-inf in a float16 x as +-65504 (ExLlamaV2)"),
+    "round_rstd": Field(
+        "bool", False, "round rstd to x's dtype before it multiplies (DeepSeek-V4, GLM-5)"
+    ),
     "out_dtype": Field("ScalarType?", None, "dtype of y; None: that of out, or x's"),
     "out": Field("Tensor?", None, "where y goes; None: a new tensor, packed"),
     "residual_out": Field("Tensor?", None, "fused adds: where the sum goes; None: a new tensor"),

@@ -48,6 +48,7 @@ def rms_norm(
     weight_offset: float = 0.0,
     round_before_weight: bool = False,
     clamp_inf: bool = False,
+    round_rstd: bool = False,
     out_dtype: torch.dtype | None = None,
     out: Tensor | None = None,
     memory_efficient: bool = False,
@@ -68,6 +69,9 @@ def rms_norm(
             before the weight multiplies it, as Llama and Qwen of Hugging Face transformers do.
         clamp_inf: count +-inf in a float16 x, or in a sum rounded to float16, as +-65504, as
             ExLlamaV2 does; NaN stays.
+        round_rstd: round rstd = 1 / sqrt(...) to the dtype of what is normalised before it
+            multiplies, as the norms without a weight of DeepSeek-V4 and GLM-5 do.  In float16 an
+            rstd beyond 65504 is infinite.
         out_dtype: dtype of the result; None for out's, or x's without an out.
         out: written and returned, if given: x's shape, last stride 1; may be x itself but not
             overlap it in part.  None: a new tensor, packed whatever x's strides are.
@@ -86,7 +90,7 @@ def rms_norm(
         RuntimeError: what would be written (an output that is given, or x in place) is needed for
             a gradient, or is an inference tensor outside of inference mode.
 
-    y is rounded to out_dtype, and xhat where round_before_weight says so.  Semantics: Zhang and
+    y is rounded to out_dtype, and xhat and rstd where options say so.  Semantics: Zhang and
     Sennrich 2019, arXiv:1910.07467; rounding as `torch.nn.functional.rms_norm`.
 
     Example:
@@ -96,7 +100,7 @@ def rms_norm(
     """
     call = (
         0, x, None, weight, bias, eps, weight_offset, round_before_weight, True, clamp_inf,
-        out_dtype, out, None,
+        round_rstd, out_dtype, out, None,
     )  # fmt: skip
     made = None if is_dynamo_compiling() else _norm(*call)
     return _serve(Call(*call, memory_efficient)) if made is None else made
@@ -111,6 +115,7 @@ def rms_norm_(
     weight_offset: float = 0.0,
     round_before_weight: bool = False,
     clamp_inf: bool = False,
+    round_rstd: bool = False,
 ) -> Tensor:
     """`rms_norm` in place: x, whose last stride has to be 1, is overwritten and returned.
 
@@ -121,8 +126,8 @@ def rms_norm_(
         True
     """
     call = (
-        0, x, None, weight, bias, eps, weight_offset, round_before_weight, True, clamp_inf, None,
-        x, None,
+        0, x, None, weight, bias, eps, weight_offset, round_before_weight, True, clamp_inf,
+        round_rstd, None, x, None,
     )  # fmt: skip
     made = None if is_dynamo_compiling() else _norm(*call)
     return _serve(Call(*call, in_place=True)) if made is None else made
@@ -137,6 +142,7 @@ def layer_norm(
     weight_offset: float = 0.0,
     round_before_weight: bool = False,
     clamp_inf: bool = False,
+    round_rstd: bool = False,
     out_dtype: torch.dtype | None = None,
     out: Tensor | None = None,
     memory_efficient: bool = False,
@@ -155,7 +161,7 @@ def layer_norm(
     """
     call = (
         LAYER, x, None, weight, bias, eps, weight_offset, round_before_weight, True, clamp_inf,
-        out_dtype, out, None,
+        round_rstd, out_dtype, out, None,
     )  # fmt: skip
     made = None if is_dynamo_compiling() else _norm(*call)
     return _serve(Call(*call, memory_efficient)) if made is None else made
@@ -170,6 +176,7 @@ def layer_norm_(
     weight_offset: float = 0.0,
     round_before_weight: bool = False,
     clamp_inf: bool = False,
+    round_rstd: bool = False,
 ) -> Tensor:
     """`layer_norm` in place: x, whose last stride has to be 1, is overwritten and returned.
 
@@ -181,7 +188,7 @@ def layer_norm_(
     """
     call = (
         LAYER, x, None, weight, bias, eps, weight_offset, round_before_weight, True, clamp_inf,
-        None, x, None,
+        round_rstd, None, x, None,
     )  # fmt: skip
     made = None if is_dynamo_compiling() else _norm(*call)
     return _serve(Call(*call, in_place=True)) if made is None else made
@@ -197,6 +204,7 @@ def head_norm(
     weight_offset: float = 0.0,
     round_before_weight: bool = False,
     clamp_inf: bool = False,
+    round_rstd: bool = False,
     out_dtype: torch.dtype | None = None,
     out: Tensor | None = None,
     memory_efficient: bool = False,
@@ -221,7 +229,7 @@ def head_norm(
     """
     call = (
         heads(kind), x, None, weight, bias, eps, weight_offset, round_before_weight, True,
-        clamp_inf, out_dtype, out, None,
+        clamp_inf, round_rstd, out_dtype, out, None,
     )  # fmt: skip
     made = None if is_dynamo_compiling() else _norm(*call)
     return _serve(Call(*call, memory_efficient)) if made is None else made
@@ -237,6 +245,7 @@ def head_norm_(
     weight_offset: float = 0.0,
     round_before_weight: bool = False,
     clamp_inf: bool = False,
+    round_rstd: bool = False,
 ) -> Tensor:
     """`head_norm` in place: x, whose last stride has to be 1, is overwritten and returned.
 
@@ -248,7 +257,7 @@ def head_norm_(
     """
     call = (
         heads(kind), x, None, weight, bias, eps, weight_offset, round_before_weight, True,
-        clamp_inf, None, x, None,
+        clamp_inf, round_rstd, None, x, None,
     )  # fmt: skip
     made = None if is_dynamo_compiling() else _norm(*call)
     return _serve(Call(*call, in_place=True)) if made is None else made
@@ -265,6 +274,7 @@ def add_rms_norm(
     weight_offset: float = 0.0,
     round_before_weight: bool = False,
     clamp_inf: bool = False,
+    round_rstd: bool = False,
     out_dtype: torch.dtype | None = None,
     out: Tensor | None = None,
     residual_out: Tensor | None = None,
@@ -288,8 +298,8 @@ def add_rms_norm(
     Returns:
         y of x's shape in out_dtype, and residual_out of x's shape in residual's dtype.
 
-    The sum is rounded to residual's dtype, y to out_dtype, and xhat where round_before_weight says
-    so.  Semantics: as `rms_norm` of the sum.
+    The sum is rounded to residual's dtype, y to out_dtype, and xhat and rstd where options say so.
+    Semantics: as `rms_norm` of the sum.
 
     Example:
         >>> import normkit, torch
@@ -299,7 +309,7 @@ def add_rms_norm(
     """
     call = (
         ADD, x, residual, weight, bias, eps, weight_offset, round_before_weight, round_sum,
-        clamp_inf, out_dtype, out, residual_out,
+        clamp_inf, round_rstd, out_dtype, out, residual_out,
     )  # fmt: skip
     made = None if is_dynamo_compiling() else _add_norm(*call)
     return _serve_both(Call(*call, memory_efficient)) if made is None else made
@@ -316,6 +326,7 @@ def add_rms_norm_(
     weight_offset: float = 0.0,
     round_before_weight: bool = False,
     clamp_inf: bool = False,
+    round_rstd: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`add_rms_norm` in place: x is overwritten by y and the residual by the sum; returns both.
 
@@ -327,7 +338,7 @@ def add_rms_norm_(
     """
     call = (
         ADD, x, residual, weight, bias, eps, weight_offset, round_before_weight, round_sum,
-        clamp_inf, None, x, residual,
+        clamp_inf, round_rstd, None, x, residual,
     )  # fmt: skip
     made = None if is_dynamo_compiling() else _add_norm(*call)
     return _serve_both(Call(*call, in_place=True)) if made is None else made
@@ -344,6 +355,7 @@ def add_layer_norm(
     weight_offset: float = 0.0,
     round_before_weight: bool = False,
     clamp_inf: bool = False,
+    round_rstd: bool = False,
     out_dtype: torch.dtype | None = None,
     out: Tensor | None = None,
     residual_out: Tensor | None = None,
@@ -365,7 +377,7 @@ def add_layer_norm(
     """
     call = (
         ADD | LAYER, x, residual, weight, bias, eps, weight_offset, round_before_weight, round_sum,
-        clamp_inf, out_dtype, out, residual_out,
+        clamp_inf, round_rstd, out_dtype, out, residual_out,
     )  # fmt: skip
     made = None if is_dynamo_compiling() else _add_norm(*call)
     return _serve_both(Call(*call, memory_efficient)) if made is None else made
@@ -382,6 +394,7 @@ def add_layer_norm_(
     weight_offset: float = 0.0,
     round_before_weight: bool = False,
     clamp_inf: bool = False,
+    round_rstd: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`add_layer_norm` in place: x is overwritten by y and the residual by the sum; returns both.
 
@@ -393,7 +406,7 @@ def add_layer_norm_(
     """
     call = (
         ADD | LAYER, x, residual, weight, bias, eps, weight_offset, round_before_weight, round_sum,
-        clamp_inf, None, x, residual,
+        clamp_inf, round_rstd, None, x, residual,
     )  # fmt: skip
     made = None if is_dynamo_compiling() else _add_norm(*call)
     return _serve_both(Call(*call, in_place=True)) if made is None else made
@@ -411,6 +424,7 @@ def add_head_norm(
     weight_offset: float = 0.0,
     round_before_weight: bool = False,
     clamp_inf: bool = False,
+    round_rstd: bool = False,
     out_dtype: torch.dtype | None = None,
     out: Tensor | None = None,
     residual_out: Tensor | None = None,
@@ -433,7 +447,7 @@ def add_head_norm(
     """
     call = (
         ADD | heads(kind), x, residual, weight, bias, eps, weight_offset, round_before_weight,
-        round_sum, clamp_inf, out_dtype, out, residual_out,
+        round_sum, clamp_inf, round_rstd, out_dtype, out, residual_out,
     )  # fmt: skip
     made = None if is_dynamo_compiling() else _add_norm(*call)
     return _serve_both(Call(*call, memory_efficient)) if made is None else made
@@ -451,6 +465,7 @@ def add_head_norm_(
     weight_offset: float = 0.0,
     round_before_weight: bool = False,
     clamp_inf: bool = False,
+    round_rstd: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`add_head_norm` in place: x is overwritten by y and the residual by the sum; returns both.
 
@@ -462,7 +477,7 @@ def add_head_norm_(
     """
     call = (
         ADD | heads(kind), x, residual, weight, bias, eps, weight_offset, round_before_weight,
-        round_sum, clamp_inf, None, x, residual,
+        round_sum, clamp_inf, round_rstd, None, x, residual,
     )  # fmt: skip
     made = None if is_dynamo_compiling() else _add_norm(*call)
     return _serve_both(Call(*call, in_place=True)) if made is None else made

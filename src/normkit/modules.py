@@ -29,6 +29,7 @@ class _Affine(torch.nn.Module):
     # reset_parameters runs in the constructors of torch's classes, before ours have set these
     weight_offset: float = 0.0
     round_before_weight: bool = False
+    round_rstd: bool = False
     memory_efficient: bool = False
 
     def reset_parameters(self) -> None:
@@ -47,10 +48,8 @@ class _Affine(torch.nn.Module):
         shown = [super().extra_repr()]
         if self.weight_offset:
             shown.append(f"weight_offset={self.weight_offset}")
-        if self.round_before_weight:
-            shown.append("round_before_weight=True")
-        if self.memory_efficient:
-            shown.append("memory_efficient=True")
+        flags = ("round_before_weight", "round_rstd", "memory_efficient")
+        shown += [f"{name}=True" for name in flags if getattr(self, name)]
         return ", ".join(filter(None, shown))
 
     def _affine(self) -> tuple[Tensor | None, Tensor | None]:
@@ -116,7 +115,7 @@ class _RowNorm(_Affine):
         kind = self._bits if residual is None else self._bits | ADD
         call = (
             kind, x, residual, weight, bias, self.eps, self.weight_offset,
-            self.round_before_weight, True, False, out_dtype, None, None,
+            self.round_before_weight, True, False, self.round_rstd, out_dtype, None, None,
         )  # fmt: skip
         # Without a weight nobody compares x's last size, nor that of several dimensions.
         if weight is not None and not is_dynamo_compiling():
@@ -214,6 +213,7 @@ class _RowNorm(_Affine):
             device="meta",  # these parameters are replaced
             weight_offset=stored.spec.weight_offset,
             round_before_weight=stored.spec.round_before_weight,
+            round_rstd=stored.spec.round_rstd,
         )
         return module._adopt(stored)
 
@@ -236,6 +236,8 @@ class RMSNorm(_RowNorm, torch.nn.RMSNorm):
             1 - weight_offset.
         round_before_weight: round the normalised value to x's dtype before the weight multiplies
             it (Llama, Qwen).
+        round_rstd: round rstd to x's dtype before it multiplies (DeepSeek-V4 and GLM-5, whose norms
+            without a weight are `RMSNorm(n, eps, elementwise_affine=False, round_rstd=True)`).
         memory_efficient: keep y instead of x for the gradients, as in `normkit.rms_norm`.
 
     What it takes and where it rounds: `normkit.rms_norm`, with a residual `normkit.add_rms_norm`.
@@ -262,6 +264,7 @@ class RMSNorm(_RowNorm, torch.nn.RMSNorm):
         bias: bool = False,
         weight_offset: float = 0.0,
         round_before_weight: bool = False,
+        round_rstd: bool = False,
         memory_efficient: bool = False,
     ) -> None:
         _check_options(eps, weight_offset)
@@ -269,6 +272,7 @@ class RMSNorm(_RowNorm, torch.nn.RMSNorm):
         super().__init__(shape, eps, elementwise_affine, device, dtype)
         self.weight_offset = weight_offset
         self.round_before_weight = round_before_weight
+        self.round_rstd = round_rstd
         self.memory_efficient = memory_efficient
         self.register_parameter("bias", None)
         if bias and elementwise_affine:
@@ -294,6 +298,7 @@ class LayerNorm(_RowNorm, torch.nn.LayerNorm):
         dtype: of the parameters; None for torch's default.
         weight_offset: as in `RMSNorm`.
         round_before_weight: as in `RMSNorm`.
+        round_rstd: as in `RMSNorm`.
         memory_efficient: as in `RMSNorm`.
 
     What it takes and where it rounds: `normkit.layer_norm`, with a residual
@@ -319,6 +324,7 @@ class LayerNorm(_RowNorm, torch.nn.LayerNorm):
         *,
         weight_offset: float = 0.0,
         round_before_weight: bool = False,
+        round_rstd: bool = False,
         memory_efficient: bool = False,
     ) -> None:
         _check_options(eps, weight_offset)
@@ -326,6 +332,7 @@ class LayerNorm(_RowNorm, torch.nn.LayerNorm):
         super().__init__(shape, eps, elementwise_affine, bias, device, dtype)  # type: ignore[arg-type]
         self.weight_offset = weight_offset
         self.round_before_weight = round_before_weight
+        self.round_rstd = round_rstd
         self.memory_efficient = memory_efficient
         self.reset_parameters()
 
@@ -348,6 +355,7 @@ class HeadNorm(_Affine):
         dtype: of the parameters; None for torch's default.
         weight_offset: as in `RMSNorm`.
         round_before_weight: as in `RMSNorm`.
+        round_rstd: as in `RMSNorm`.
         memory_efficient: as in `RMSNorm`.
 
     Raises:
@@ -375,6 +383,7 @@ class HeadNorm(_Affine):
         dtype: torch.dtype | None = None,
         weight_offset: float = 0.0,
         round_before_weight: bool = False,
+        round_rstd: bool = False,
         memory_efficient: bool = False,
     ) -> None:
         super().__init__()
@@ -391,6 +400,7 @@ class HeadNorm(_Affine):
         self.elementwise_affine = elementwise_affine
         self.weight_offset = weight_offset
         self.round_before_weight = round_before_weight
+        self.round_rstd = round_rstd
         self.memory_efficient = memory_efficient
         shape = (head_dim,) if num_heads is None else (num_heads, head_dim)
         for name, wanted in (("weight", True), ("bias", bias)):
@@ -427,7 +437,7 @@ class HeadNorm(_Affine):
         kind = PER_HEAD | (self.kind == "layer") * LAYER | (residual is not None) * ADD
         call = (
             kind, x, residual, weight, bias, self.eps, self.weight_offset,
-            self.round_before_weight, True, False, out_dtype, None, None,
+            self.round_before_weight, True, False, self.round_rstd, out_dtype, None, None,
         )  # fmt: skip
         if weight is not None and not is_dynamo_compiling():
             made = quick(*call)
@@ -481,6 +491,7 @@ class HeadNorm(_Affine):
             device="meta",  # these parameters are replaced
             weight_offset=stored.spec.weight_offset,
             round_before_weight=stored.spec.round_before_weight,
+            round_rstd=stored.spec.round_rstd,
         )
         return module._adopt(stored)
 

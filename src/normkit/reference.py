@@ -23,6 +23,7 @@ def norm(
     weight_offset: float = 0.0,
     round_before_weight: bool = False,
     clamp_inf: bool = False,
+    round_rstd: bool = False,
     out_dtype: torch.dtype | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
@@ -41,13 +42,14 @@ def norm(
         weight_offset: added to weight in the computing dtype.
         round_before_weight: round ``(x - mean) * rstd`` to x's dtype before weight multiplies it.
         clamp_inf: let +-inf in a float16 x count as +-65504.
+        round_rstd: round rstd to x's dtype before it multiplies.
         out_dtype: the dtype of the result; None is x's.
         compute_dtype: the dtype of everything in between; None is float64 for a float64 x, else
             float32.
 
     Returns:
         y, of x's shape.  It is rounded once, when it is converted to out_dtype, and also where
-        round_before_weight says.
+        round_before_weight and round_rstd say.
 
     Raises:
         ValueError: kind is neither "rms" nor "layer".
@@ -59,7 +61,7 @@ def norm(
         tensor([1.2000, 1.6000, 0.0000, 0.0000])
     """
     compute = _compute_dtype(x, compute_dtype)
-    xhat = _normalised(_widened(x, compute, clamp_inf), eps, kind)
+    xhat = _normalised(_widened(x, compute, clamp_inf), eps, kind, x.dtype if round_rstd else None)
     if round_before_weight:
         xhat = xhat.to(x.dtype).to(compute)
     return _scaled(xhat, weight, bias, weight_offset).to(out_dtype or x.dtype)
@@ -77,6 +79,7 @@ def add_norm(
     weight_offset: float = 0.0,
     round_before_weight: bool = False,
     clamp_inf: bool = False,
+    round_rstd: bool = False,
     out_dtype: torch.dtype | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -98,6 +101,7 @@ def add_norm(
             dtype, or to x's with round_sum=False.
         clamp_inf: let +-inf in a float16 x, and with round_sum=True in a float16 residual_out where
             it is normalised, count as +-65504.
+        round_rstd: round rstd before it multiplies, to the same dtype as round_before_weight.
         out_dtype: the dtype of y; None is x's.
         compute_dtype: as in `norm`.
 
@@ -120,9 +124,10 @@ def add_norm(
     residual_out = total.to(residual.dtype)
     if round_sum:
         total = _widened(residual_out, compute, clamp_inf)
-    xhat = _normalised(total, eps, kind)
+    dtype = _dtype_normalised(x, residual, round_sum)
+    xhat = _normalised(total, eps, kind, dtype if round_rstd else None)
     if round_before_weight:
-        xhat = xhat.to(residual.dtype if round_sum else x.dtype).to(compute)
+        xhat = xhat.to(dtype).to(compute)
     return _scaled(xhat, weight, bias, weight_offset).to(out_dtype or x.dtype), residual_out
 
 
@@ -134,16 +139,19 @@ def statistics(
     kind: str,
     round_sum: bool = True,
     clamp_inf: bool = False,
+    round_rstd: bool = False,
     compute_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return what `norm`, or with a residual `add_norm`, takes of each row: (rstd, mean).
 
-    Both are of x's shape without its last dimension, in the computing dtype; mean is None for kind
-    "rms".  The arguments are those of `add_norm`.
+    Both are of x's shape without its last dimension, in the computing dtype.  rstd is as it
+    multiplies: rounded, with round_rstd.  mean is None for kind "rms".  The arguments are those of
+    `add_norm`.
     """
     compute = _compute_dtype(x, compute_dtype)
     total = _normalised_row(x, residual, compute, round_sum, clamp_inf)
-    rstd, mean = _statistics(total, eps, kind)
+    dtype = _dtype_normalised(x, residual, round_sum) if round_rstd else None
+    rstd, mean = _statistics(total, eps, kind, dtype)
     return rstd.squeeze(-1), None if mean is None else mean.squeeze(-1)
 
 
@@ -162,6 +170,7 @@ def norm_backward(
     weight_offset: float = 0.0,
     round_before_weight: bool = False,
     clamp_inf: bool = False,
+    round_rstd: bool = False,
     compute_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return the gradients of `norm`, or with a residual of y of `add_norm`.
@@ -169,7 +178,8 @@ def norm_backward(
     With ``g = grad_y * (weight + weight_offset)`` and means over a row, that of what was normalised
     is ``rstd * (g - mean(g) - xhat * mean(g * xhat))``, without ``mean(g)`` for kind "rms"; that of
     weight is the sum of ``grad_y * xhat``, and that of bias the sum of grad_y.  Roundings count as
-    the identity, and a sum that clamp_inf clamped as a constant.
+    the identity: with round_rstd, rstd and xhat are those of the forward pass, wherever they occur.
+    A sum that clamp_inf clamped counts as a constant.
 
     Args:
         grad_y: x's shape.
@@ -187,6 +197,7 @@ def norm_backward(
         weight_offset: as in `norm`.
         round_before_weight: as in `norm`: the weight's gradient takes xhat as it was rounded.
         clamp_inf: as in `norm`.
+        round_rstd: as in `norm`, for an rstd that is taken again.
         compute_dtype: as in `norm`.
 
     Returns:
@@ -197,14 +208,14 @@ def norm_backward(
     grad_y = grad_y.to(compute)
     scale = None if weight is None else _offset(weight, weight_offset, compute)
     g = grad_y if scale is None else grad_y * scale
-    mean = None
+    mean, dtype = None, _dtype_normalised(x, residual, round_sum)
     if from_output:
         xhat = x.to(compute) if bias is None else x.to(compute) - bias.to(compute)
         if scale is not None:
             xhat = torch.where(scale == 0, 0.0, xhat / scale)
     else:
         total = _normalised_row(x, residual, compute, round_sum, clamp_inf)
-        again, mean = _statistics(total, eps, kind)
+        again, mean = _statistics(total, eps, kind, dtype if round_rstd else None)
         rstd = again.squeeze(-1) if rstd is None else rstd
         xhat = (total if mean is None else total - mean) * rstd.unsqueeze(-1)
     grad = g - xhat * (g * xhat).mean(-1, keepdim=True)
@@ -216,7 +227,6 @@ def norm_backward(
         total = _widened(x, compute, clamp_inf) + residual.to(compute)
         grad = torch.where(total.to(residual.dtype).isinf(), 0.0, grad)
     if round_before_weight:
-        dtype = x.dtype if residual is None or not round_sum else residual.dtype
         xhat = xhat.to(dtype).to(compute)
     of_weight = None if weight is None else (grad_y * xhat).sum_to_size(weight.shape)
     of_bias = None if bias is None else grad_y.sum_to_size(bias.shape)
@@ -283,10 +293,13 @@ def part_norm(
     weight_offset: float = 0.0,
     round_before_weight: bool = False,
     clamp_inf: bool = False,
+    round_rstd: bool = False,
     out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return `norm` of a part x of rows, and the rows' rstd and mean, as `combined_statistics`."""
     rstd, mean = combined_statistics(gathered, x.shape[-1], eps, kind=kind)
+    if round_rstd:
+        rstd = rstd.to(x.dtype).to(rstd.dtype)
     xhat = _part_normalised(x, rstd, mean, clamp_inf)
     if round_before_weight:
         xhat = xhat.to(x.dtype).to(rstd.dtype)
@@ -374,7 +387,13 @@ def _normalised_row(
     return _widened(total.to(residual.dtype), compute, clamp_inf) if round_sum else total
 
 
-def _statistics(x: Tensor, eps: float | None, kind: str) -> tuple[Tensor, Tensor | None]:
+def _dtype_normalised(x: Tensor, residual: Tensor | None, round_sum: bool) -> torch.dtype:
+    return x.dtype if residual is None or not round_sum else residual.dtype
+
+
+def _statistics(
+    x: Tensor, eps: float | None, kind: str, rounded_to: torch.dtype | None
+) -> tuple[Tensor, Tensor | None]:
     if eps is None:
         eps = torch.finfo(x.dtype).eps
     mean = None
@@ -383,11 +402,12 @@ def _statistics(x: Tensor, eps: float | None, kind: str) -> tuple[Tensor, Tensor
         x = x - mean
     elif kind != "rms":
         raise ValueError(f'kind: expected "rms" or "layer", got {kind!r}')
-    return torch.rsqrt((x * x).mean(-1, keepdim=True) + eps), mean
+    rstd = torch.rsqrt((x * x).mean(-1, keepdim=True) + eps)
+    return rstd if rounded_to is None else rstd.to(rounded_to).to(x.dtype), mean
 
 
-def _normalised(x: Tensor, eps: float | None, kind: str) -> Tensor:
-    rstd, mean = _statistics(x, eps, kind)
+def _normalised(x: Tensor, eps: float | None, kind: str, rounded_to: torch.dtype | None) -> Tensor:
+    rstd, mean = _statistics(x, eps, kind, rounded_to)
     return (x if mean is None else x - mean) * rstd
 
 

@@ -104,6 +104,7 @@ def error_bound(
     weight_offset: float = 0.0,
     round_before_weight: bool = False,
     clamp_inf: bool = False,
+    round_rstd: bool = False,
 ) -> Tensor:
     """How far each element of a norm may be from `reference.norm` in float64.
 
@@ -115,8 +116,10 @@ def error_bound(
     the step of out_dtype at the float64 result, never below its smallest number; u is for means and
     normalised values that are subnormal in float32.  With round_before_weight and a 16-bit x, an
     element whose normalised value lies within 4 * 2^-24 * t (that of a weight of 1) of the middle
-    between two neighbours may be rounded to either, and its bound reaches as far.  A row of squares
-    whose sum float32 cannot hold is measured against float32's own result.
+    between two neighbours may be rounded to either, and its bound reaches as far.  So it does with
+    round_rstd in a row whose rstd lies so close to such a middle (with the t of a row: rstd, or
+    (1 + mean(|x|) * rstd) * rstd for layer); t and u have the rounded rstd.  A row of squares whose
+    sum float32 cannot hold is measured against float32's own result.
 
     Args:
         x: shape (..., n): what is normalised.  For a fused add it is the sum: residual_out, or with
@@ -129,6 +132,7 @@ def error_bound(
         weight_offset: as in the call.
         round_before_weight: as in the call.
         clamp_inf: as in the call.
+        round_rstd: as in the call.
 
     Returns:
         The bound in float64, of x's shape; NaN where the result is NaN or infinite.
@@ -154,6 +158,7 @@ def error_bound(
         kind,
         weight_offset,
         x.dtype if round_before_weight else None,
+        x.dtype if round_rstd else None,
         clamp_inf,
     )
     around = oracle.stated()
@@ -175,6 +180,7 @@ def assert_accurate(
     weight_offset: float = 0.0,
     round_before_weight: bool = False,
     clamp_inf: bool = False,
+    round_rstd: bool = False,
 ) -> None:
     """Check that y is the norm of x, within the error that normkit promises.
 
@@ -195,6 +201,7 @@ def assert_accurate(
         weight_offset: as in the call.
         round_before_weight: as in the call.
         clamp_inf: as in the call.
+        round_rstd: as in the call.
 
     Raises:
         AssertionError: an element is out of bounds; the message names the worst, its error and its
@@ -228,6 +235,7 @@ def assert_accurate(
         kind,
         weight_offset,
         rounded_to if round_before_weight else None,
+        rounded_to if round_rstd else None,
         clamp_inf,
     )
     _assert_within(y, oracle)
@@ -245,6 +253,7 @@ class _Oracle:
         kind: str,
         weight_offset: float,
         xhat_dtype: torch.dtype | None,
+        rstd_dtype: torch.dtype | None,
         clamp_inf: bool,
     ) -> None:
         # The options are numbers of the computing dtype, as the inputs are of theirs.
@@ -256,7 +265,7 @@ class _Oracle:
         if self.weight is not None:
             self.arithmetic += _OFFSET if weight_offset else 0.0
             self.weight = self.weight + _rounded(weight_offset, computing)
-        self.xhats = self._normalised(x, eps, clamp_inf)
+        self.xhats = self._normalised(x, eps, rstd_dtype, clamp_inf)
         if computing is torch.float32:
             overflows = self._sum_overflows(x, clamp_inf)
             if overflows.any():
@@ -283,7 +292,9 @@ class _Oracle:
         values = [self._scaled(xhat) for xhat in candidates]
         return [(y, _ulp(y, out_dtype) / 2 * _STORE + arithmetic) for y in values]
 
-    def _normalised(self, x: Tensor, eps: float, clamp_inf: bool) -> list[Tensor]:
+    def _normalised(
+        self, x: Tensor, eps: float, rstd_dtype: torch.dtype | None, clamp_inf: bool
+    ) -> list[Tensor]:
         """What counts as xhat in float64; and the t and u of the bound, for a weight of 1 alone."""
         wide = _clamped(x, clamp_inf)
         mean = around = torch.zeros_like(wide[..., :1])
@@ -293,9 +304,10 @@ class _Oracle:
             x, eps=eps, kind=self.kind, clamp_inf=clamp_inf, compute_dtype=torch.float64
         )
         rstd = rstd.unsqueeze(-1)
-        rstds = [rstd]
-        self.t = (wide.abs() + around) * rstd
-        self.u = 1 + rstd if self.kind == "layer" else torch.ones_like(rstd)
+        rstds = _roundings(rstd, rstd_dtype, _ARITHMETIC * (1 + around * rstd) * rstd)
+        largest = torch.stack(rstds).amax(0)
+        self.t = (wide.abs() + around) * largest
+        self.u = 1 + largest if self.kind == "layer" else torch.ones_like(largest)
         return [(wide - mean) * rstd for rstd in rstds]
 
     def _scaled(self, xhat: Tensor) -> Tensor:

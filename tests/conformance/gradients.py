@@ -8,6 +8,8 @@ bound of docs/numerics.md, ulp / 2 * (1 + 2^-9) + 4 * 2^-24 * t:
                 what it handles because rstd enters it three times
     of weight:  t = sum(|grad_y| * u)
     of bias:    t = sum(|grad_y|)
+
+With round_rstd, rstd is in all of this what the forward pass multiplied by.
 """
 
 from __future__ import annotations
@@ -110,6 +112,9 @@ def _expected(case: Case) -> list[tuple[str, Tensor, Tensor]]:
     layer = op.kind == "layer"
     mean = s.mean(-1, keepdim=True) if layer else torch.zeros_like(s[..., :1])
     rstd = ((s - mean).square().mean(-1, keepdim=True) + _float32(eps)).rsqrt()
+    slack = torch.zeros_like(rstd)
+    if options.get("round_rstd"):
+        rstd, slack = _rounded(rstd, dtype, _ARITHMETIC * rstd)
     xhat = (s - mean) * rstd
     u = (s.abs() + (s.abs().mean(-1, keepdim=True) if layer else 0.0)) * rstd
     grad_y = case.grad_y.to(options.get("out_dtype") or case.inputs.x.dtype).double()
@@ -122,7 +127,7 @@ def _expected(case: Case) -> list[tuple[str, Tensor, Tensor]]:
     if layer:
         inside = inside - g.mean(-1, keepdim=True)
         size = size + g.abs().mean(-1, keepdim=True)
-    of_x, t_x = inside * rstd, 2 * size * rstd
+    of_x, t_x = inside * rstd, 2 * size * (rstd + 2 * slack / _ARITHMETIC)
     if case.grad_residual_out is not None:
         of_x = of_x + case.grad_residual_out.double()
         t_x = t_x + case.grad_residual_out.double().abs()
@@ -130,9 +135,9 @@ def _expected(case: Case) -> list[tuple[str, Tensor, Tensor]]:
     if op.adds:
         expected.append(("residual", of_x, t_x))
     if weight is not None:
-        forward, t = xhat, u * grad_y.abs()
+        forward, t = xhat, u * grad_y.abs() * (1 + slack / rstd / _ARITHMETIC)
         if rounded_to is not None:
-            forward, slack = _rounded(xhat, rounded_to, _ARITHMETIC * u)
+            forward, slack = _rounded(xhat, rounded_to, _ARITHMETIC * u + slack / rstd * u)
             t = t + slack * grad_y.abs() / _ARITHMETIC
         expected.append(
             ("weight", (grad_y * forward).sum_to_size(weight.shape), t.sum_to_size(weight.shape))

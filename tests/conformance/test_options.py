@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+import normkit
+from conformance.gradients import wanting
 from conformance.support import (
     ADDING,
     DTYPES,
+    HEAD_RMS,
     LAYER,
     OPS,
     RMS,
@@ -21,6 +24,7 @@ from conformance.support import (
     inputs_for,
     run,
     run_and_check,
+    run_in_place,
 )
 from normkit.testing import Inputs
 
@@ -146,6 +150,105 @@ def test_round_before_weight_rounds_to_the_dtype_of_what_is_normalised(
             assert_same_bits(y, y.to(expected).float())
             if expected == F32:
                 assert_same_bits(y, run(backend, op, inputs, **options).y)
+
+
+# --------------------------------------------------------------------------------- round_rstd
+
+
+def _deepseek(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """The norm without a weight of DeepSeek-V4 and GLM-5, in torch's operations."""
+    rstd = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
+    return x * rstd.to(x.dtype)
+
+
+def _rows_of_clear_rstd(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """The rows whose rstd is rounded alike in whatever order their squares are added up."""
+    rstd = (x.double().square().mean(-1) + eps).rsqrt()
+    low, high = ((rstd * (1 + step)).to(x.dtype) for step in (-(2.0**-20), 2.0**-20))
+    return x[low == high]
+
+
+@pytest.mark.parametrize("op", [RMS, HEAD_RMS], ids=str)
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+def test_round_rstd_is_the_rounding_of_deepseek(backend: Any, op: Op, dtype: torch.dtype) -> None:
+    for n, eps in itertools.product((64, 100, 512), (1e-6, 0.3)):
+        x = _rows_of_clear_rstd(inputs_for(op, 40, n, dtype).x, eps)
+        assert len(x) > 30
+        x = x.unsqueeze(1) if op.per_head else x
+        inputs = inputs_for(op, 1, n, dtype)._replace(x=x, residual=x, weight=None, bias=None)
+        expected = _deepseek(inputs.x, eps)
+        for form in (run, run_in_place):
+            assert_same_bits(form(backend, op, inputs, eps=eps, round_rstd=True).y, expected)
+        assert _differ(run(backend, op, inputs, eps=eps).y, expected) > 0.1  # a quarter of many
+
+
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_round_rstd_is_accurate_in_every_mix(backend: Any, op: Op) -> None:
+    for dtype, weight_dtype, out_dtype, n in itertools.product(DTYPES, DTYPES, DTYPES, (65, 300)):
+        inputs = inputs_for(op, 3, n, dtype, weight_dtype=weight_dtype)
+        for rounds, offset in itertools.product((False, True), (0.0, 1.0)):
+            options = {"round_before_weight": rounds, "weight_offset": offset}
+            run_and_check(backend, op, inputs, round_rstd=True, out_dtype=out_dtype, **options)
+
+
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_round_rstd_is_seen_in_16_bits_only(backend: Any, op: Op) -> None:
+    for dtype in DTYPES:
+        inputs = inputs_for(op, 8, 100, dtype)
+        results = [run(backend, op, inputs, round_rstd=r, out_dtype=F32) for r in (False, True)]
+        if dtype == F32:
+            assert_same_results(*results)
+        else:
+            assert _differ(results[0].y, results[1].y) > 0.5
+
+
+@pytest.mark.parametrize("op", ADDING, ids=str)
+def test_round_rstd_rounds_to_the_dtype_of_what_is_normalised(backend: Any, op: Op) -> None:
+    """The rounded sum's, which is residual's; with round_sum=False x's."""
+    for dtype, residual_dtype in itertools.product(DTYPES, DTYPES):
+        inputs = inputs_for(op, 6, 100, dtype, residual_dtype=residual_dtype)
+        for round_sum, expected in ((True, residual_dtype), (False, dtype)):
+            options = {"round_sum": round_sum, "out_dtype": F32}
+            rounded = run_and_check(backend, op, inputs, round_rstd=True, **options).y
+            same = torch.equal(rounded, run(backend, op, inputs, **options).y)
+            assert same == (expected == F32)
+
+
+def test_round_rstd_reaches_the_ends_of_float16(backend: Any) -> None:
+    """Its subnormal numbers, and infinity."""
+    x = torch.tensor([[2.0**-16], [2.0**-16 * 1.125], [40000.0], [60000.0]], dtype=F16)
+    inputs = inputs_for(RMS, 4, 1, F16)._replace(x=x, weight=None, bias=None)
+    y = run_and_check(backend, RMS, inputs, eps=0.0, round_rstd=True, out_dtype=F32).y
+    assert_same_bits(y, x.float() * (1 / x.float()).half().float())
+    assert y.flatten().isinf().tolist() == [True, False, False, False]
+
+
+def test_modules_round_rstd() -> None:
+    x = inputs_for(HEAD_RMS, (8, 3), 64, BF16).x
+    for module, function in (
+        (normkit.RMSNorm(64, elementwise_affine=False, round_rstd=True), normkit.rms_norm),
+        (normkit.LayerNorm(64, dtype=BF16, round_rstd=True), normkit.layer_norm),
+        (normkit.HeadNorm(3, 64, bias=True, round_rstd=True), normkit.head_norm),
+    ):
+        affine = (module.weight, module.bias, module.eps)
+        assert_same_bits(module(x), function(x, *affine, round_rstd=True))
+        assert _differ(module(x), function(x, *affine)) > 0.1
+        assert ", round_rstd=True" in str(module)
+
+
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_gradients_have_the_rstd_of_the_forward_pass(backend: Any, op: Op) -> None:
+    """Also those that are differentiated again, which take it from x once more."""
+    for dtype in (F16, BF16):
+        leaves = wanting(op, inputs_for(op, (4, 3), 65, dtype))
+        result = run(backend, op, leaves, round_rstd=True, out_dtype=F32)
+        grad_y = torch.linspace(-1, 1, result.y.numel()).view_as(result.y)
+        first, again = (
+            torch.autograd.grad(result.y, leaves.x, grad_y, retain_graph=True, create_graph=twice)
+            for twice in (False, True)
+        )
+        torch.testing.assert_close(again[0].detach(), first[0], rtol=2**-8, atol=1e-6)
+        assert again[0].requires_grad
 
 
 # ---------------------------------------------------------------------------------- clamp_inf

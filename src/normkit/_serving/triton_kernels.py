@@ -110,9 +110,10 @@ def _scaled(
 
 
 @triton.jit
-def _rstd(sum_of_squares, count, eps):
+def _rstd(sum_of_squares, count, eps, RSTD_DTYPE: tl.constexpr):
     """Rounded to the nearest at every step, as `1 / sqrt` and `/` are not on every device."""
-    return tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(sum_of_squares, count) + eps))
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(sum_of_squares, count) + eps))
+    return rstd.to(RSTD_DTYPE).to(tl.float32)
 
 
 @triton.jit
@@ -145,6 +146,7 @@ def norm_rows(
     ROUND_BEFORE_WEIGHT: tl.constexpr,
     ROUND_SUM: tl.constexpr,
     CLAMP_INF: tl.constexpr,
+    ROUND_RSTD: tl.constexpr,
     IN_PLACE: tl.constexpr,
     DIMS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -156,6 +158,7 @@ def norm_rows(
         CLAMP_INF and ROUND_SUM and residual is not None and tl.float16 == NORMALISED
     )
     XHAT_DTYPE: tl.constexpr = NORMALISED if ROUND_BEFORE_WEIGHT else tl.float32
+    RSTD_DTYPE: tl.constexpr = NORMALISED if ROUND_RSTD else tl.float32
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, 1 << LOG2_BLOCK)[None, :]
     mask = (row < rows) & (column < n)
@@ -166,7 +169,7 @@ def norm_rows(
     if LAYER:
         mean = tl.div_rn(_sum_rows(centred, ROWS, LOG2_BLOCK), count)
         centred = tl.where(mask, centred - mean, 0.0)
-    rstd = _rstd(_sum_rows(centred * centred, ROWS, LOG2_BLOCK), count, eps)
+    rstd = _rstd(_sum_rows(centred * centred, ROWS, LOG2_BLOCK), count, eps, RSTD_DTYPE)
     if PER_HEAD:
         weight_at = row % heads * weight_stride + column
         bias_at = row % heads * bias_stride + column
@@ -259,6 +262,7 @@ def norm_streamed_row(
     ROUND_BEFORE_WEIGHT: tl.constexpr,
     ROUND_SUM: tl.constexpr,
     CLAMP_INF: tl.constexpr,
+    ROUND_RSTD: tl.constexpr,
     IN_PLACE: tl.constexpr,
     DIMS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -273,6 +277,7 @@ def norm_streamed_row(
         CLAMP_INF and ROUND_SUM and residual is not None and tl.float16 == NORMALISED
     )
     XHAT_DTYPE: tl.constexpr = NORMALISED if ROUND_BEFORE_WEIGHT else tl.float32
+    RSTD_DTYPE: tl.constexpr = NORMALISED if ROUND_RSTD else tl.float32
     block: tl.constexpr = 1 << LOG2_BLOCK
     row = tl.program_id(0).to(tl.int64) + tl.full((1, 1), 0, tl.int64)
     x_at = _row_offsets(row, sizes, x_strides, DIMS)
@@ -295,7 +300,7 @@ def norm_streamed_row(
         x, residual, x_at, residual_at, mean, n, LAYER, True, ROUND_SUM, CLAMP_X, CLAMP_SUM,
         LOG2_BLOCK,
     )  # fmt: skip
-    rstd = _rstd(of_squares, count, eps)
+    rstd = _rstd(of_squares, count, eps, RSTD_DTYPE)
     columns = tl.arange(0, block)[None, :]
     for start in range(0, n, block):
         column = start + columns
