@@ -59,7 +59,7 @@ def _constructed(rng: Random, name: str, shape: tuple[int, ...]) -> dict[str, An
     options: dict[str, Any] = {"eps": rng.choice(EPS)}
     if rng.random() < 0.3:
         options["weight_offset"] = rng.choice(OFFSETS)
-    for flag in ("round_before_weight", "memory_efficient"):
+    for flag in ("round_before_weight", "round_rstd", "memory_efficient"):
         if rng.random() < 0.25:
             options[flag] = True
     affine, bias = rng.random() < 0.8, rng.random() < 0.5

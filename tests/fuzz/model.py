@@ -11,7 +11,7 @@ from torch import Tensor
 
 TENSORS = ("x", "residual", "weight", "bias", "out", "residual_out")
 INPUTS = TENSORS[:4]
-FLAGS = ("round_before_weight", "round_sum", "clamp_inf", "memory_efficient")
+FLAGS = ("round_before_weight", "round_sum", "clamp_inf", "round_rstd", "memory_efficient")
 
 
 @dataclass
@@ -33,6 +33,7 @@ class Norm:
     round_before_weight: Any = False
     round_sum: Any = True
     clamp_inf: Any = False
+    round_rstd: Any = False
     memory_efficient: Any = False
     out_dtype: Any = None
     ending: tuple[int, ...] | None = None  # of a module: the shape that x ends in

@@ -112,10 +112,12 @@ class Values:
             self.unknown = (squares <= n * error * error) & (error > 0)
         if self.arithmetic is FLOAT32:
             self._see_limits_of_float32(squares, size, n)
+        narrower = numbers.DTYPES[rounded_to].bits < self.arithmetic.bits
+        if self.norm.round_rstd and narrower:
+            self._round_rstd(rounded_to, 1 + around * self.rstd)
         self.xhat = centred * self.rstd
         self.t = (size + around) * self.rstd  # for a weight of 1 and no bias
         self.u = 1 + self.rstd if self.layer else np.ones(())
-        narrower = numbers.DTYPES[rounded_to].bits < self.arithmetic.bits
         rounds = self.norm.round_before_weight and narrower
         self.candidates = self._rounded_xhat(rounded_to) if rounds else [self.xhat]
 
@@ -132,6 +134,15 @@ class Values:
             self.unknown |= finite & (size.sum(-1, keepdims=True) > FLOAT32_MAX / 4)
         if self.eps < 2.0**-90:
             self.unknown |= (squares > 0) & (squares < n * 2.0**-90)
+
+    def _round_rstd(self, dtype: torch.dtype, error: Array) -> None:
+        """Where it is close to the middle between two, either is right for the whole row."""
+        slack = self.unit * error * self.rstd
+        if self.arithmetic is FLOAT64 and numbers.DTYPES[dtype].bits < 24:
+            slack = slack + 2.0**-24 * self.rstd  # torch rounds to float32 in between
+        low, high = rounded(self.rstd - slack, dtype), rounded(self.rstd + slack, dtype)
+        self.unknown = self.unknown | ((low != high) & np.isfinite(self.rstd))
+        self.rstd = rounded(self.rstd, dtype)
 
     def _rounded_xhat(self, dtype: torch.dtype) -> list[Array]:
         """What round_before_weight may make of it: either neighbour, close to their middle."""

@@ -21,6 +21,7 @@ from fuzz.oracle import Values
 from fuzz.oracle_gradients import Gradients
 from fuzz.rules import Verdict
 from normkit import parallel
+from normkit._spec import PLAIN_OPTIONS
 
 _NAMED = re.compile(r"^(\w+(\[\d+\])?)[:(]")
 _OUTPUTS = {"out", "residual_out", "outs"}
@@ -95,7 +96,8 @@ def names_of(call: Call) -> set[str]:
     where = parallel if call.form == "parallel" else normkit
     if not hasattr(where, call.name):
         return {"op"}
-    return set(inspect.signature(getattr(where, call.name)).parameters) | {"op"}
+    has = set(inspect.signature(getattr(where, call.name)).parameters)
+    return has | {"op"} | (set(PLAIN_OPTIONS) if "options" in has else set())
 
 
 class _Run:
