@@ -157,6 +157,20 @@ def test_a_float32_weight_makes_the_output_of_llama_float32():
     assert recognise(Gemma(dtype=F32)).specs[BF16].out_dtype is None
 
 
+def test_an_rstd_that_is_rounded_is_seen():
+    class Unweighted(nn.Module):
+        eps = 1e-6
+
+        def forward(self, x):
+            rstd = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
+            return x * rstd.to(x.dtype)
+
+    found = recognise(Unweighted())
+    assert not found.reason
+    assert found.specs[BF16] == NormSpec("rms", 1e-6, round_rstd=True)
+    assert found.specs[F32] == NormSpec("rms", 1e-6)
+
+
 def test_nothing_is_said_of_float64_which_models_compute_in_float32():
     assert torch.float64 not in recognise(Llama()).specs
 
@@ -312,9 +326,9 @@ def test_private_attributes_are_part_of_what_a_module_is():
 def test_500_norms_take_less_than_a_second():
     modules = [Llama(256) for _ in range(250)] + [nn.LayerNorm(256) for _ in range(250)]
     recognise(nn.RMSNorm(64))  # what is imported and allocated once
-    start = time.perf_counter()
+    start = time.thread_time()  # whatever else this machine does
     assert all(not recognise(module).reason for module in modules)
-    assert time.perf_counter() - start < 1.0
+    assert time.thread_time() - start < 1.0
 
 
 def test_16_bit_outputs_at_the_ends_of_the_range_break_no_bound():

@@ -349,9 +349,10 @@ def measured_dtypes(
 
 
 def _rounding(probe: Probe, function: Function, dtype: torch.dtype) -> tuple[NormSpec, float]:
+    places = itertools.product((False, True), (False, True) if function.weight else (False,))
     specs = [
-        replace(function.spec, round_before_weight=first)
-        for first in ((False, True) if function.weight else (False,))
+        replace(function.spec, round_rstd=rstd, round_before_weight=first)
+        for rstd, first in (places if dtype != torch.float32 else [(False, False)])
     ]
     tried = [(agreement(probe, function, spec, dtype), spec) for spec in specs]
     (share, near), spec = max(tried, key=lambda pair: pair[0][0])
@@ -396,7 +397,7 @@ def _share_of_equals(y: Tensor, x: Tensor, probe: Probe, function: Function) -> 
 def _ours(x: Tensor, probe: Probe, function: Function, out_dtype: torch.dtype) -> Tensor:
     weight, bias = tensors_of(function, probe)
     spec = function.spec
-    eps, offset, first = spec.eps, spec.weight_offset, spec.round_before_weight
+    eps = spec.eps
     rows = _in_groups(x, probe.form)
     if function.is_l2:
         n = x.shape[-1]
@@ -407,8 +408,9 @@ def _ours(x: Tensor, probe: Probe, function: Function, out_dtype: torch.dtype) -
         bias,
         eps,
         kind=spec.kind,
-        weight_offset=offset,
-        round_before_weight=first,
+        weight_offset=spec.weight_offset,
+        round_before_weight=spec.round_before_weight,
+        round_rstd=spec.round_rstd,
         out_dtype=out_dtype,
     )
     return y.reshape(x.shape)
