@@ -21,17 +21,26 @@ inline nb::object refuse(const Refusal& no) {
                                            nb::handle(torch_objects.kinds[no.kind]));
 }
 
-// Calls a Python function of at most one argument; 25 ns less than PyObject_Call for torch's own,
-// which are METH_NOARGS and METH_O.
-inline nb::object call(PyObject* function, PyObject* argument) {
-  const int flags = PyCFunction_Check(function) ? PyCFunction_GetFlags(function) : -1;
-  PyObject* result =
-      flags == (argument ? METH_O : METH_NOARGS)
-          ? PyCFunction_GetFunction(function)(PyCFunction_GetSelf(function), argument)
-      : argument ? PyObject_CallFunctionObjArgs(function, argument, nullptr)
-                 : PyObject_CallNoArgs(function);
+// Calls a function of torch with at most one argument; a builtin's C function takes 10 to 35 ns
+// less than PyObject_Call.
+inline nb::object call(const Function& f, PyObject* argument = nullptr) {
+  PyObject* result;
+  if (f.flags == (argument ? METH_O : METH_NOARGS))
+    result = f.builtin(f.self, argument);
+  else if (f.flags == (METH_VARARGS | METH_KEYWORDS) && !argument)
+    result = reinterpret_cast<PyCFunctionWithKeywords>(reinterpret_cast<void (*)()>(f.builtin))(
+        f.self, torch_objects.no_arguments, nullptr);
+  else if (argument)
+    result = PyObject_CallFunctionObjArgs(f.object, argument, nullptr);
+  else
+    result = PyObject_CallNoArgs(f.object);
   if (!result) throw nb::python_error();
   return nb::steal(result);
+}
+
+// Calls one that tells yes or no.
+inline bool ask(const Function& f, PyObject* argument = nullptr) {
+  return call(f, argument).ptr() == Py_True;
 }
 
 // torch.empty_like(like, dtype=dtype), but packed.  torch.empty_like sorts equal strides by size

@@ -183,8 +183,8 @@ inline Affine affine_of(const Tensor& t) {
   return map;
 }
 
-inline RowNorm row_norm_of(const Arguments& a) {
-  RowNorm norm;
+// Not by a return value: the strides of four tensors take 2 KB, and 40 ns to copy.
+inline void lay_out(const Arguments& a, RowNorm& norm) {
   norm.weight = affine_of(a.weight);
   norm.bias = affine_of(a.bias);
   norm.statistic = a.statistic;
@@ -195,7 +195,6 @@ inline RowNorm row_norm_of(const Arguments& a) {
   const Tensor* const tensors[] = {&a.x, &a.residual, &a.out, &a.residual_out};
   RowsOf* const rows[] = {&norm.x, &norm.residual, &norm.out, &norm.residual_out};
   lay_out_rows(a.x, tensors, rows, norm);
-  return norm;
 }
 
 }  // namespace normkit

@@ -27,19 +27,27 @@ nb::object torch_attribute(nb::handle torch, const std::string& path) {
 // The dict of a module of torch, in which a name is looked up at every call, and that name.
 PyObject* torch_globals(nb::handle torch, const char* module, const char* name, PyObject*& key) {
   torch_attribute(torch, std::string(module) + "." + name);
-  key = nb::str(name).release().ptr();
+  key = PyUnicode_InternFromString(name);  // found by its address, not by its letters
   return PyModule_GetDict(torch_attribute(torch, module).release().ptr());
 }
 
-// The C function of a method of torch.Tensor without arguments: 30 ns less for each call than by
-// name.
-PyCFunction builtin_method(nb::handle torch, const char* name) {
-  const nb::object sample = torch_attribute(torch, "empty")(0);
-  const nb::object method = nb::getattr(sample, name);
-  if (!PyCFunction_Check(method.ptr()) || PyCFunction_GetFlags(method.ptr()) != METH_NOARGS)
-    throw nb::import_error(
-        (std::string("normkit needs the builtin method torch.Tensor.") + name).c_str());
-  return PyCFunction_GetFunction(method.ptr());
+Function torch_function(nb::handle torch, const char* path) {
+  Function f;
+  f.object = torch_attribute(torch, path).release().ptr();
+  if (!PyCFunction_Check(f.object)) return f;
+  f.builtin = PyCFunction_GetFunction(f.object);
+  f.self = PyCFunction_GetSelf(f.object);
+  f.flags = PyCFunction_GetFlags(f.object);
+  return f;
+}
+
+// What reads these properties of torch.Tensor, 10 ns sooner than by their names.
+descrgetfunc property_getter(PyObject* property, PyObject* other) {
+  PyTypeObject* const type = Py_TYPE(property);
+  void* const get = PyType_GetSlot(type, Py_tp_descr_get);
+  if (!get || Py_TYPE(other) != type)
+    throw nb::import_error("normkit needs requires_grad and _version as properties of a tensor");
+  return reinterpret_cast<descrgetfunc>(get);
 }
 
 const DLPackExchangeAPI* exchange_api(nb::handle capsule) {
@@ -64,17 +72,19 @@ void bind_torch(nb::handle torch, nb::handle refusal) {
   bound.parameter = reinterpret_cast<PyTypeObject*>(keep("nn.Parameter"));
   bound.empty_like = keep("empty_like");
   bound.contiguous_format = keep("contiguous_format");
-  bound.is_grad_enabled = keep("is_grad_enabled");
-  bound.is_inference = builtin_method(torch, "is_inference");
-  bound.is_inference_mode_enabled = keep("is_inference_mode_enabled");
-  bound.increment_version = keep("_C._increment_version");
+  bound.no_arguments = PyTuple_New(0);
+  bound.is_grad_enabled = torch_function(torch, "is_grad_enabled");
+  bound.is_inference_mode_enabled = torch_function(torch, "is_inference_mode_enabled");
+  bound.increment_version = torch_function(torch, "_C._increment_version");
   bound.forward_ad =
       torch_globals(torch, "autograd.forward_ad", "_current_level", bound.current_level);
-  bound.requires_grad = nb::str("requires_grad").release().ptr();
+  bound.requires_grad = keep("Tensor.requires_grad");
+  bound.version = keep("Tensor._version");
+  bound.get_property = property_getter(bound.requires_grad, bound.version);
   bound.new_empty = nb::str("new_empty").release().ptr();
   bound.uint8 = keep("uint8");
-  bound.is_autocast_enabled = keep("is_autocast_enabled");
-  bound.is_tracing = keep("_C._is_tracing");
+  bound.is_autocast_enabled = torch_function(torch, "is_autocast_enabled");
+  bound.is_tracing = torch_function(torch, "_C._is_tracing");
   bound.modes =
       torch_globals(torch, "utils._python_dispatch", "_is_in_torch_dispatch_mode", bound.in_a_mode);
   bound.cuda = nb::str("cuda").release().ptr();

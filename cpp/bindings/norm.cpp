@@ -9,7 +9,7 @@ namespace {
 // Where autocast decides on the dtype of the output, Python does what it says.
 bool autocasts(const Arguments& a, const Backend& backend) {
   return backend.has_streams && !a.out && !a.out_dtype &&
-         call(torch_objects.is_autocast_enabled, torch_objects.cuda).is(nb::handle(Py_True));
+         ask(torch_objects.is_autocast_enabled, torch_objects.cuda);
 }
 
 // A TorchDispatchMode is active, in some thread; it may have to see the operators that run.
@@ -23,50 +23,46 @@ bool forward_ad_is_on() {
   return level && PyLong_AsLong(level) >= 0;
 }
 
-// A trace records torch's operators, and would take what a kernel writes for a constant.
-bool is_tracing() {
-  PyObject* answer = PyObject_CallNoArgs(torch_objects.is_tracing);
-  if (!answer) throw nb::python_error();
-  Py_DECREF(answer);  // True and False live for ever
-  return answer == Py_True;
+// A property of torch.Tensor; null with torch's error.
+nb::object get(PyObject* property, const Tensor& t) {
+  return nb::steal(torch_objects.get_property(property, t.object,
+                                              reinterpret_cast<PyObject*>(Py_TYPE(t.object))));
+}
+
+bool requires_grad(const Tensor& t) {
+  const nb::object answer = get(torch_objects.requires_grad, t);
+  if (!answer.is_valid()) throw nb::python_error();
+  return answer.ptr() == Py_True;
+}
+
+// A tensor that was made in inference mode has none, which torch tells by an error.
+bool has_version_counter(const Tensor& t) {
+  if (get(torch_objects.version, t).is_valid()) return true;
+  if (!PyErr_ExceptionMatches(PyExc_RuntimeError)) throw nb::python_error();
+  PyErr_Clear();
+  return false;
 }
 
 // Is autograd, forward-mode AD or a tracer recording?  They cannot see a call that bypasses the
 // dispatcher.
 Refusal check_recorders(const Arguments& a) {
   if (forward_ad_is_on()) return {"forward-mode AD", "is on", Refusal::kRecorder};
-  if (call(torch_objects.is_grad_enabled, nullptr).is(nb::handle(Py_True)))
-    for (const Tensor* t : {&a.x, &a.residual, &a.weight, &a.bias, &a.out, &a.residual_out}) {
-      if (!*t) continue;
-      nb::object requires_grad =
-          nb::steal(PyObject_GetAttr(t->object, torch_objects.requires_grad));
-      if (!requires_grad.is_valid()) throw nb::python_error();
-      if (requires_grad.is(nb::handle(Py_True)))
+  const bool grad_is_on = ask(torch_objects.is_grad_enabled);
+  if (grad_is_on)  // in place, out is x, which need not be asked twice
+    for (const Tensor* t : {&a.x, &a.residual, &a.weight, &a.bias, &a.out, &a.residual_out})
+      if (*t && (t == &a.x || t->object != a.x.object) && requires_grad(*t))
         return {t->name, "requires a gradient", Refusal::kRecorder};
-    }
-  if (is_tracing()) return {"torch.jit.trace", "is recording", Refusal::kRecorder};
-  return {};
-}
-
-// Outside of inference mode torch writes to no tensor that was made in it: it has no version
-// counter.
-Refusal check_inference(const Arguments& a) {
-  for (const Tensor* t : {&a.out, &a.residual_out}) {
-    if (!*t) continue;
-    PyObject* const answer = torch_objects.is_inference(t->object, nullptr);
-    if (!answer) throw nb::python_error();
-    Py_DECREF(answer);  // True and False live for ever
-    if (answer == Py_True &&
-        call(torch_objects.is_inference_mode_enabled, nullptr).is(nb::handle(Py_False)))
-      return {t->name, "is an inference tensor", Refusal::kRecorder};
+  // A trace records torch's operators, and would take what a kernel writes for a constant.
+  if (ask(torch_objects.is_tracing)) return {"torch.jit.trace", "is recording", Refusal::kRecorder};
+  // torch writes to a tensor of inference mode only there, where gradients are off too.  Not by
+  // is_inference(), which lets go of the interpreter's lock and takes it again: 40 ns.
+  if (a.out || a.residual_out) {
+    if (!grad_is_on && ask(torch_objects.is_inference_mode_enabled)) return {};
+    for (const Tensor* t : {&a.out, &a.residual_out})
+      if (*t && !has_version_counter(*t))
+        return {t->name, "is an inference tensor", Refusal::kRecorder};
   }
   return {};
-}
-
-// Autograd learns of the write by the version counter, as it does from torch's own in-place
-// operators.
-void count_write(const Tensor& t) {
-  call(torch_objects.increment_version, nb::make_tuple(nb::handle(t.object)).ptr());
 }
 
 }  // namespace
@@ -82,8 +78,7 @@ Refusal Prepared::check(Caller caller) {
   if (quick && modes_are_on()) return {"a dispatch mode", "is on", Refusal::kRecorder};
   if (quick && autocasts(a, *backend)) return {"autocast", "is on", Refusal::kRecorder};
   if (const Refusal no = normkit::check(a, !quick)) return no;
-  if (const Refusal no = check_recorders(a)) return no;
-  return check_inference(a);
+  return check_recorders(a);
 }
 
 Refusal Prepared::make_outputs() {
@@ -94,14 +89,20 @@ Refusal Prepared::make_outputs() {
   if (a.residual && !a.residual_out)
     if (const Refusal no = make_output(a.residual, a.residual.dtype, made_residual, a.residual_out))
       return no;
-  job = row_norm_of(a);
+  lay_out(a, job);
   stream = stream_for(*backend, a.x.device);
   return {};
 }
 
+// Autograd learns of the writes by version counters, as it does from torch's own in-place
+// operators.
 void Prepared::count_writes() const {
-  if (writes_out) count_write(a.out);
-  if (writes_residual_out) count_write(a.residual_out);
+  nb::object written;
+  if (writes_out && writes_residual_out)
+    written = nb::make_tuple(nb::handle(a.out.object), nb::handle(a.residual_out.object));
+  else if (writes_out || writes_residual_out)
+    written = nb::make_tuple(nb::handle((writes_out ? a.out : a.residual_out).object));
+  if (written.is_valid()) call(torch_objects.increment_version, written.ptr());
 }
 
 namespace {
@@ -181,7 +182,8 @@ nb::object plan(PyObject* const* args) {
   if (!a.out) out.stand_in(a.out, a.x, a.out_dtype.value_or(a.x.dtype));
   if (a.residual && !a.residual_out)
     residual_out.stand_in(a.residual_out, a.residual, a.residual.dtype);
-  const std::string text = p.backend->describe(row_norm_of(a), p.device);
+  lay_out(a, p.job);
+  const std::string text = p.backend->describe(p.job, p.device);
   return nb::make_tuple(p.backend->name, text.c_str());
 }
 

@@ -49,7 +49,8 @@ nb::object part_statistics(PyObject* const* args) {
   if (const Refusal no = find_backend(a.x.device, backend)) return refuse(no);
   if (const Refusal no = check(a, true)) return refuse(no);
 
-  RowNorm job = row_norm_of(a);
+  RowNorm job;
+  lay_out(a, job);
   job.split.plane = job.rows;
   nb::object statistics = new_statistics(a.x, a.statistic, job.split);
   void* stream = stream_for(*backend, a.x.device);
@@ -69,7 +70,8 @@ nb::object part_apply(PyObject* const* args) {
   nb::object y, rstd, mean = nb::none();
   if (const Refusal no = make_output(a.x, a.out_dtype.value_or(a.x.dtype), y, a.out))
     return refuse(no);
-  RowNorm job = row_norm_of(a);
+  RowNorm job;
+  lay_out(a, job);
   job.split = split_of(a.gathered, job.rows);
   rstd = new_row_values(a.x, job.rstd);
   if (a.statistic == Statistic::kLayer) mean = new_row_values(a.x, job.mean);

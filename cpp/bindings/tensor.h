@@ -25,6 +25,15 @@ struct Refusal {
   explicit operator bool() const { return problem != nullptr; }
 };
 
+// A function of torch, and of a builtin its C function, which is called where `flags` (METH_O and
+// the like) say that it takes what it is called with.
+struct Function {
+  PyObject* object = nullptr;
+  PyCFunction builtin = nullptr;
+  PyObject* self = nullptr;
+  int flags = -1;
+};
+
 // The Python objects that the extension needs; set once, by bind_torch().
 struct Torch {
   PyTypeObject* tensor = nullptr;
@@ -32,17 +41,19 @@ struct Torch {
   const DLPackExchangeAPI* api = nullptr;
   PyObject* empty_like = nullptr;
   PyObject* contiguous_format = nullptr;
-  PyObject* is_grad_enabled = nullptr;
-  PyCFunction is_inference = nullptr;  // of a tensor
-  PyObject* is_inference_mode_enabled = nullptr;
-  PyObject* increment_version = nullptr;
-  PyObject* forward_ad = nullptr;     // the dict of torch.autograd.forward_ad
-  PyObject* current_level = nullptr;  // "_current_level"
-  PyObject* requires_grad = nullptr;  // "requires_grad"
-  PyObject* new_empty = nullptr;      // "new_empty"
+  PyObject* no_arguments = nullptr;  // an empty tuple
+  Function is_grad_enabled;
+  Function is_inference_mode_enabled;
+  Function is_autocast_enabled;
+  Function is_tracing;
+  Function increment_version;
+  PyObject* requires_grad = nullptr;    // the property of torch.Tensor
+  PyObject* version = nullptr;          // likewise, of _version
+  descrgetfunc get_property = nullptr;  // reads them
+  PyObject* forward_ad = nullptr;       // the dict of torch.autograd.forward_ad
+  PyObject* current_level = nullptr;    // "_current_level"
+  PyObject* new_empty = nullptr;        // "new_empty"
   PyObject* uint8 = nullptr;
-  PyObject* is_autocast_enabled = nullptr;
-  PyObject* is_tracing = nullptr;
   PyObject* modes = nullptr;              // the dict of torch.utils._python_dispatch
   PyObject* in_a_mode = nullptr;          // "_is_in_torch_dispatch_mode"
   PyObject* cuda = nullptr;               // "cuda"

@@ -305,8 +305,8 @@ void row_norm(const RowNorm& norm) {
   if (job.stages.wide || job.stages.clamp_x)
     job.wide = wide_scratch.reserve(job.plan.threads * job.plan.block_rows * padded(norm.n));
   run_on_threads(job.plan.threads, run_part, &job);
-  affine_scratch.trim();
-  wide_scratch.trim();
+  if (job.affine) affine_scratch.trim();
+  if (job.wide) wide_scratch.trim();
 }
 
 }  // namespace normkit::cpu

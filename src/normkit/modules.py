@@ -52,13 +52,6 @@ class _Affine(torch.nn.Module):
         shown += [f"{name}=True" for name in flags if getattr(self, name)]
         return ", ".join(filter(None, shown))
 
-    def _affine(self) -> tuple[Tensor | None, Tensor | None]:
-        try:  # self.weight takes ten times as long
-            parameters = self._parameters
-            return parameters["weight"], parameters["bias"]
-        except KeyError:  # parametrised, pruned or sharded: still attributes, but not parameters
-            return self.weight, self.bias
-
     def _trace(self, x: Any, residual: Any, out_dtype: torch.dtype | None) -> Any:
         """Record a call of this module by torch.fx, which takes only torch's own for leaves."""
         given = (x,) if residual is None else (x, residual)
@@ -111,7 +104,7 @@ class _RowNorm(_Affine):
             TypeError: an argument is no tensor, or of the wrong dtype.
             ValueError: a shape or a device is wrong.
         """
-        weight, bias = self._affine()
+        weight, bias = _affine(self)
         kind = self._bits if residual is None else self._bits | ADD
         call = (
             kind, x, residual, weight, bias, self.eps, self.weight_offset,
@@ -433,7 +426,7 @@ class HeadNorm(_Affine):
 
         Outer strides are free: q and k may be slices of a packed qkv.  The rest is as in `RMSNorm`.
         """
-        weight, bias = self._affine()
+        weight, bias = _affine(self)
         kind = PER_HEAD | (self.kind == "layer") * LAYER | (residual is not None) * ADD
         call = (
             kind, x, residual, weight, bias, self.eps, self.weight_offset,
@@ -494,6 +487,15 @@ class HeadNorm(_Affine):
             round_rstd=stored.spec.round_rstd,
         )
         return module._adopt(stored)
+
+
+def _affine(module: _Affine) -> tuple[Tensor | None, Tensor | None]:
+    """Weight and bias; no method, which Module has a hook to look for."""
+    try:  # self.weight takes ten times as long
+        parameters = module._parameters
+        return parameters["weight"], parameters["bias"]
+    except KeyError:  # parametrised, pruned or sharded: still attributes, but not parameters
+        return module.weight, module.bias
 
 
 def _check_options(eps: float | None, weight_offset: float) -> None:

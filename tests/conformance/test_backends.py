@@ -172,6 +172,7 @@ def test_explain_answers_for_functions_of_normkit_only() -> None:
         "utils._python_dispatch._is_in_torch_dispatch_mode",
         "_C._is_tracing",
         "_C._increment_version",
+        "Tensor._version",
         "Tensor.__dlpack_c_exchange_api__",
     ],
 )

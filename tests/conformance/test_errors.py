@@ -289,16 +289,20 @@ def test_a_nested_tensor_is_refused_by_name(
 def test_writing_to_an_inference_tensor_is_refused_as_torch_refuses_it(backend: Any) -> None:
     with torch.inference_mode():
         made = [torch.full((2, 8), 2.0) for _ in range(2)]
+    normal = torch.ones(2, 8)
     for op, named, given, outputs in (
         ("rms_norm_", "x", made[:1], {}),
         ("add_rms_norm_", "x", [made[0], torch.ones(2, 8)], {}),
-        ("add_rms_norm_", "residual", [torch.ones(2, 8), made[0]], {}),
+        ("add_rms_norm_", "residual", [normal, made[0]], {}),
         ("rms_norm", "out", [torch.ones(2, 8)], {"out": made[0]}),
+        ("add_rms_norm", "out", [torch.ones(2, 8)] * 2, {"out": made[0], "residual_out": normal}),
         ("add_rms_norm", "residual_out", [torch.ones(2, 8)] * 2, {"residual_out": made[0]}),
     ):
         with pytest.raises(RuntimeError, match=f"^{named}: expected a normal tensor"):
             backend.unexplained(op, *given, **outputs)
     assert all((t == 2).all() for t in made)
+    assert (normal == 1).all()
+    assert normal._version == 0  # nor has autograd been told of a write
     assert torch.allclose(backend("rms_norm", made[0]), torch.ones(2, 8))
     with torch.inference_mode():
         backend("add_rms_norm_", *made)

@@ -106,6 +106,19 @@ def test_outs_are_written_and_returned(in_place: bool) -> None:
     assert [out._version for out in outs] == [version + 1 for version in versions]
 
 
+def test_no_out_is_written_where_one_of_them_cannot_be() -> None:
+    xs, weights = [torch.randn(3, N)] * 2, [torch.ones(N)] * 2
+    with torch.inference_mode():
+        inference = torch.zeros(3, N)
+    normal = torch.zeros(3, N)
+    for outs in ([inference, normal], [normal, inference]):
+        with pytest.raises(RuntimeError, match=r"^outs\[[01]\]: expected a normal tensor"):
+            parallel.rms_norm_tp(xs, weights, outs=outs, context=TPContext(["cpu"] * 2))
+    assert not inference.any()
+    assert not normal.any()
+    assert normal._version == 0
+
+
 def test_strided_rows_are_not_copied() -> None:
     packed = torch.randn(5, 3 * N)
     made = parallel.rms_norm_tp(packed.split(N, dim=1), context=TPContext(["cpu"]))
