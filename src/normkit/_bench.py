@@ -33,6 +33,7 @@ import normkit
 from normkit._spec import OPS as SPECS
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from rich.table import Table
     from torch.utils.benchmark import Measurement, Timer
 
@@ -87,11 +88,20 @@ class Comparison:
         return zip(self.measurements[name].times, self.measurements[to].times, strict=True)
 
 
-def timer(code: str, names: dict[str, Any], **labels: Any) -> Timer:
+def timer(
+    code: str, names: Names, label: str = "", sub_label: str = "", description: str = ""
+) -> Timer:
     """Return torch's timer of a statement, on as many threads as torch takes now."""
     from torch.utils.benchmark import Timer
 
-    return Timer(code, globals=names, num_threads=torch.get_num_threads(), **labels)
+    return Timer(
+        code,
+        globals=names,
+        num_threads=torch.get_num_threads(),
+        label=label,
+        sub_label=sub_label,
+        description=description,
+    )
 
 
 def paired(timers: Mapping[str, Timer], rounds: int, seconds: float = SAMPLE_SECONDS) -> Comparison:
@@ -190,7 +200,7 @@ OPS = {
     if hasattr(normkit, op.name)
 }
 HEAD_DIM = 128
-Names = dict[str, Any]
+Names = dict[str, object]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -229,7 +239,7 @@ def measure(
     dtype: str,
     rounds: int,
     more: Mapping[str, str] | None = None,
-    names: Mapping[str, Any] | None = None,
+    names: Mapping[str, object] | None = None,
 ) -> dict[str, Any]:
     """Time op `name` with out= against torch and a plain copy; returns one entry of the report.
 
@@ -242,12 +252,17 @@ def measure(
     with torch.no_grad():
         compared = paired({k: timer(v, every) for k, v in code.items()}, rounds)
     cells = {k: cell | {"code": code[k]} for k, cell in cells_of(compared, COPY).items()}
-    case = {"op": name, "dtype": dtype, "shape": "x".join(map(str, shape)), "elements": rows * n}
+    case: dict[str, Any] = {
+        "op": name,
+        "dtype": dtype,
+        "shape": "x".join(map(str, shape)),
+        "elements": rows * n,
+    }
     case |= {"rounds": rounds, "threads": torch.get_num_threads(), **retakes(compared)}
     return case | {"candidates": cells}
 
 
-def cells_of(compared: Comparison, floor: str) -> dict[str, dict[str, Any]]:
+def cells_of(compared: Comparison, floor: str) -> dict[str, dict[str, object]]:
     """What a report says of each candidate; `floor` is what they are held against."""
     return {
         name: {
@@ -274,7 +289,7 @@ _IDENTITY = ["vendor_id", "cpu family", "model", "stepping"]
 _IDENTITY += ["CPU implementer", "CPU part", "CPU variant", "CPU revision"]
 
 
-def machine() -> dict[str, Any]:
+def machine() -> dict[str, object]:
     """The hardware and system, as far as they decide how fast a norm is."""
     facts = _cpuinfo()
     bf16 = "+BF16" if "avx512_bf16" in facts.get("flags", "").split() else ""
@@ -307,7 +322,7 @@ def versions() -> dict[str, str]:
     return {"normkit": normkit.__version__, "torch": torch.__version__, "python": python}
 
 
-def run_stamp() -> dict[str, Any]:
+def run_stamp() -> dict[str, str | None]:
     """What differs from one run on a machine to the next."""
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return {**versions(), "commit": commit(), "time": now}
@@ -332,7 +347,7 @@ def commit() -> str | None:
 # --------------------------------------------------------------------------------------- reporting
 
 
-def write_json(path: Path, data: Any) -> None:
+def write_json(path: Path, data: object) -> None:
     """Write in one step, so that an interrupted run never leaves half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".part")
@@ -386,7 +401,7 @@ def plot(results: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _draw_panel(axis: Any, results: Sequence[Mapping[str, Any]]) -> None:
+def _draw_panel(axis: Axes, results: Sequence[Mapping[str, Any]]) -> None:
     candidates = dict.fromkeys(name for r in results for name in r["candidates"] if name != COPY)
     for name, marker in zip(candidates, "os^vDPX*", strict=False):
         cells = {i: r["candidates"][name] for i, r in enumerate(results) if name in r["candidates"]}

@@ -6,12 +6,26 @@ to import normkit first.
 """
 
 # No `from __future__ import annotations`: TorchScript reads annotations as objects.
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from normkit._spec import DEFAULT_OPTIONS, PLAIN_OPTIONS
+
+
+class Scriptable(Protocol):
+    """A module of this package."""
+
+    @property
+    def weight(self) -> Tensor | None: ...
+    @property
+    def bias(self) -> Tensor | None: ...
+
+    eps: float | None
+    weight_offset: float
+    round_before_weight: bool
+    memory_efficient: bool
 
 
 class ScriptableNorm(torch.nn.Module):
@@ -23,7 +37,7 @@ class ScriptableNorm(torch.nn.Module):
     eps: float | None
     shape: list[int]
 
-    def __init__(self, norm: Any, kind: str, shape: list[int], *, per_head: bool) -> None:
+    def __init__(self, norm: Scriptable, kind: str, shape: list[int], *, per_head: bool) -> None:
         super().__init__()
         self.weight = norm.weight
         self.bias = norm.bias
@@ -41,16 +55,17 @@ class ScriptableNorm(torch.nn.Module):
             raise ValueError(f"x: expected a shape that ends in {self.shape}, got {x.size()}")
         weight, bias = self.weight, self.bias
         if self.per_head:
-            return torch.ops.normkit.head_norm(  # type: ignore[no-any-return]
+            of_heads: Tensor = torch.ops.normkit.head_norm(
                 x, weight, bias, self.eps, self.kind, *self.options
             )[0]
+            return of_heads
         rows = x.flatten(-dims)
         if weight is not None:
             weight = weight.flatten()
         if bias is not None:
             bias = bias.flatten()
         if self.kind == "layer":
-            y = torch.ops.normkit.layer_norm(rows, weight, bias, self.eps, *self.options)[0]
+            y: Tensor = torch.ops.normkit.layer_norm(rows, weight, bias, self.eps, *self.options)[0]
         else:
             y = torch.ops.normkit.rms_norm(rows, weight, bias, self.eps, *self.options)[0]
-        return y.view(x.size())  # type: ignore[no-any-return]
+        return y.view(x.size())

@@ -8,7 +8,7 @@ tests and benchmarks come from these; signatures are written by hand, and a test
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from operator import attrgetter
 from typing import Any, Literal, NamedTuple, TypedDict
@@ -17,6 +17,13 @@ import torch
 from torch import Tensor
 
 Kind = Literal["rms", "layer"]
+
+# What a call returns: y, or (y, residual_out).
+Result = Tensor | tuple[Tensor, Tensor]
+# What a forward pass made, and took of each row: y, residual_out, rstd, and mean, None for rms.
+Saved = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
+# Of x, residual, weight and bias; None where it is not wanted.  The first two may be one tensor.
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 FLOATS_TEXT = "float32, float16 or bfloat16"
@@ -119,7 +126,7 @@ class Call:
         """Whether more than y and the sum is rounded, to the dtype of what is normalised."""
         return self.round_before_weight or self.round_rstd
 
-    def native(self) -> tuple[Any, ...]:
+    def native(self) -> tuple[object, ...]:
         """The arguments of the extension."""
         return _native_values(self)
 
@@ -216,7 +223,7 @@ class Field(NamedTuple):
     """An argument of the ops: its type in an operator's schema, its default, what it means."""
 
     type: str
-    default: Any  # Ellipsis: none
+    default: object  # Ellipsis: none
     meaning: str
 
     def declared(self, name: str) -> str:
@@ -287,7 +294,7 @@ class Op(NamedTuple):
             del taken["kind"]
         return taken
 
-    def call(self, given: dict[str, Any], *, in_place: bool = False) -> Call:
+    def call(self, given: Mapping[str, Any], *, in_place: bool = False) -> Call:
         """Make the call that these arguments mean; those in place are written, too."""
         kind = self.bits
         if self.layer is None:

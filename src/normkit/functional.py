@@ -17,6 +17,7 @@ Arguments mean the same everywhere: `rms_norm` describes them, `add_rms_norm` th
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -32,11 +33,11 @@ __all__ = [
     "rms_norm_",
 ]  # fmt: skip
 
-# One entry and one function under the types of what they return for these kinds.
-_norm: Callable[..., Tensor | None] = quick
-_add_norm: Callable[..., tuple[Tensor, Tensor] | None] = quick
-_serve: Callable[[Call], Tensor] = serve
-_serve_both: Callable[[Call], tuple[Tensor, Tensor]] = serve
+# One entry and one function, under the types of what they return for these kinds.
+_norm = cast("Callable[..., Tensor | None]", quick)
+_add_norm = cast("Callable[..., tuple[Tensor, Tensor] | None]", quick)
+_serve = cast("Callable[[Call], Tensor]", serve)
+_serve_both = cast("Callable[[Call], tuple[Tensor, Tensor]]", serve)
 
 
 def rms_norm(

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar, overload
+from typing import TYPE_CHECKING, Any, ClassVar, cast, overload
 
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
-from torch.fx import Proxy
+from torch.fx import Proxy, Tracer
 from torch.nn import Parameter, init
 
 from normkit._scripting import ScriptableNorm
 from normkit._serving.backends import quick
 from normkit._serving.checks import check_eps, check_number, check_size
 from normkit._serving.serve import serve
-from normkit._spec import ADD, LAYER, PER_HEAD, Call, Kind
+from normkit._spec import ADD, LAYER, PER_HEAD, Call, Kind, Result
 from normkit.checkpoint import Source, StoredNorm, read_norm
 
 if TYPE_CHECKING:
@@ -52,12 +52,13 @@ class _Affine(torch.nn.Module):
         shown += [f"{name}=True" for name in flags if getattr(self, name)]
         return ", ".join(filter(None, shown))
 
-    def _trace(self, x: Any, residual: Any, out_dtype: torch.dtype | None) -> Any:
+    def _trace(self, x: object, residual: object, out_dtype: torch.dtype | None) -> Result:
         """Record a call of this module by torch.fx, which takes only torch's own for leaves."""
         given = (x,) if residual is None else (x, residual)
         options = {} if out_dtype is None else {"out_dtype": out_dtype}
-        tracer: Any = next(t.tracer for t in given if isinstance(t, Proxy))
-        return tracer.create_proxy("call_module", tracer.path_of_module(self), given, options)
+        tracer = cast(Tracer, next(t.tracer for t in given if isinstance(t, Proxy)))
+        call = tracer.create_proxy("call_module", tracer.path_of_module(self), given, options)
+        return cast(Result, call)
 
     def _adopt(self, stored: StoredNorm) -> Self:
         self.weight = Parameter(stored.weight)
@@ -70,7 +71,7 @@ class _RowNorm(_Affine):
     """A norm over the last dimensions; with a class of torch it is whole."""
 
     normalized_shape: tuple[int, ...]
-    eps: Any  # as the class of torch has it
+    eps: Any  # a float of torch's LayerNorm, and a float or None of its RMSNorm
     _kind: ClassVar[Kind]
     _bits: ClassVar[int]
 
@@ -86,7 +87,7 @@ class _RowNorm(_Affine):
 
     def forward(
         self, x: Tensor, residual: Tensor | None = None, *, out_dtype: torch.dtype | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Result:
         """Normalise x, or x + residual, over the dimensions of normalized_shape.
 
         Args:
@@ -114,21 +115,21 @@ class _RowNorm(_Affine):
         if weight is not None and not is_dynamo_compiling():
             made = quick(*call)
             if made is not None:
-                return made  # type: ignore[no-any-return]
+                return made
         if isinstance(x, Proxy) or isinstance(residual, Proxy):
             return self._trace(x, residual, out_dtype)
         if weight is None or len(self.normalized_shape) > 1:
             return self._as_one_row(Call(*call, self.memory_efficient))
-        return serve(Call(*call, self.memory_efficient))  # type: ignore[no-any-return]
+        return serve(Call(*call, self.memory_efficient))
 
-    def _as_one_row(self, call: Call) -> Tensor | tuple[Tensor, Tensor]:
+    def _as_one_row(self, call: Call) -> Result:
         x, dims = call.x, len(self.normalized_shape)
         _check_ending("x", x, self.normalized_shape)
         shape = x.shape
         if call.residual is not None:
             _check_ending("residual", call.residual, shape)
         if dims == 1:
-            return serve(call)  # type: ignore[no-any-return]
+            return serve(call)
 
         def flat(t: Tensor | None) -> Tensor | None:
             return None if t is None else t.flatten(-dims)
@@ -141,7 +142,9 @@ class _RowNorm(_Affine):
             bias=flat(call.bias),
         )
         made = serve(rows)
-        return made.view(shape) if call.residual is None else tuple(t.view(shape) for t in made)
+        if isinstance(made, tuple):
+            return made[0].view(shape), made[1].view(shape)
+        return made.view(shape)
 
     def __prepare_scriptable__(self) -> torch.nn.Module:
         """Return what torch.jit.script compiles in the place of this module."""
@@ -322,7 +325,7 @@ class LayerNorm(_RowNorm, torch.nn.LayerNorm):
     ) -> None:
         _check_options(eps, weight_offset)
         shape = _checked_shape(normalized_shape)
-        super().__init__(shape, eps, elementwise_affine, bias, device, dtype)  # type: ignore[arg-type]
+        super().__init__(shape, cast(float, eps), elementwise_affine, bias, device, dtype)
         self.weight_offset = weight_offset
         self.round_before_weight = round_before_weight
         self.round_rstd = round_rstd
@@ -421,7 +424,7 @@ class HeadNorm(_Affine):
 
     def forward(
         self, x: Tensor, residual: Tensor | None = None, *, out_dtype: torch.dtype | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Result:
         """Normalise each head of x (..., heads, head_dim), or of x + residual.
 
         Outer strides are free: q and k may be slices of a packed qkv.  The rest is as in `RMSNorm`.
@@ -435,13 +438,13 @@ class HeadNorm(_Affine):
         if weight is not None and not is_dynamo_compiling():
             made = quick(*call)
             if made is not None:
-                return made  # type: ignore[no-any-return]
+                return made
         if isinstance(x, Proxy) or isinstance(residual, Proxy):
             return self._trace(x, residual, out_dtype)
         if weight is None:  # whose shape would have been compared
             heads = () if self.num_heads is None else (self.num_heads,)
             _check_ending("x", x, (*heads, self.head_dim))
-        return serve(Call(*call, self.memory_efficient))  # type: ignore[no-any-return]
+        return serve(Call(*call, self.memory_efficient))
 
     def __prepare_scriptable__(self) -> torch.nn.Module:
         """Return what torch.jit.script compiles in the place of this module."""
@@ -505,9 +508,9 @@ def _check_options(eps: float | None, weight_offset: float) -> None:
 
 def _checked_shape(shape: int | Sequence[int]) -> tuple[int, ...]:
     try:
-        sizes = tuple(shape)  # type: ignore[arg-type]
+        sizes = tuple(cast(Sequence[int], shape))
     except TypeError:  # one size
-        sizes = (shape,)  # type: ignore[assignment]
+        sizes = (cast(int, shape),)
     if not sizes:
         raise ValueError("normalized_shape: expected at least one dimension, got ()")
     for size in sizes:
@@ -515,7 +518,7 @@ def _checked_shape(shape: int | Sequence[int]) -> tuple[int, ...]:
     return sizes
 
 
-def _check_ending(name: str, t: Any, ending: tuple[int, ...]) -> None:
+def _check_ending(name: str, t: object, ending: tuple[int, ...]) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(t).__name__}")
     if t.is_nested and t.layout == torch.strided:  # has no shape

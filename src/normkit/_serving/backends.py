@@ -7,12 +7,15 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from normkit._serving import triton
 from normkit._serving.refusal import Refusal
+from normkit._spec import Gradients, Result, Saved
 
 try:
     from normkit import _C
@@ -32,14 +35,14 @@ class Native(NamedTuple):
     `parts` has `_C`'s functions for rows that are split over processes; None where there are none.
     """
 
-    norm: Callable[..., Any]
-    norm_saving: Callable[..., Any]
-    plan: Callable[..., Any]
-    norm_backward: Callable[..., Any]
-    parts: Any = None
+    norm: Callable[..., Result | Refusal]
+    norm_saving: Callable[..., Saved | Refusal]
+    plan: Callable[..., tuple[str, str] | Refusal]
+    norm_backward: Callable[..., Gradients | Refusal]
+    parts: ModuleType | None = None
 
     @classmethod
-    def of(cls, extension: Any) -> Native:
+    def of(cls, extension: ModuleType) -> Native:
         """The entries of `_C`, or of another build of it."""
         return cls(
             extension.norm,
@@ -53,7 +56,7 @@ class Native(NamedTuple):
     def refusing(cls, argument: str, problem: str = "") -> Native:
         """Entries of a backend that has no kernels."""
 
-        def refuse(*_: Any) -> Refusal:
+        def refuse(*_: object) -> Refusal:
             return Refusal(argument, problem, "backend")
 
         return cls(refuse, refuse, refuse, refuse)
@@ -71,14 +74,14 @@ natives: dict[str, Native] = {
 }
 
 
-def _refuse_quickly(*_: Any) -> None:
+def _refuse_quickly(*_: object) -> None:
     return None
 
 
 # The first try of an eager call; None where it has to be looked at.
-quick: Callable[..., Any]
+quick: Callable[..., Result | None]
 # Likewise of several calls, one on each of several devices.
-quick_tp: Callable[..., Any]
+quick_tp: Callable[..., list[Tensor] | None]
 if _missing or ALWAYS_DISPATCH:
     quick = quick_tp = _refuse_quickly
 else:

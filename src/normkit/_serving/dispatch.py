@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,12 +18,9 @@ from normkit._serving import triton
 from normkit._serving.backends import Native, backends, natives, wanted_backend
 from normkit._serving.checks import check
 from normkit._serving.refusal import Refusal
-from normkit._spec import OF_STATISTICS, Call, Formula
+from normkit._spec import OF_STATISTICS, Call, Formula, Gradients, Result, Saved
 
-Result = Tensor | tuple[Tensor, Tensor]
-
-# What a forward pass made, and took of each row: y, residual_out, rstd, and mean, None for rms.
-Saved = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -38,7 +35,9 @@ class Explanation:
 def run(call: Call) -> Result:
     """Run a call that has been checked and needs no gradient."""
     made: Result | Refusal = _ask(call, _chosen(call).norm)
-    return run_by_reference(call) if isinstance(made, Refusal) else made
+    if isinstance(made, Refusal):
+        return run_by_reference(call)
+    return made
 
 
 def save(call: Call) -> Saved:
@@ -65,8 +64,6 @@ def save(call: Call) -> Saved:
     return y, residual_out, rstd, mean
 
 
-# Of x, residual, weight and bias; None where it is not wanted.  The first two may be one tensor.
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 class Wanted(NamedTuple):
@@ -112,7 +109,7 @@ def backward(
             wanted.weight + 2 * wanted.bias,
         )
         tensors = (grad_y, grad_residual_out, x, residual, weight, bias)
-        made: Gradients | Refusal = _with_copies(native, kind, tensors, options)
+        made = _with_copies(native, kind, tensors, options)
         if not isinstance(made, Refusal):
             return made
         if backend not in ("auto", "reference"):
@@ -174,7 +171,7 @@ def explain_call(call: Call) -> Explanation:
     """Tell how a call that has been checked would run."""
     gradient = call.needs_gradient()
     with torch.no_grad():
-        made: tuple[str, str] | Refusal = _ask(call, _chosen(call).plan)
+        made = _ask(call, _chosen(call).plan)
     if isinstance(made, Refusal):
         return Explanation("reference", "plain torch", str(made))
     backend, plan = made
@@ -206,10 +203,10 @@ def _chosen(call: Call) -> Native:
     return natives[wanted]
 
 
-def _ask(call: Call, native: Callable[..., Any]) -> Any:
+def _ask(call: Call, native: Callable[..., Made | Refusal]) -> Made | Refusal:
     """What a backend's entry gives; an error if a backend was asked for by name and refuses."""
-    kind, x, residual, weight, bias, *rest = call.native()
-    made = _with_copies(native, kind, (x, residual, weight, bias), rest)
+    tensors = (call.x, call.residual, call.weight, call.bias)
+    made = _with_copies(native, call.kind, tensors, call.native()[1 + len(tensors) :])
     wanted = wanted_backend()
     if isinstance(made, Refusal) and wanted not in ("auto", "reference"):
         raise ValueError(f'use_backend("{wanted}") cannot serve this {call.op}: {made}')
@@ -217,8 +214,11 @@ def _ask(call: Call, native: Callable[..., Any]) -> Any:
 
 
 def _with_copies(
-    native: Callable[..., Any], kind: int, tensors: tuple[Tensor | None, ...], rest: Any
-) -> Any:
+    native: Callable[..., Made | Refusal],
+    kind: int,
+    tensors: tuple[Tensor | None, ...],
+    rest: tuple[object, ...],
+) -> Made | Refusal:
     """Ask for these tensors, or where strides are the reason why not for copies of them."""
     if not _hides_signs(tensors[0]):
         made = native(kind, *tensors, *rest)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Protocol, TypeGuard, cast
 
 import torch
 from torch import Tensor
@@ -11,7 +11,19 @@ from torch import Tensor
 from normkit._spec import Call
 
 
-def is_jagged(t: Any) -> bool:
+class Jagged(Protocol):
+    """A nested tensor of torch's jagged layout, whose own type is private and has no types."""
+
+    shape: torch.Size
+    ndim: int
+    _ragged_idx: int
+
+    def values(self) -> Tensor: ...
+    def offsets(self) -> Tensor: ...
+    def lengths(self) -> Tensor | None: ...
+
+
+def is_jagged(t: object) -> TypeGuard[Jagged]:
     """Whether t is a nested tensor of torch's jagged layout."""
     return isinstance(t, Tensor) and t.layout == torch.jagged
 
@@ -22,26 +34,28 @@ def norm_of_values(call: Call) -> Call:
     Raises:
         ValueError: the ragged dimension is normalised, or a tensor is not ragged as x is.
     """
-    x: Any = call.x
-    rows = [(name, t) for name, t in call.tensors() if name not in ("weight", "bias")]
-    t: Any
-    for name, t in rows:
+    x = cast(Jagged, call.x)
+    values: dict[str, Tensor] = {}
+    for name, t in call.tensors():
+        if name in ("weight", "bias"):
+            continue
         if not is_jagged(t):
             raise ValueError(f"{name}: expected a jagged tensor, as x is, got {t.layout}")
         if t.shape != x.shape or t._ragged_idx != x._ragged_idx:
             raise ValueError(f"{name}: expected x's shape {x.shape}, got {t.shape}")
+        values[name] = t.values()
     if x._ragged_idx == x.ndim - 1:
         raise ValueError(f"x: expected rows of one length, got shape {x.shape}")
-    values: dict[str, Any] = {name: t.values() for name, t in rows}
+    rows, residual = values["x"], values.get("residual")
+    out, residual_out = values.get("out"), values.get("residual_out")
     if call.in_place:
-        values["out"] = values["x"]
-        if call.residual is not None:
-            values["residual_out"] = values["residual"]
-    return replace(call, **values)
+        out, residual_out = rows, residual
+    return replace(call, x=rows, residual=residual, out=out, residual_out=residual_out)
 
 
-def ragged_as(x: Any, values: Tensor) -> Tensor:
+def ragged_as(x: Tensor, values: Tensor) -> Tensor:
     """Return values as a nested tensor with the sequences of x."""
+    like = cast(Jagged, x)
     return torch.nested.nested_tensor_from_jagged(
-        values, x.offsets(), x.lengths(), jagged_dim=x._ragged_idx
+        values, like.offsets(), like.lengths(), jagged_dim=like._ragged_idx
     )

@@ -8,7 +8,7 @@ rstd and mean as well.  The gradients of all of them are one operator, `norm_bac
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -16,32 +16,84 @@ from torch import Tensor
 from normkit._serving import dispatch
 from normkit._serving.backends import wanted_backend
 from normkit._serving.checks import check
-from normkit._serving.dispatch import Gradients, Result, Saved, Wanted
-from normkit._spec import FIELDS, OPS, OPTIONS, Call, Field, Fields, Formula, Op
+from normkit._serving.dispatch import Wanted
+from normkit._spec import (
+    FIELDS,
+    OPS,
+    OPTIONS,
+    Call,
+    Field,
+    Fields,
+    Formula,
+    Gradients,
+    Op,
+    Result,
+    Saved,
+)
 
 
-def is_sharded(t: Any) -> bool:
+def is_sharded(t: object) -> bool:
     """Whether it is a DTensor, which only torch's own operators may write in place."""
     return type(t).__name__ == "DTensor"
 
 
-def _namer(arguments: Fields) -> Callable[[Sequence[Any]], dict[str, Any]]:
+def _namer(arguments: Fields) -> Callable[[Sequence[object]], dict[str, object]]:
     """Return what names an operator's values, of which torch leaves out the last defaults."""
     names = tuple(arguments)
     defaults = tuple(argument.default for argument in arguments.values())
     return lambda values: dict(zip(names, (*values, *defaults[len(values) :]), strict=True))
 
 
-def _define(name: str, arguments: Fields, returned: str) -> None:
-    declared = ", ".join(argument.declared(name) for name, argument in arguments.items())
-    schema = f"{name}({declared}) -> {returned}"
+_library = torch.library.Library("normkit", "DEF")  # type: ignore[no-untyped-call]
+
+
+def define(
+    name: str,
+    arguments: str,
+    returned: str,
+    implementation: Callable[..., Tensor | Sequence[Tensor] | None],
+    fake: Callable[..., Tensor | Sequence[Tensor] | None],
+) -> None:
+    """Make an operator of `torch.ops.normkit`, for tensors on any device and for fake ones."""
+    schema = f"{name}({arguments}) -> {returned}"
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
+    _library.impl(name, implementation, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"normkit::{name}", fake, lib=_library)
+
+
+def differentiate(
+    name: str,
+    backward: Callable[..., tuple[Tensor | None, ...]],
+    setup_context: Callable[..., None] | None = None,
+) -> None:
+    """Give an operator its gradients."""
+    torch.library.register_autograd(
+        f"normkit::{name}", backward, setup_context=setup_context, lib=_library
+    )
+
+
+def _declared(arguments: Fields) -> str:
+    return ", ".join(argument.declared(name) for name, argument in arguments.items())
 
 
 # ---------------------------------------------------------------- gradients
 
 
-def _remember(ctx: Any, call: Call, saved: Saved) -> None:
+class _Context(Protocol):
+    """What autograd keeps of a call, and what is kept with it here."""
+
+    needs_input_grad: tuple[bool, ...]
+    saved_tensors: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor | None]
+    backend: str
+    dtypes: tuple[torch.dtype, torch.dtype | None]
+    formula: Formula
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+    def mark_non_differentiable(self, *tensors: Tensor) -> None: ...
+    def set_materialize_grads(self, value: bool) -> None: ...
+
+
+def _remember(ctx: _Context, call: Call, saved: Saved) -> None:
     """Keep what the backward pass needs: rstd, mean and no second copy of anything."""
     y, residual_out, rstd, mean = saved
     from_output = call.memory_efficient and not call.round_before_weight and not call.clamp_inf
@@ -63,7 +115,7 @@ def _remember(ctx: Any, call: Call, saved: Saved) -> None:
 
 
 def _gradients(
-    ctx: Any,
+    ctx: _Context,
     needed: Sequence[bool],
     grad_y: Tensor | None,
     grad_residual_out: Tensor | None,
@@ -105,14 +157,16 @@ def _gradients(
 
 def run_with_gradient(call: Call) -> Result:
     """Run an eager call that needs a gradient; `dispatch.save` checks it."""
-    return _Norm.apply(call, call.x, call.residual, call.weight, call.bias)  # type: ignore[no-any-return, no-untyped-call]
+    tensors = (call.x, call.residual, call.weight, call.bias)
+    made: Result = _Norm.apply(call, *tensors)  # type: ignore[no-untyped-call]
+    return made
 
 
 class _Norm(torch.autograd.Function):
     """Autograd function for eager calls that need a gradient."""
 
     @staticmethod
-    def forward(ctx: Any, call: Call, *_: Tensor | None) -> Result:
+    def forward(ctx: _Context, call: Call, *_: Tensor | None) -> Result:
         saved = dispatch.save(call)
         _remember(ctx, call, saved)
         y, residual_out = saved[:2]
@@ -122,7 +176,7 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def backward(
-        ctx: Any, grad_y: Tensor | None, grad_residual_out: Tensor | None = None
+        ctx: _Context, grad_y: Tensor | None, grad_residual_out: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[1:]
         made = _gradients(ctx, needed, grad_y, grad_residual_out, dispatch.backward)
@@ -130,8 +184,6 @@ class _Norm(torch.autograd.Function):
 
 
 # ---------------------------------------------------------------- operators
-
-_library = torch.library.Library("normkit", "DEF")  # type: ignore[no-untyped-call]
 
 
 def _empty_like(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -175,15 +227,12 @@ def _register_functional(op: Op) -> None:
     }
     outputs = _outputs(op)
     has_mean = "mean" in outputs
-    _define(op.name, arguments, f"({', '.join(f'Tensor {name}' for name in outputs)})")
-    name = f"normkit::{op.name}"
-
     named = _namer(arguments)
 
-    def call_of(values: Sequence[Any]) -> Call:
+    def call_of(values: Sequence[object]) -> Call:
         return op.call(named(values))
 
-    def forward(*values: Any) -> tuple[Tensor, ...]:
+    def forward(*values: object) -> tuple[Tensor, ...]:
         call = call_of(values)
         y, residual_out, rstd, mean = dispatch.save(call)
         made = [y] if residual_out is None else [y, residual_out]
@@ -192,7 +241,7 @@ def _register_functional(op: Op) -> None:
             made.append(rstd.new_empty(0) if mean is None else mean)
         return tuple(made)
 
-    def fake(*values: Any) -> tuple[Tensor, ...]:
+    def fake(*values: object) -> tuple[Tensor, ...]:
         call = call_of(values)
         made = [_empty_like(call.x, call.out_dtype)]
         if call.residual is not None:
@@ -204,7 +253,7 @@ def _register_functional(op: Op) -> None:
             )
         return tuple(made)
 
-    def remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    def remember(ctx: _Context, inputs: tuple[object, ...], output: tuple[Tensor, ...]) -> None:
         call = call_of(inputs)
         made = dict(zip(outputs, output, strict=True))
         mean = made.get("mean") if call.layer else None
@@ -218,7 +267,9 @@ def _register_functional(op: Op) -> None:
         names.index(name) if name in names else None for name in ("x", "residual", "weight", "bias")
     ]
 
-    def backward(ctx: Any, grad_y: Tensor | None, *grads: Tensor | None) -> tuple[Any, ...]:
+    def backward(
+        ctx: _Context, grad_y: Tensor | None, *grads: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         grad_residual_out = grads[0] if op.adds else None
         needs = ctx.needs_input_grad  # as many as arguments were given
         needed = [place is not None and place < len(needs) and needs[place] for place in places]
@@ -229,25 +280,22 @@ def _register_functional(op: Op) -> None:
                 of_inputs[place] = gradient
         return tuple(of_inputs)
 
-    _library.impl(op.name, forward, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-    torch.library.register_fake(name, fake, lib=_library)
-    torch.library.register_autograd(name, backward, setup_context=remember, lib=_library)
+    returned = f"({', '.join(f'Tensor {name}' for name in outputs)})"
+    define(op.name, _declared(arguments), returned, forward, fake)
+    differentiate(op.name, backward, remember)
 
 
 def _register_writing(op: Op, form: str, arguments: Fields) -> None:
     """Register what writes its outputs, or x and the residual, and returns nothing."""
-    _define(op.name + form, arguments, "()")
-
     name_values = _namer(arguments)
 
-    def write(*values: Any) -> None:
+    def write(*values: object) -> None:
         dispatch.run(check(op.call(name_values(values), in_place=form == "_")))
 
-    def fake(*_: Any) -> None:
+    def fake(*_: object) -> None:
         return None
 
-    _library.impl(op.name + form, write, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"normkit::{op.name}{form}", fake, lib=_library)
+    define(op.name + form, _declared(arguments), "()", write, fake)
 
 
 _FORMULA = {
@@ -279,7 +327,6 @@ _BACKWARD = {**_TENSORS, **_FORMULA, **_WANTED}
 
 
 def _register_backward() -> None:
-    _define("norm_backward", _BACKWARD, f"({', '.join(['Tensor'] * 4)})")
     first, last = len(_TENSORS), len(_TENSORS) + len(_FORMULA)
 
     def parts(values: Sequence[Any]) -> tuple[Formula, Wanted, Sequence[Any]]:
@@ -307,12 +354,12 @@ def _register_backward() -> None:
             _empty_like(bias) if wanted.bias and bias is not None else nothing.clone(),
         )
 
-    def refuse(ctx: Any, *_: Any) -> Any:
+    def refuse(ctx: object, *_: object) -> NoReturn:
         raise RuntimeError("norm_backward: its result cannot be differentiated again")
 
-    _library.impl("norm_backward", backward, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-    torch.library.register_fake("normkit::norm_backward", fake, lib=_library)
-    torch.library.register_autograd("normkit::norm_backward", refuse, lib=_library)
+    returned = f"({', '.join(['Tensor'] * 4)})"
+    define("norm_backward", _declared(_BACKWARD), returned, backward, fake)
+    differentiate("norm_backward", refuse)
 
 
 def _call_backward_operator(
@@ -365,8 +412,8 @@ def call_operator(call: Call) -> Result:
         _FORMS[name](*values)
         return (call.x, call.residual) if call.residual is not None else call.x
     if not call.written():
-        made = _FORMS[name](*values, call.out_dtype, call.memory_efficient)
-        return made[:2] if call.adds else made[0]  # type: ignore[no-any-return]
+        made: tuple[Tensor, ...] = _FORMS[name](*values, call.out_dtype, call.memory_efficient)
+        return (made[0], made[1]) if call.adds else made[0]
     out = _empty_like(call.x, call.out_dtype) if call.out is None else call.out
     if call.residual is None:
         _FORMS[name + "_out"](out, *values)

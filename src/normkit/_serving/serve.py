@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
-from typing import Any
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -21,8 +21,8 @@ from torch.overrides import handle_torch_function, has_torch_function
 from normkit._serving import dispatch, nested, operators
 from normkit._serving.backends import ALWAYS_DISPATCH, wanted_backend
 from normkit._serving.checks import check
-from normkit._serving.dispatch import Explanation, Result
-from normkit._spec import OPS, Call
+from normkit._serving.dispatch import Explanation
+from normkit._spec import OPS, Call, Result
 
 # Devices on which torch's autocast has its layer norm (True) or rms norm (False) return float32.
 # Torch itself is asked: that of 2.10 has no such rule for rms_norm.
@@ -36,14 +36,14 @@ AUTOCAST_TO_FLOAT32 = tuple(
 PLAIN = (Tensor, torch.nn.Parameter)
 
 # The public functions by name: what other types than tensors are told of, as torch tells its own.
-FUNCTIONS: dict[str, Callable[..., Any]] = {}
+FUNCTIONS: dict[str, Callable[..., Result]] = {}
 
 # Who runs calls of tensors of a type, and explains them: found by name, so that nobody who has none
 # pays for importing torch.distributed.
 PLUG_INS = {"DTensor": "normkit.parallel._dtensor"}
 
 
-def serve(call: Call) -> Any:
+def serve(call: Call) -> Result:
     """Check and run a call that the quick path did not take."""
     if type(call.x) not in PLAIN:
         if nested.is_jagged(call.x):
@@ -60,7 +60,7 @@ def serve(call: Call) -> Any:
         call = check(call)
         plug_in = _plug_in(call)
         if plug_in is not None and not transformed:
-            made = plug_in.run(call)
+            made: Result | None = plug_in.run(call)
             if made is not None:
                 return made
         # A backend asked for by name has to say that it cannot run these.
@@ -81,7 +81,7 @@ def serve(call: Call) -> Any:
     return operators.run_with_gradient(call)
 
 
-def explain(op: str | Callable[..., Any], *args: Any, **options: Any) -> Explanation:
+def explain(op: str | Callable[..., Result], *args: object, **options: object) -> Explanation:
     """Tell how exactly this call would run, and why; nothing is computed or written.
 
     No output is allocated; inputs that the call would copy, for their strides, are copied here too.
@@ -128,33 +128,33 @@ def _is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def _plug_in(call: Call) -> Any:
+def _plug_in(call: Call) -> ModuleType | None:
     name = PLUG_INS.get(type(call.x).__name__)
     return None if name is None else import_module(name)
 
 
 def _run_jagged(call: Call) -> Result:
+    def ragged(values: Tensor, out: Tensor | None) -> Tensor:
+        return nested.ragged_as(call.x, values) if out is None else out
+
     made = serve(nested.norm_of_values(call))
-    made = made if isinstance(made, tuple) else (made,)
-    given = (call.out, call.residual_out)
-    returned = tuple(
-        nested.ragged_as(call.x, values) if out is None else out
-        for values, out in zip(made, given, strict=False)
-    )
-    return returned if len(returned) > 1 else returned[0]  # type: ignore[return-value]
+    if not isinstance(made, tuple):
+        return ragged(made, call.out)
+    return ragged(made[0], call.out), ragged(made[1], call.residual_out)
 
 
-def _hand_over(call: Call) -> Any:
+def _hand_over(call: Call) -> Result:
     """Let an x that is no tensor, as torch.fx traces with, say what a call of it means."""
     function = FUNCTIONS[call.op]
-    given: dict[str, Any] = {}
+    given: dict[str, object] = {}
     for name, parameter in inspect.signature(function).parameters.items():
         value = call.statistic if name == "kind" else getattr(call, name)
         default = parameter.default
         is_default = value is default or (type(value) is type(default) and value == default)
         if not is_default or default is parameter.empty:
             given[name] = value
-    return handle_torch_function(function, (call.x,), given.pop("x"), **given)
+    made: Result = handle_torch_function(function, (call.x,), given.pop("x"), **given)
+    return made
 
 
 def _autocast(call: Call) -> Call:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from normkit._serving.refusal import Refusal
-from normkit._spec import FLAGS, FLOATS, Call
+from normkit._spec import FLAGS, FLOATS, Call, Result, Saved
 
 FLOAT32_EPSILON = 2.0**-23
 
@@ -72,7 +73,7 @@ def unusable() -> str:
 
 
 @cache
-def _kernels() -> Any:
+def _kernels() -> ModuleType | str:
     """The module of the kernels; a str that says why there is none."""
     try:
         return importlib.import_module("normkit._serving.triton_kernels")
@@ -80,7 +81,7 @@ def _kernels() -> Any:
         return f"Triton could not be loaded: {error}"
 
 
-def norm(*values: Any) -> Tensor | tuple[Tensor, Tensor] | Refusal:
+def norm(*values: Any) -> Result | Refusal:
     """Run a call: y, or (y, residual_out).
 
     What is written must overlap no input unless it is that input.
@@ -93,7 +94,7 @@ def norm(*values: Any) -> Tensor | tuple[Tensor, Tensor] | Refusal:
     return y if total is None else (y, total)
 
 
-def norm_saving(*values: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None] | Refusal:
+def norm_saving(*values: Any) -> Saved | Refusal:
     """Run a call and keep what its gradients need: (y, residual_out, rstd, mean)."""
     call = Call(*values)
     way = _way_of(call)
@@ -106,7 +107,7 @@ def plan_of(*values: Any) -> tuple[str, str] | Refusal:
     return way if isinstance(way, Refusal) else ("triton", str(way))
 
 
-def norm_backward(*_: Any) -> Refusal:
+def norm_backward(*_: object) -> Refusal:
     """Say why no kernel here makes gradients, with the arguments of `_C.norm_backward`."""
     return Refusal("the Triton backend", "has no backward pass", "backend")
 
@@ -130,10 +131,9 @@ def _programs(x: Tensor, way: Plan) -> int:
     return -(-(x.numel() // x.shape[-1]) // way.rows)
 
 
-def _run(
-    call: Call, way: Plan, *, saving: bool
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+def _run(call: Call, way: Plan, *, saving: bool) -> Saved:
     kernels = _kernels()
+    assert isinstance(kernels, ModuleType)  # or _way_of would have refused
     x, residual, weight, bias = call.x, call.residual, call.weight, call.bias
     out, residual_out = call.out, call.residual_out
     n = x.shape[-1]
@@ -191,11 +191,11 @@ def _run(
     return y, total, rstd, mean  # type: ignore[return-value]  # rstd is None where nobody looks
 
 
-def _current(device: torch.device) -> AbstractContextManager[Any]:
+def _current(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current device, and its current stream."""
     if device.type == "cpu":
         return nullcontext()
-    made: AbstractContextManager[Any] = torch.get_device_module(device).device(device)
+    made: AbstractContextManager[object] = torch.get_device_module(device).device(device)
     return made
 
 

@@ -23,7 +23,6 @@ that.
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,13 +32,20 @@ from normkit import functional, modules, parallel
 from normkit._spec import Kind
 from normkit.checkpoint import StoredNorm
 from normkit.compat._errors import raise_renamed
-from normkit.compat.exllamav2_module import Exposed, NormModule, torch_device
+from normkit.compat.exllamav2_module import (
+    Exposed,
+    Hidden,
+    Model,
+    NormModule,
+    Returned,
+    torch_device,
+)
 from normkit.compat.exllamav2_tp import exllamav2_streams
 
 __all__ = ["ExLlamaV2HeadNorm", "ExLlamaV2LayerNorm", "ExLlamaV2RMSNorm"]
 
 
-class ExLlamaV2LayerNorm(NormModule):
+class ExLlamaV2LayerNorm(NormModule[modules.LayerNorm]):
     """ExLlamaV2's LayerNorm over hidden_size.
 
         y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias
@@ -65,7 +71,7 @@ class ExLlamaV2LayerNorm(NormModule):
     _adds_constant = False  # as in ExLlamaV2
 
 
-class ExLlamaV2HeadNorm(NormModule):
+class ExLlamaV2HeadNorm(NormModule[modules.HeadNorm]):
     """ExLlamaV2's norm of each attention head.
 
         y = xhat * (weight + norm_constant_bias) + bias,  xhat by archparams.headnorm: "rmsnorm", or
@@ -96,7 +102,7 @@ class ExLlamaV2HeadNorm(NormModule):
     _module = modules.HeadNorm
 
     def __init__(
-        self, model: Any, key: str, num_heads: int, head_dim: int, archparams: Any = None
+        self, model: Model, key: str, num_heads: int, head_dim: int, archparams: object = None
     ) -> None:
         super().__init__(model, key, archparams)
         self.num_heads = num_heads
@@ -119,13 +125,13 @@ class ExLlamaV2HeadNorm(NormModule):
                 f"{stored.key}.weight: expected shape {heads} or {heads[1:]}, got {shape}"
             )
 
-    def _in_float16(self, module: Any, name: str) -> Parameter | None:
+    def _in_float16(self, module: modules.HeadNorm, name: str) -> Parameter | None:
         made = super()._in_float16(module, name)
         if made is None or made.ndim == 2:
             return made
         return Parameter(made.data.repeat(self.num_heads, 1), requires_grad=False)
 
-    def _normalised(self, x: Any, output_fp32: bool, **options: Any) -> Any:
+    def _normalised(self, x: Hidden, output_fp32: bool, **options: Kind) -> Hidden:
         options["kind"] = self._loaded().kind
         heads = (self.num_heads, self.head_dim)
         if not isinstance(x, Tensor) or tuple(x.shape[-2:]) == heads:
@@ -135,12 +141,11 @@ class ExLlamaV2HeadNorm(NormModule):
                 f"hidden_states: expected shape (..., {heads[0]}, {heads[1]}) or"
                 f" (..., {heads[0] * heads[1]}), got {tuple(x.shape)}"
             )
-        return (
-            super()._normalised(x.view(*x.shape[:-1], *heads), output_fp32, **options).flatten(-2)
-        )
+        y = super()._normalised(x.view(*x.shape[:-1], *heads), output_fp32, **options)
+        return y.flatten(-2) if isinstance(y, Tensor) else y
 
 
-class ExLlamaV2RMSNorm(NormModule):
+class ExLlamaV2RMSNorm(NormModule[modules.RMSNorm]):
     """ExLlamaV2's RMSNorm over hidden_size, on one device or, after `tp_split`, on several.
 
         y = x / sqrt(mean(x^2) + eps) * (weight + norm_constant_bias)
@@ -165,7 +170,7 @@ class ExLlamaV2RMSNorm(NormModule):
     _function = staticmethod(functional.rms_norm)
     _module = modules.RMSNorm
 
-    def __init__(self, model: Any, key: str, archparams: Any = None) -> None:
+    def __init__(self, model: Model, key: str, archparams: object = None) -> None:
         super().__init__(model, key, archparams)
         self.broadcast_type: int | None = None
 
@@ -181,13 +186,12 @@ class ExLlamaV2RMSNorm(NormModule):
             return super()._made_for_kernels(name)
         return [self._in_float16(replica, name) for replica in self._replicas]
 
-    def _out_dtype(self, x: Any, output_fp32: bool) -> torch.dtype | None:
+    def _out_dtype(self, output_fp32: bool) -> torch.dtype | None:
         return torch.float32 if output_fp32 else torch.float16
 
     def scratch_space_tp(self) -> list[int]:
         """Return a 0 per device of the model's tp_context: no scratch memory is needed."""
-        devices: int = self.model.tp_context.num_devices
-        return [0] * devices
+        return [0] * self.model.tp_context.num_devices
 
     def tp_split(self, broadcast_type: int) -> None:
         """Put the whole weight, and bias, on every device that has a part of a split.
@@ -217,15 +221,15 @@ class ExLlamaV2RMSNorm(NormModule):
 
     def forward_tp(
         self,
-        hidden_states: Any,
-        cache: Any = None,
-        attn_params: Any = None,
-        past_len: Any = None,
+        hidden_states: Hidden,
+        cache: object = None,
+        attn_params: object = None,
+        past_len: object = None,
         intermediates: bool = False,
-        loras: Any = None,
+        loras: object = None,
         output_fp32: bool = False,
-        **kwargs: Any,
-    ) -> Any:
+        **kwargs: object,
+    ) -> Returned:
         """Normalise hidden_states on every device of the split.
 
         Args:
@@ -252,7 +256,7 @@ class ExLlamaV2RMSNorm(NormModule):
             raise RuntimeError(f"{self.key}: expected tp_split() before this")
         return self.forward(hidden_states, intermediates=intermediates, output_fp32=output_fp32)
 
-    def _normalised(self, x: Any, output_fp32: bool, **options: Any) -> Any:
+    def _normalised(self, x: Hidden, output_fp32: bool, **options: Kind) -> Hidden:
         if not self.is_tp:
             return super()._normalised(x, output_fp32, **options)
         context = self._split_context()
@@ -270,7 +274,7 @@ class ExLlamaV2RMSNorm(NormModule):
                 context=context,
                 weight_offset=self._replicas[0].weight_offset,
                 clamp_inf=True,
-                out_dtype=self._out_dtype(xs[0], output_fp32),
+                out_dtype=self._out_dtype(output_fp32),
             )
         except (TypeError, ValueError) as error:
             names = {"xs": "hidden_states", "x": "hidden_states", "eps": "variance_epsilon"}
@@ -283,7 +287,7 @@ class ExLlamaV2RMSNorm(NormModule):
         return self._context
 
 
-def _checked_list(hidden_states: Any, count: int) -> list[Tensor]:
+def _checked_list(hidden_states: object, count: int) -> list[Tensor]:
     if not isinstance(hidden_states, (list, tuple)):
         kind = type(hidden_states).__name__
         raise TypeError(f"hidden_states: expected a tensor or a list of tensors, got {kind}")

@@ -26,7 +26,6 @@ ops: no gradient is ever recorded.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -240,7 +239,11 @@ def head_norm_(x: Tensor, w: Tensor, b: Tensor | None, epsilon: float, rms: bool
 
 
 def rms_norm_tp(
-    x: Sequence[Tensor], w: Sequence[Tensor], y: Sequence[Tensor], epsilon: float, tp_context: Any
+    x: Sequence[Tensor],
+    w: Sequence[Tensor],
+    y: Sequence[Tensor],
+    epsilon: float,
+    tp_context: parallel.TPContext | int,
 ) -> None:
     """Write the RMSNorm of one tensor on each device: `rms_norm` for every x, w and y of the lists.
 
@@ -270,10 +273,11 @@ def rms_norm_tp(
             raise ValueError(f"{name}: expected {len(x)} tensors, as in x, got {len(tensors)}")
     if epsilon is None:
         raise TypeError("epsilon: expected a number, got NoneType")
-    context = tp_context
     if isinstance(tp_context, int):
         context = context_of(tp_context, tuple(t.device for t in x))
-    elif not isinstance(tp_context, parallel.TPContext):
+    elif isinstance(tp_context, parallel.TPContext):
+        context = tp_context
+    else:
         raise TypeError(
             f"tp_context: expected a TPContext or a handle, got {type(tp_context).__name__}"
         )
@@ -286,13 +290,13 @@ def rms_norm_tp(
 
 
 def _serve(
-    function: Callable[..., Any],
+    function: Callable[..., Tensor],
     x: Tensor,
     w: Tensor,
     b: Tensor | None,
     y: Tensor,
     epsilon: float,
-    **options: Any,
+    **options: str,
 ) -> None:
     """Serve what the quick path did not take, or say what is wrong in the caller's words."""
     for name, value in (("w", w), ("y", y)):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,12 +17,48 @@ from normkit.checkpoint import StoredNorm, read_norm
 from normkit.compat._errors import raise_renamed
 
 Exposed = Parameter | None | list[Parameter | None]
+# A tensor, or one for each device after tp_split; and what forward returns.
+Hidden = Tensor | Sequence[Tensor]
+Returned = Hidden | dict[str, Hidden]
+
+Norm = TypeVar("Norm", modules.RMSNorm, modules.LayerNorm, modules.HeadNorm)
+
+
+class Arch(Protocol):
+    """Of `config.arch`; it may have a keymap, too."""
+
+    lm: object
+
+
+class Config(Protocol):
+    """What is read of `model.config`."""
+
+    norm_eps: float
+    hidden_size: int
+    tensor_file_map: Mapping[str, str]
+    arch: Arch
+
+
+class Splits(Protocol):
+    """What is read of `model.tp_context`."""
+
+    num_devices: int
+
+    def get_split(self, broadcast_type: int, /) -> Sequence[tuple[int, int, int]]:
+        """(device index, begin, end) of each part."""
+
+
+class Model(Protocol):
+    """What is read of a model."""
+
+    config: Config
+    tp_context: Splits
 
 
 class TensorFiles:
     """The tensors of `config.tensor_file_map`, by the names that they have there."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Config) -> None:
         self._files = config.tensor_file_map
         self._keymap = getattr(getattr(config, "arch", None), "keymap", None) or ()
 
@@ -46,28 +82,28 @@ class TensorFiles:
         return name
 
 
-class NormModule:
+class NormModule(Generic[Norm]):
     """A norm of ExLlamaV2; `normkit.compat.exllamav2` says what it is and has them all."""
 
     name: str = "LayerNorm"
 
-    layernorm: Any
+    layernorm: Norm | None
     """The module of normkit that holds what is stored; None before load()."""
     variance_epsilon: float
     """Added to the statistic, on every path: 1e-6, and from load() on `model.config.norm_eps`."""
 
     _function: ClassVar[Callable[..., Tensor]]
-    _module: ClassVar[type[modules.RMSNorm | modules.LayerNorm | modules.HeadNorm]]
+    _module: type[Norm]
     _adds_constant = True
 
-    def __init__(self, model: Any, key: str, archparams: Any = None) -> None:
+    def __init__(self, model: Model, key: str, archparams: object = None) -> None:
         self.archparams = model.config.arch.lm if archparams is None else archparams
         self.model = model
         self.key = key
         self.alt_key: str | None = None
         self.device_idx: int | None = None
         self.footprint = -1
-        self.submodules: list[Any] = []
+        self.submodules: list[object] = []
         self.variance_epsilon = 1e-6
         self.unload()
 
@@ -160,7 +196,7 @@ class NormModule:
     def _made_for_kernels(self, name: str) -> Exposed:
         return None if self.layernorm is None else self._in_float16(self.layernorm, name)
 
-    def _in_float16(self, module: Any, name: str) -> Parameter | None:
+    def _in_float16(self, module: Norm, name: str) -> Parameter | None:
         stored: Parameter | None = getattr(module, name)
         constant = module.weight_offset if name == "weight" else 0.0
         if stored is None or (stored.dtype == torch.float16 and not constant):
@@ -175,10 +211,10 @@ class NormModule:
         """
         module = self._loaded()
         if module.bias is None:
-            return module.weight.data  # type: ignore[no-any-return]
+            return module.weight.data
         return module.weight.data, module.bias.data
 
-    def _loaded(self) -> Any:
+    def _loaded(self) -> Norm:
         if self.layernorm is None:
             raise RuntimeError(f"{self.key}: expected load() before this, nothing is loaded")
         return self.layernorm
@@ -187,8 +223,7 @@ class NormModule:
 
     def weight_footprint(self) -> int:
         """Return the bytes of a float16 weight, which is what ExLlamaV2 counts with."""
-        size: int = self.model.config.hidden_size
-        return size * 2
+        return self.model.config.hidden_size * 2
 
     def numel(self) -> int:
         """Return 0: norms are not counted among the weights that are quantised."""
@@ -230,15 +265,15 @@ class NormModule:
 
     def forward(
         self,
-        hidden_states: Any,
-        cache: Any = None,
-        attn_params: Any = None,
-        past_len: Any = None,
+        hidden_states: Hidden,
+        cache: object = None,
+        attn_params: object = None,
+        past_len: object = None,
         intermediates: bool = False,
-        loras: Any = None,
+        loras: object = None,
         output_fp32: bool = False,
-        **kwargs: Any,
-    ) -> Any:
+        **kwargs: object,
+    ) -> Returned:
         """Normalise hidden_states, which are left as they are.
 
         Args:
@@ -269,20 +304,20 @@ class NormModule:
 
     def forward_torch(
         self,
-        hidden_states: Any,
-        cache: Any = None,
-        attn_params: Any = None,
-        past_len: Any = None,
+        hidden_states: Hidden,
+        cache: object = None,
+        attn_params: object = None,
+        past_len: object = None,
         intermediates: bool = False,
-        loras: Any = None,
+        loras: object = None,
         output_fp32: bool = False,
-        **kwargs: Any,
-    ) -> Any:
+        **kwargs: object,
+    ) -> Returned:
         """Do what forward does in plain torch: the same eps, roundings, dtypes and errors."""
         with use_backend("reference"):
             return self.forward(hidden_states, intermediates=intermediates, output_fp32=output_fp32)
 
-    def _normalised(self, x: Any, output_fp32: bool, **options: Any) -> Any:
+    def _normalised(self, x: Hidden, output_fp32: bool, **options: Kind) -> Hidden:
         module = self._loaded()
         stored = module._parameters  # module.weight takes ten times as long
         try:
@@ -293,16 +328,16 @@ class NormModule:
                 self.variance_epsilon,
                 weight_offset=module.weight_offset,
                 clamp_inf=True,
-                out_dtype=self._out_dtype(x, output_fp32),
+                out_dtype=self._out_dtype(output_fp32),
                 **options,
             )
         except (TypeError, ValueError) as error:
             raise_renamed(error, {"x": "hidden_states", "eps": "variance_epsilon"})
 
-    def _out_dtype(self, x: Any, output_fp32: bool) -> torch.dtype | None:
+    def _out_dtype(self, output_fp32: bool) -> torch.dtype | None:
         return torch.float32 if output_fp32 else None
 
-    def _result(self, y: Any, intermediates: bool) -> Any:
+    def _result(self, y: Hidden, intermediates: bool) -> Returned:
         return {"hidden_states": y} if intermediates else y
 
 

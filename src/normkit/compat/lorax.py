@@ -13,7 +13,8 @@ LoRAX gives `torch.nn.LayerNorm` two methods when it is imported.  Here that tak
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 __all__ = ["FastLayerNorm", "FastRMSNorm", "install", "uninstall"]
 
+Layer = TypeVar("Layer", bound=torch.nn.LayerNorm)
+
 
 def _stored(weights: HasGetTensor, name: str, hint: str = "") -> Tensor:
     if not callable(getattr(weights, "get_tensor", None)):
@@ -43,23 +46,24 @@ def _stored(weights: HasGetTensor, name: str, hint: str = "") -> Tensor:
     return tensor
 
 
-def _load(cls: Any, prefix: str, weights: HasGetTensor, eps: float) -> Any:
+def _load(cls: type[Layer], prefix: str, weights: HasGetTensor, eps: float) -> Layer:
     """Make a LayerNorm of the tensors `prefix`.weight and `prefix`.bias."""
     weight = _stored(weights, f"{prefix}.weight")
     bias = _stored(weights, f"{prefix}.bias", "; load_no_bias is for norms without one")
     if bias.shape != weight.shape:
         expected = f"the weight's shape {tuple(weight.shape)}"
         raise ValueError(f"{prefix}.bias: expected {expected}, got {tuple(bias.shape)}")
-    norm = cls(weight.shape, eps=eps)
+    norm = cls(list(weight.shape), eps=eps)
     norm.weight, norm.bias = Parameter(weight), Parameter(bias)
     return norm
 
 
-def _load_no_bias(cls: Any, prefix: str, weights: HasGetTensor, eps: float) -> Any:
+def _load_no_bias(cls: type[Layer], prefix: str, weights: HasGetTensor, eps: float) -> Layer:
     """Make a LayerNorm without a bias of the tensor `prefix`.weight."""
     weight = _stored(weights, f"{prefix}.weight")
-    norm = cls(weight.shape, eps=eps)
-    norm.weight, norm.bias = Parameter(weight), None
+    norm = cls(list(weight.shape), eps=eps)
+    norm.weight = Parameter(weight)
+    norm.register_parameter("bias", None)
     return norm
 
 
@@ -139,12 +143,12 @@ class FastLayerNorm(LayerNorm):
             >>> FastLayerNorm.load("ln", stored, 1e-5)
             FastLayerNorm((4,), eps=1e-05, elementwise_affine=True, bias=True)
         """
-        return _load(cls, prefix, weights, eps)  # type: ignore[no-any-return]
+        return _load(cls, prefix, weights, eps)
 
     @classmethod
     def load_no_bias(cls, prefix: str, weights: HasGetTensor, eps: float) -> Self:
         """Make the layer of the tensor `prefix`.weight, without a bias; else as `load`."""
-        return _load_no_bias(cls, prefix, weights, eps)  # type: ignore[no-any-return]
+        return _load_no_bias(cls, prefix, weights, eps)
 
 
 class FastRMSNorm(torch.nn.Module):
@@ -191,24 +195,25 @@ class FastRMSNorm(torch.nn.Module):
 # ---------------------------------------------------------------- LoRAX's own files
 
 _ABSENT = object()
-_METHODS: dict[str, Any] = {
+_METHODS: dict[str, object] = {
     "load": classmethod(_load),
     "load_no_bias": classmethod(_load_no_bias),
 }
-_OURS: dict[str, Any] = {**_METHODS, "dropout_layer_norm": dropout_layer_norm}
-_replaced: dict[str, Any] = {}
+_OURS: dict[str, object] = {**_METHODS, "dropout_layer_norm": dropout_layer_norm}
+_replaced: dict[str, object] = {}
 
 
-def _found(name: str) -> Any:
-    place = vars(torch.nn.LayerNorm) if name in _METHODS else sys.modules
-    return place.get(name, _ABSENT)
+def _found(name: str) -> object:
+    if name in _METHODS:
+        return vars(torch.nn.LayerNorm).get(name, _ABSENT)
+    return sys.modules.get(name, _ABSENT)
 
 
-def _put(name: str, value: Any) -> None:
+def _put(name: str, value: object) -> None:
     if name not in _METHODS and value is _ABSENT:
         del sys.modules[name]
     elif name not in _METHODS:
-        sys.modules[name] = value
+        sys.modules[name] = cast(ModuleType, value)
     elif value is _ABSENT:
         delattr(torch.nn.LayerNorm, name)
     else:

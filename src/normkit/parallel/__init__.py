@@ -8,7 +8,7 @@ styles for `torch.distributed.tensor.parallel.parallelize_module`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from normkit.parallel.context import BroadcastType, TPContext, broadcast, replicate, tp_split
 from normkit.parallel.devices import head_norm_tp, layer_norm_tp, rms_norm_tp
@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     # DTensor, which the styles are made of, takes more than a second to import.
     if name in ("HiddenParallel", "SequenceParallel"):
         from normkit.parallel import styles

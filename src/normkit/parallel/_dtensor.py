@@ -8,21 +8,27 @@ they are, too: the ranks tell each other the statistics of their parts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 
 from normkit import reference
 from normkit._serving.operators import SHARDED, is_sharded
-from normkit._spec import ADD, Call
+from normkit._spec import ADD, Call, Result
 from normkit.parallel import _split_rows
 from normkit.parallel._gather import Ranks
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor.placement_types import Placement
 
-def run(call: Call) -> Any:
+    Lists = list[Placement | None]
+
+
+def run(call: Call) -> Result | None:
     """Run a checked call of DTensors; None where it is one for an operator."""
     register_once()
     dim = split_columns(call)
@@ -39,23 +45,26 @@ def register_once() -> None:
         register_sharding(operator)(_strategy(arguments, outputs))
 
 
-def _strategy(arguments: tuple[str, ...], outputs: tuple[str, ...]) -> Any:
+def _strategy(
+    arguments: tuple[str, ...], outputs: tuple[str, ...]
+) -> Callable[..., list[tuple[Lists, Lists]]]:
     from torch.distributed.tensor import Partial, Replicate, Shard
 
-    def strategy(*values: Any) -> list[tuple[list[Any], list[Any]]]:
+    def strategy(*values: object) -> list[tuple[Lists, Lists]]:
         named = dict(zip(arguments, values, strict=False))
-        tensors = {name: value for name, value in named.items() if hasattr(value, "ndim")}
+        # What torch gives for tensors only describes them.
+        dims_of = {name: value.ndim for name, value in named.items() if hasattr(value, "ndim")}
         empty = _empty_outputs({**dict.fromkeys({"kind"} & {*arguments}, "rms"), **named})
-        dims = tensors["x"].ndim
+        dims = dims_of["x"]
 
-        def given(name: str, dim: int) -> Any:
+        def given(name: str, dim: int) -> Placement:
             """Where an argument is if x is split along dim."""
             if name not in ("weight", "bias"):
                 return Shard(dim)
-            per_head = tensors[name].ndim == 2 and dim == dims - 2
+            per_head = dims_of[name] == 2 and dim == dims - 2
             return Shard(0) if per_head else Replicate()
 
-        def made(name: str, dim: int) -> Any:
+        def made(name: str, dim: int) -> Placement:
             if name in empty:
                 return Replicate()
             if name not in ("grad_weight", "grad_bias"):
@@ -63,23 +72,20 @@ def _strategy(arguments: tuple[str, ...], outputs: tuple[str, ...]) -> Any:
             of = given(name.removeprefix("grad_"), dim)
             return of if of.is_shard() else Partial()
 
-        whole = (
+        def split(dim: int) -> tuple[Lists, Lists]:
+            placed = [given(name, dim) if name in dims_of else None for name in named]
+            return [made(name, dim) for name in outputs], placed
+
+        whole: tuple[Lists, Lists] = (
             [Replicate() for _ in outputs],
-            [Replicate() if name in tensors else None for name in named],
+            [Replicate() if name in dims_of else None for name in named],
         )
-        split = (
-            (
-                [made(name, dim) for name in outputs],
-                [given(name, dim) if name in tensors else None for name in named],
-            )
-            for dim in range(dims - 1)
-        )
-        return [whole, *split]
+        return [whole, *map(split, range(dims - 1))]
 
     return strategy
 
 
-def _empty_outputs(named: dict[str, Any]) -> set[str]:
+def _empty_outputs(named: Mapping[str, object]) -> set[str]:
     """Outputs without elements, because there is nothing to say in them."""
     if "grad_y" not in named:
         return {"mean"} if named.get("kind") == "rms" else set()
@@ -102,21 +108,24 @@ def split_columns(call: Call) -> int | None:
     A part of this rank has to be a tensor whose memory kernels can read, as large as every other
     rank's, and the arguments have to be where they can be used as they are.
     """
-    x: Any = call.x
-    if not is_sharded(x) or call.per_head or call.written():
+    if not is_sharded(call.x) or call.per_head or call.written():
         return None
+    x = cast("DTensor", call.x)
     from torch.distributed.tensor import Replicate, Shard
 
     split = [dim for dim, p in enumerate(x.placements) if p.is_shard(x.ndim - 1)]
     plain = all(type(p) in (Shard, Replicate) for p in x.placements)
     if len(split) != 1 or not plain or x.shape[-1] % x.device_mesh.size(split[0]):
         return None
-    inputs: dict[str, Any] = dict(call.inputs())
-    if any(not is_sharded(t) or t.device_mesh != x.device_mesh for t in inputs.values()):
-        return None
-    affine = [t for name, t in inputs.items() if name in ("weight", "bias")]
-    if not all(_is_usable(t.placements, split[0]) for t in affine):
-        return None
+    for name, t in call.inputs():
+        if not is_sharded(t):
+            return None
+        given = cast("DTensor", t)
+        affine = name in ("weight", "bias")
+        if given.device_mesh != x.device_mesh or (
+            affine and not _is_usable(given.placements, split[0])
+        ):
+            return None
     # What is added in float32 and not rounded has no dtype left to round anything else to.
     if call.residual is not None and call.rounds_within and not call.round_sum:
         return None
@@ -125,7 +134,7 @@ def split_columns(call: Call) -> int | None:
     return split[0] if has_memory and not part.is_meta else None
 
 
-def _is_usable(placements: Sequence[Any], split: int) -> bool:
+def _is_usable(placements: Sequence[Placement], split: int) -> bool:
     """Whether a weight is whole on every rank, or split as the columns are."""
     from torch.distributed.tensor import Replicate, Shard
 
@@ -133,14 +142,14 @@ def _is_usable(placements: Sequence[Any], split: int) -> bool:
     return all(p in allowed[: 1 + (dim == split)] for dim, p in enumerate(placements))
 
 
-def norm_split_columns(call: Call, dim: int) -> Any:
+def norm_split_columns(call: Call, dim: int) -> Result:
     """Run a call whose x is split in columns over a mesh dimension: nothing of it is moved."""
     from torch.distributed.tensor import DTensor
 
-    x: Any = call.x
+    x = cast(DTensor, call.x)
     mesh, placements = x.device_mesh, x.placements
 
-    def whole(part: torch.Tensor) -> Any:
+    def whole(part: torch.Tensor) -> DTensor:
         strides = torch.empty(x.shape, device="meta").stride()
         return DTensor.from_local(
             part.contiguous(), mesh, placements, run_check=False, shape=x.shape, stride=strides
@@ -159,11 +168,11 @@ def part_of_rank(call: Call) -> Call | None:
 
 def _part_of_rank(call: Call, dim: int) -> tuple[Call, torch.Tensor | None]:
     """The norm of this rank's columns, and the sum that it normalises if call adds one."""
-    x: Any = call.x
+    x = cast("DTensor", call.x)
     part, residual_out = x.to_local(), None
     if call.residual is not None:
-        residual: Any = call.residual
-        residual = residual.redistribute(x.device_mesh, x.placements).to_local()
+        given = cast("DTensor", call.residual)
+        residual = given.redistribute(x.device_mesh, x.placements).to_local()
         total = reference.added(part, residual, clamp_inf=call.clamp_inf)
         residual_out = total.to(residual.dtype)
         part = residual_out if call.round_sum else total
@@ -180,16 +189,16 @@ def _part_of_rank(call: Call, dim: int) -> tuple[Call, torch.Tensor | None]:
     return norm, residual_out
 
 
-def _columns_of_rank(t: Any, x: Any, dim: int) -> torch.Tensor | None:
+def _columns_of_rank(t: torch.Tensor | None, x: DTensor, dim: int) -> torch.Tensor | None:
     """What of a weight belongs to the columns of x on this rank; its gradient returns as t is."""
     from torch.distributed.tensor import Partial, Replicate, Shard
 
     if t is None:
         return None
-    given: list[Any] = [Replicate()] * x.device_mesh.ndim
-    returned = list(t.placements)
+    whole = cast("DTensor", t)
+    given: list[Placement] = [Replicate()] * x.device_mesh.ndim
+    returned = list(whole.placements)
     for other, placement in enumerate(x.placements):
         returned[other] = Partial() if placement.is_shard() else Replicate()
     given[dim] = returned[dim] = Shard(0)
-    part: torch.Tensor = t.redistribute(x.device_mesh, given).to_local(grad_placements=returned)
-    return part
+    return whole.redistribute(x.device_mesh, given).to_local(grad_placements=returned)

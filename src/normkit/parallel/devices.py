@@ -189,7 +189,7 @@ def _norm_tp(
             kind, xs, weights, biases, eps, *options.values(), out_dtype, outs, context._handles
         )
         if made is not None:
-            return cast(list[Tensor], made)
+            return made
     lists = {"weights": weights, "biases": biases, "outs": outs}
     given = {"xs": _listed("xs", xs, None)}
     given |= {name: _listed(name, of, len(given["xs"])) for name, of in lists.items()}
@@ -203,7 +203,9 @@ def _norm_tp(
     return [cast(Tensor, serve(call)) for call in calls]
 
 
-def _listed(name: str, of: Sequence[Any] | None, count: int | None) -> Sequence[Any]:
+def _listed(
+    name: str, of: Sequence[Tensor | None] | None, count: int | None
+) -> Sequence[Tensor | None]:
     if of is None and count is not None:
         return [None] * count
     if isinstance(of, Tensor) or not isinstance(of, Sequence):

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
+from normkit._spec import Result
 from normkit.modules import HeadNorm, LayerNorm, RMSNorm
 from normkit.parallel import _dtensor
 
@@ -165,7 +166,7 @@ def _distribute(
         module.register_parameter(name, nn.Parameter(placed, requires_grad=p.requires_grad))
 
 
-def _placed_as(gradient: Any, placements: tuple[Any, ...]) -> Any:
+def _placed_as(gradient: DTensor, placements: tuple[Placement, ...]) -> DTensor:
     """Bring a gradient to its parameter; of one that all rows share, each rank has a summand."""
     return gradient.redistribute(placements=placements)
 
@@ -183,14 +184,14 @@ def _place_gradients(module: nn.Module) -> None:
             p.register_hook(placed)  # type: ignore[no-untyped-call]
 
 
-def _is_ours(hook: Any) -> bool:
+def _is_ours(hook: object) -> bool:
     return isinstance(hook, partial) and hook.func is _placed_as
 
 
 def _split_inputs(module: nn.Module, mesh: DeviceMesh, split: Split, local_output: bool) -> None:
     """Have forward take parts or DTensors, split so, and return what lies the same way."""
 
-    def as_distributed(value: Any) -> Any:
+    def as_distributed(value: object) -> object:
         if not isinstance(value, Tensor):
             return value
         placements = [split(value)]
@@ -198,19 +199,23 @@ def _split_inputs(module: nn.Module, mesh: DeviceMesh, split: Split, local_outpu
             return value.redistribute(mesh, placements)
         return DTensor.from_local(value, mesh, placements, run_check=False)
 
-    def before(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    def before(
+        module: nn.Module, args: tuple[object, ...], options: dict[str, object]
+    ) -> tuple[tuple[object, ...], dict[str, object]]:
         if not torch.compiler.is_compiling():
             _place_gradients(module)
         given = {name: as_distributed(value) for name, value in options.items()}
         return tuple(as_distributed(value) for value in args), given
 
-    def returned(t: Any) -> Any:
+    def returned(t: Tensor) -> Tensor:
         # What torch.compile runs is redistributed by DTensor.
-        t = t.redistribute(mesh, [split(t)])
-        return t.to_local() if local_output else t
+        placed = cast(DTensor, t).redistribute(mesh, [split(t)])
+        return placed.to_local() if local_output else placed
 
-    def after(_: nn.Module, args: tuple[Any, ...], made: Any) -> Any:
-        return tuple(map(returned, made)) if isinstance(made, tuple) else returned(made)
+    def after(_: nn.Module, args: tuple[object, ...], made: Result) -> Result:
+        if isinstance(made, tuple):
+            return returned(made[0]), returned(made[1])
+        return returned(made)
 
     _place_gradients(module)
     module.register_forward_pre_hook(before, with_kwargs=True)
