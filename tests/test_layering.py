@@ -5,11 +5,14 @@ from __future__ import annotations
 import ast
 import importlib
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+import normkit
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "normkit"
@@ -196,3 +199,11 @@ def test_only_one_file_of_the_kernels_knows_the_cuda_runtime() -> None:
     allowed = {"portable.cuh", "device.cu"}
     for path in (ROOT / "cuda").iterdir():
         assert path.name in allowed or not knows.search(path.read_text()), path.name
+
+
+def test_importing_normkit_loads_nothing_that_few_calls_need() -> None:
+    late = ("normkit.checkpoint", "normkit.loading", "normkit.parallel", "safetensors")
+    code = f"import sys, normkit; print([m for m in sys.modules if m.startswith({late})])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    assert normkit.load_norm is importlib.import_module("normkit.loading").load_norm

@@ -1,9 +1,9 @@
 """Every transformer norm, as fast as the memory allows, with any PyTorch from 2.10 on."""
 
 import sys as _sys
+import typing as _typing
 from importlib import import_module as _import_module
 from importlib.metadata import version as _version
-from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from normkit._serving.backends import Backend, backends, use_backend
 from normkit._serving.dispatch import Explanation
@@ -22,11 +22,10 @@ from normkit.functional import (
     rms_norm,
     rms_norm_,
 )
-from normkit.loading import load_norm
 from normkit.modules import HeadNorm, LayerNorm, RMSNorm
-from normkit.recognition import Recognition, recognise
 
-if _TYPE_CHECKING:
+if _typing.TYPE_CHECKING:
+    from normkit.loading import load_norm
     from normkit.recognition import Recognition, recognise
 
 __version__ = _version("normkit")
@@ -58,13 +57,24 @@ __all__ = [
 ]
 
 
+_LATER = {
+    "Recognition": "normkit.recognition",
+    "load_norm": "normkit.loading",
+    "recognise": "normkit.recognition",
+}
+
+
 def __getattr__(name: str) -> object:
-    # Loaded when asked for: torch.distributed, and what measures modules, are not for every import.
+    # Loaded when they are asked for: importing normkit takes little more than importing torch.
     if name == "parallel":
         return _import_module("normkit.parallel")
-    if name in ("Recognition", "recognise"):
-        return getattr(_import_module("normkit.recognition"), name)
+    if name in _LATER:
+        return getattr(_import_module(_LATER[name]), name)
     raise AttributeError(f"module 'normkit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 if "torch.distributed.tensor" in _sys.modules:  # else the first call of a DTensor does it

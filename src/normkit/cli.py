@@ -261,8 +261,8 @@ def _check_table(lines: Sequence[Mapping[str, Any]], rows: int) -> Table:
     table = Table(
         caption="w +: what is added to the weight; from: where the options came from; own: whether"
         " the model's own module computes the same\n"
-        f"error: the worst of {rows} rows of each dtype, as a fraction of the promised bound of this"
-        " norm; time: of one call on them"
+        f"error: the worst of {rows} rows of each dtype, as a fraction of the promised bound of"
+        " this norm; time: of one call on them"
     )
     table.add_column("layer", overflow="fold")
     for header in ("kind", "n", "dtype", "eps", "w +", "rounds"):
