@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import normkit
-from normkit import testing
+from normkit import _spec, testing
 from normkit._spec import FLAGS, PLAIN_OPTIONS
 from normkit.testing import Inputs
 
@@ -53,14 +53,15 @@ class Op(NamedTuple):
         return [inputs.x, *([inputs.residual] if self.adds else []), inputs.weight, inputs.bias]
 
 
-RMS, LAYER = Op("rms_norm", "rms"), Op("layer_norm", "layer")
-HEAD_RMS, HEAD_LAYER = (
-    Op("head_norm", "rms", per_head=True),
-    Op("head_norm", "layer", per_head=True),
+OPS = tuple(
+    Op(spec.name, kind, spec.adds, spec.per_head)
+    for spec in _spec.OPS.values()
+    for kind in ("rms", "layer")
+    if spec.layer is None or spec.layer == (kind == "layer")
 )
-ADD_RMS, ADD_LAYER = Op("add_rms_norm", "rms", adds=True), Op("add_layer_norm", "layer", adds=True)
-OPS = (RMS, LAYER, HEAD_RMS, HEAD_LAYER, ADD_RMS, ADD_LAYER)
-ADDING = (ADD_RMS, ADD_LAYER)
+RMS, LAYER, HEAD_RMS, HEAD_LAYER, ADD_RMS, ADD_LAYER, ADD_HEAD_RMS, ADD_HEAD_LAYER = OPS
+# Each of ADDING normalises the sum as the one of PLAIN in its place does.
+PLAIN, ADDING = (tuple(op for op in OPS if op.adds is adds) for adds in (False, True))
 
 
 class Result(NamedTuple):

@@ -12,10 +12,17 @@ from hypothesis import strategies as st
 
 import normkit
 from conformance.support import (
+    ADD_HEAD_LAYER,
+    ADD_HEAD_RMS,
+    ADD_LAYER,
+    ADD_RMS,
     ADDING,
     DTYPES,
+    HEAD_LAYER,
+    HEAD_RMS,
     LAYER,
     OPS,
+    PLAIN,
     RMS,
     SIZES,
     Op,
@@ -27,7 +34,7 @@ from conformance.support import (
     run_and_check,
     run_in_place,
 )
-from normkit import testing
+from normkit import _spec, testing
 from normkit._spec import FLAGS
 
 
@@ -195,7 +202,7 @@ def test_every_instruction_set_gives_the_same_bits(kernels: Any) -> None:
 
 def test_fused_equals_unfused(backend: Any) -> None:
     """With round_sum=True: add in torch, then the norm, is the fused op, bit for bit."""
-    for op, plain in zip(ADDING, (RMS, LAYER), strict=True):
+    for op, plain in zip(ADDING, PLAIN, strict=True):
         for dtype, residual_dtype, n in itertools.product(DTYPES, DTYPES, (9, 64, 1000)):
             inputs = inputs_for(op, 4, n, dtype, residual_dtype=residual_dtype)
             fused = run(backend, op, inputs)
@@ -203,3 +210,32 @@ def test_fused_equals_unfused(backend: Any) -> None:
             assert_same_bits(fused.residual_out, total)
             alone = run(backend, plain, inputs._replace(x=total), out_dtype=dtype)
             assert_same_bits(fused.y, alone.y)
+
+
+def test_one_weight_for_all_heads_is_the_norm_of_rows(backend: Any) -> None:
+    pairs = {HEAD_RMS: RMS, HEAD_LAYER: LAYER, ADD_HEAD_RMS: ADD_RMS, ADD_HEAD_LAYER: ADD_LAYER}
+    inputs = testing.make_inputs((2, 4, 3, 40), torch.bfloat16)
+    for heads, rows in pairs.items():
+        for options in ({}, {"round_sum": False})[: 1 + heads.adds]:
+            got = run(backend, heads, inputs, eps=1e-6, **options)
+            assert_same_results(got, run(backend, rows, inputs, eps=1e-6, **options))
+
+
+def test_every_op_of_the_table_is_reached_in_both_forms() -> None:
+    reached = set()
+
+    def call(name: str, *given: Any, **options: Any) -> Any:
+        call = _spec.OPS[name.rstrip("_")].call({"x": given[0], **options})
+        reached.add((name, call.statistic))
+        return getattr(normkit, name)(*given, **options)
+
+    for op in OPS:
+        inputs = inputs_for(op, 3, 16, torch.float32)
+        assert_same_results(run_in_place(call, op, inputs), run_and_check(call, op, inputs))
+    kinds = {False: ["rms"], True: ["layer"], None: ["rms", "layer"]}
+    assert reached == {
+        (name + form, kind)
+        for name, spec in _spec.OPS.items()
+        for kind in kinds[spec.layer]
+        for form in ("", "_")
+    }

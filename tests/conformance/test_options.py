@@ -17,6 +17,7 @@ from conformance.support import (
     HEAD_RMS,
     LAYER,
     OPS,
+    PLAIN,
     RMS,
     Op,
     assert_same_bits,
@@ -29,7 +30,6 @@ from conformance.support import (
 from normkit.testing import Inputs
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-PLAIN = [op for op in OPS if not op.adds]
 
 
 def _differ(a: torch.Tensor, b: torch.Tensor) -> float:
