@@ -84,6 +84,13 @@ class Gradients:
         if v.layer:
             made, t = made - mean(g), t + mean(size)
         made, t = made * v.rstd, 2 * t * v.rstd
+        if self.from_output:
+            # xhat is the one that y has, errors and all; but rstd is that of the forward pass, and
+            # how far it is from v.rstd cannot be seen in y.  An error e of xhat is one of
+            # 2 xhat e + e^2 in (its mean square + eps) * rstd^2, and half of that in rstd.  Where
+            # elements are equal and eps is small, xhat is 0 and the square is what counts.
+            e = v.unit * v.t
+            t = t + np.abs(made) * mean(np.abs(v.xhat) * e + e * e / 2) / v.unit
         half = v.norm.clamp_inf and v.sum_dtype == torch.float16
         if half and v.norm.round_sum:  # a sum that was clamped is a constant
             made = np.where(np.isinf(rounded(v.unrounded_sum(), torch.float16)), 0.0, made)

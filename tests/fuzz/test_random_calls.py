@@ -28,6 +28,15 @@ def test_random_calls_do_what_is_promised() -> None:
     assert not failures, "\n" + children.report(SEED, failures)
 
 
+# (seed, call) of calls that were right, and judged wrong.
+MISJUDGED = [(1795646333, 45184)]  # rstd of equal elements, for gradients from the output
+
+
+@pytest.mark.parametrize(("seed", "number"), MISJUDGED)
+def test_what_was_misjudged_is_right(arena: Arena, seed: int, number: int) -> None:
+    assert not list(check(make(seed, number, arena), arena))
+
+
 def test_calls_of_every_kind_are_made(arena: Arena) -> None:
     seen: Counter[object] = Counter()
     for i in range(1000):
