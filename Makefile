@@ -49,10 +49,12 @@ emu: $(VENV)/.test
 emu-plain: build/emu/.built
 	build/emu/sweep 1
 	build/emu/test_emulator
+	build/emu/test_cpu_affine
 
 emu-asan: build/emu-asan/.built
 	build/emu-asan/sweep 2 0 4
 	build/emu-asan/test_emulator
+	build/emu-asan/test_cpu_affine
 
 # TSan wants its addresses where they always were.
 emu-tsan: build/emu-tsan/.built
@@ -67,12 +69,12 @@ emu_cmake = $(VENV)/bin/cmake -S tests/emu -B $(@D) -GNinja -DPython_EXECUTABLE=
 
 build/emu/.built: $(VENV)/.test $(emu_sources)
 	$(emu_cmake)
-	$(VENV)/bin/cmake --build $(@D) --target _C sweep test_emulator
+	$(VENV)/bin/cmake --build $(@D) --target _C sweep test_emulator test_cpu_affine
 	@touch $@
 
 build/emu-asan/.built: $(VENV)/.test $(emu_sources)
 	$(emu_cmake) -DNORMKIT_SANITIZE=address,undefined
-	$(VENV)/bin/cmake --build $(@D) --target sweep test_emulator
+	$(VENV)/bin/cmake --build $(@D) --target sweep test_emulator test_cpu_affine
 	@touch $@
 
 build/emu-tsan/.built: $(VENV)/.test $(emu_sources)
