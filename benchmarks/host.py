@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from graphs import Baselines, Launch
 from machine import RESULTS, gpu, results_path
-from torch.utils.benchmark import Compare, Measurement
+from torch.utils.benchmark import Compare, Measurement, Timer
 
 import normkit
 from normkit import _bench, parallel
@@ -68,14 +68,14 @@ def operands(rows: int, n: int, grad: bool, device: str) -> dict[str, Any]:
 def measure(line: str, rows: int, n: int, rounds: int, device: str) -> _bench.Comparison:
     """The calls of a line, an empty loop, and on a GPU the launch of an empty kernel."""
     grad = "grad" in line or "backward" in line
-    labels = {"label": "a call on the host", "sub_label": line}
     with torch.device(device):
         names = operands(rows, n, grad, device)
     code = CALLS[line] | {"empty loop": "pass"}
     if device == "cuda":
         code |= {BARE: "launch()"}
         names["launch"] = partial(Baselines().launch, Launch(rows, 128, 1, True), LAUNCHES)
-    timers = {k: _bench.timer(v, names, description=k, **labels) for k, v in code.items()}
+    shown = partial(Timer, num_threads=torch.get_num_threads(), label="a call on the host")
+    timers = {k: shown(v, globals=names, sub_label=line, description=k) for k, v in code.items()}
     with torch.set_grad_enabled(grad):
         compared = _bench.paired(timers, rounds, seconds=2e-3)
     if BARE in code:

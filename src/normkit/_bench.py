@@ -78,30 +78,19 @@ class Comparison:
 
     def quartiles(self, name: str, to: str) -> tuple[float, float]:
         """Half of the ratios lie between these two; a single one is both."""
-        ratios = [a / b for a, b in self._rounds(name, to)]
-        if len(ratios) == 1:
-            return ratios[0], ratios[0]
-        low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        ratios = torch.tensor([a / b for a, b in self._rounds(name, to)], dtype=torch.float64)
+        low, high = ratios.quantile(torch.tensor([0.25, 0.75], dtype=torch.float64)).tolist()
         return low, high
 
     def _rounds(self, name: str, to: str) -> Iterator[tuple[float, float]]:
         return zip(self.measurements[name].times, self.measurements[to].times, strict=True)
 
 
-def timer(
-    code: str, names: Names, label: str = "", sub_label: str = "", description: str = ""
-) -> Timer:
+def timer(code: str, names: Names) -> Timer:
     """Return torch's timer of a statement, on as many threads as torch takes now."""
     from torch.utils.benchmark import Timer
 
-    return Timer(
-        code,
-        globals=names,
-        num_threads=torch.get_num_threads(),
-        label=label,
-        sub_label=sub_label,
-        description=description,
-    )
+    return Timer(code, globals=names, num_threads=torch.get_num_threads())
 
 
 def paired(timers: Mapping[str, Timer], rounds: int, seconds: float = SAMPLE_SECONDS) -> Comparison:
@@ -197,7 +186,6 @@ OPS = {
     op.name + "_layer" * (op.layer is None and layer): Op(op.name, layer, op.adds, op.per_head)
     for op in SPECS.values()
     for layer in ((False, True) if op.layer is None else (op.layer,))
-    if hasattr(normkit, op.name)
 }
 HEAD_DIM = 128
 Names = dict[str, object]
@@ -252,12 +240,7 @@ def measure(
     with torch.no_grad():
         compared = paired({k: timer(v, every) for k, v in code.items()}, rounds)
     cells = {k: cell | {"code": code[k]} for k, cell in cells_of(compared, COPY).items()}
-    case: dict[str, Any] = {
-        "op": name,
-        "dtype": dtype,
-        "shape": "x".join(map(str, shape)),
-        "elements": rows * n,
-    }
+    case = {"op": name, "dtype": dtype, "shape": "x".join(map(str, shape)), "elements": rows * n}
     case |= {"rounds": rounds, "threads": torch.get_num_threads(), **retakes(compared)}
     return case | {"candidates": cells}
 

@@ -179,14 +179,7 @@ def layer_norm_(
     clamp_inf: bool = False,
     round_rstd: bool = False,
 ) -> Tensor:
-    """`layer_norm` in place: x, whose last stride has to be 1, is overwritten and returned.
-
-    Example:
-        >>> import normkit, torch
-        >>> x = torch.randn(2, 3, 4)
-        >>> normkit.layer_norm_(x) is x
-        True
-    """
+    """`layer_norm` in place: x, whose last stride has to be 1, is overwritten and returned."""
     call = (
         LAYER, x, None, weight, bias, eps, weight_offset, round_before_weight, True, clamp_inf,
         round_rstd, None, x, None,
@@ -248,14 +241,7 @@ def head_norm_(
     clamp_inf: bool = False,
     round_rstd: bool = False,
 ) -> Tensor:
-    """`head_norm` in place: x, whose last stride has to be 1, is overwritten and returned.
-
-    Example:
-        >>> import normkit, torch
-        >>> x = torch.randn(2, 3, 4)
-        >>> normkit.head_norm_(x) is x
-        True
-    """
+    """`head_norm` in place: x, whose last stride has to be 1, is overwritten and returned."""
     call = (
         heads(kind), x, None, weight, bias, eps, weight_offset, round_before_weight, True,
         clamp_inf, round_rstd, None, x, None,
@@ -329,14 +315,7 @@ def add_rms_norm_(
     clamp_inf: bool = False,
     round_rstd: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """`add_rms_norm` in place: x is overwritten by y and the residual by the sum; returns both.
-
-    Example:
-        >>> import normkit, torch
-        >>> x, residual = torch.ones(2, 3, 4), torch.ones(2, 3, 4)
-        >>> normkit.add_rms_norm_(x, residual)[1] is residual
-        True
-    """
+    """`add_rms_norm` in place: x becomes y and the residual the sum; returns both."""
     call = (
         ADD, x, residual, weight, bias, eps, weight_offset, round_before_weight, round_sum,
         clamp_inf, round_rstd, None, x, residual,
@@ -397,14 +376,7 @@ def add_layer_norm_(
     clamp_inf: bool = False,
     round_rstd: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """`add_layer_norm` in place: x is overwritten by y and the residual by the sum; returns both.
-
-    Example:
-        >>> import normkit, torch
-        >>> x, residual = torch.ones(2, 3, 4), torch.ones(2, 3, 4)
-        >>> normkit.add_layer_norm_(x, residual)[1] is residual
-        True
-    """
+    """`add_layer_norm` in place: x becomes y and the residual the sum; returns both."""
     call = (
         ADD | LAYER, x, residual, weight, bias, eps, weight_offset, round_before_weight, round_sum,
         clamp_inf, round_rstd, None, x, residual,
@@ -468,14 +440,7 @@ def add_head_norm_(
     clamp_inf: bool = False,
     round_rstd: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """`add_head_norm` in place: x is overwritten by y and the residual by the sum; returns both.
-
-    Example:
-        >>> import normkit, torch
-        >>> x, residual = torch.ones(2, 3, 4), torch.ones(2, 3, 4)
-        >>> normkit.add_head_norm_(x, residual)[1] is residual
-        True
-    """
+    """`add_head_norm` in place: x becomes y and the residual the sum; returns both."""
     call = (
         ADD | heads(kind), x, residual, weight, bias, eps, weight_offset, round_before_weight,
         round_sum, clamp_inf, round_rstd, None, x, residual,

@@ -14,7 +14,7 @@ from torch.nn import Parameter, init
 
 from normkit._scripting import ScriptableNorm
 from normkit._serving.backends import quick
-from normkit._serving.checks import check_eps, check_number, check_size
+from normkit._serving.checks import check_ending, check_eps, check_number, check_size, sizes_of
 from normkit._serving.serve import serve
 from normkit._spec import ADD, LAYER, PER_HEAD, Call, Kind, Result
 
@@ -125,10 +125,10 @@ class _RowNorm(_Affine):
 
     def _as_one_row(self, call: Call) -> Result:
         x, dims = call.x, len(self.normalized_shape)
-        _check_ending("x", x, self.normalized_shape)
+        check_ending("x", x, self.normalized_shape)
         shape = x.shape
         if call.residual is not None:
-            _check_ending("residual", call.residual, shape)
+            check_ending("residual", call.residual, shape)
         if dims == 1:
             return serve(call)
 
@@ -267,7 +267,7 @@ class RMSNorm(_RowNorm, torch.nn.RMSNorm):
         memory_efficient: bool = False,
     ) -> None:
         _check_options(eps, weight_offset)
-        shape = _checked_shape(normalized_shape)
+        shape = sizes_of(normalized_shape)
         super().__init__(shape, eps, elementwise_affine, device, dtype)
         self.weight_offset = weight_offset
         self.round_before_weight = round_before_weight
@@ -288,17 +288,8 @@ class LayerNorm(_RowNorm, torch.nn.LayerNorm):
 
         y = (x - mean(x)) / sqrt(var(x) + eps) * (weight + weight_offset) + bias
 
-    Args:
-        normalized_shape: the sizes of the last dimensions, or of the last one.
-        eps: added to the variance; None for the machine epsilon of the computing dtype.
-        elementwise_affine: whether there is a weight; without it there is no bias either.
-        bias: whether there is a bias.
-        device: of the parameters; None for torch's default.
-        dtype: of the parameters; None for torch's default.
-        weight_offset: as in `RMSNorm`.
-        round_before_weight: as in `RMSNorm`.
-        round_rstd: as in `RMSNorm`.
-        memory_efficient: as in `RMSNorm`.
+    The arguments are those of `RMSNorm`, in torch's order; eps is added to the variance, and there
+    is a bias unless bias=False.
 
     What it takes and where it rounds: `normkit.layer_norm`, with a residual
     `normkit.add_layer_norm`.
@@ -327,7 +318,7 @@ class LayerNorm(_RowNorm, torch.nn.LayerNorm):
         memory_efficient: bool = False,
     ) -> None:
         _check_options(eps, weight_offset)
-        shape = _checked_shape(normalized_shape)
+        shape = sizes_of(normalized_shape)
         super().__init__(shape, cast(float, eps), elementwise_affine, bias, device, dtype)
         self.weight_offset = weight_offset
         self.round_before_weight = round_before_weight
@@ -349,13 +340,8 @@ class HeadNorm(_Affine):
             computing dtype.
         kind: "rms" or "layer".
         bias: whether there is a bias, of weight's shape.
-        elementwise_affine: whether there is a weight; without it there is no bias either.
-        device: of the parameters; None for torch's default.
-        dtype: of the parameters; None for torch's default.
-        weight_offset: as in `RMSNorm`.
-        round_before_weight: as in `RMSNorm`.
-        round_rstd: as in `RMSNorm`.
-        memory_efficient: as in `RMSNorm`.
+
+    The other arguments are those of `RMSNorm`.
 
     Raises:
         ValueError: kind is neither "rms" nor "layer".
@@ -446,7 +432,7 @@ class HeadNorm(_Affine):
             return self._trace(x, residual, out_dtype)
         if weight is None:  # whose shape would have been compared
             heads = () if self.num_heads is None else (self.num_heads,)
-            _check_ending("x", x, (*heads, self.head_dim))
+            check_ending("x", x, (*heads, self.head_dim))
         return serve(Call(*call, self.memory_efficient))
 
     def __prepare_scriptable__(self) -> torch.nn.Module:
@@ -509,28 +495,3 @@ def _affine(module: _Affine) -> tuple[Tensor | None, Tensor | None]:
 def _check_options(eps: float | None, weight_offset: float) -> None:
     check_eps(eps)
     check_number("weight_offset", weight_offset)
-
-
-def _checked_shape(shape: int | Sequence[int]) -> tuple[int, ...]:
-    try:
-        sizes = tuple(cast(Sequence[int], shape))
-    except TypeError:  # one size
-        sizes = (cast(int, shape),)
-    if not sizes:
-        raise ValueError("normalized_shape: expected at least one dimension, got ()")
-    for size in sizes:
-        check_size("normalized_shape", size)
-    return sizes
-
-
-def _check_ending(name: str, t: object, ending: tuple[int, ...]) -> None:
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(t).__name__}")
-    if t.is_nested and t.layout == torch.strided:  # has no shape
-        raise ValueError(f"{name}: expected a dense or a jagged tensor, got a strided nested one")
-    if t.layout not in (torch.strided, torch.jagged):
-        raise ValueError(f"{name}: expected a dense (strided) tensor, got {t.layout}")
-    if tuple(t.shape[-len(ending) :]) != tuple(ending):
-        raise ValueError(
-            f"{name}: expected a shape that ends in {tuple(ending)}, got {tuple(t.shape)}"
-        )

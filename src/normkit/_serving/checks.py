@@ -7,7 +7,9 @@ every backend.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -131,6 +133,33 @@ def check_size(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected an int, got {_type_name(value)}")
     if value < 1:
         raise ValueError(f"{name}: expected at least 1, got {value}")
+
+
+def sizes_of(shape: int | Sequence[int]) -> tuple[int, ...]:
+    """The sizes that a normalized_shape means, or an error."""
+    try:
+        sizes = tuple(cast(Sequence[int], shape))
+    except TypeError:  # one size
+        sizes = (cast(int, shape),)
+    if not sizes:
+        raise ValueError("normalized_shape: expected at least one dimension, got ()")
+    for size in sizes:
+        check_size("normalized_shape", size)
+    return sizes
+
+
+def check_ending(name: str, t: object, ending: tuple[int, ...]) -> None:
+    """Raise if it is no dense or jagged tensor, or its last dimensions are others than these."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(t).__name__}")
+    if t.is_nested and t.layout == torch.strided:  # has no shape
+        raise ValueError(f"{name}: expected a dense or a jagged tensor, got a strided nested one")
+    if t.layout not in (torch.strided, torch.jagged):
+        raise ValueError(f"{name}: expected a dense (strided) tensor, got {t.layout}")
+    if tuple(t.shape[-len(ending) :]) != tuple(ending):
+        raise ValueError(
+            f"{name}: expected a shape that ends in {tuple(ending)}, got {tuple(t.shape)}"
+        )
 
 
 def _brief(value: object) -> str:
