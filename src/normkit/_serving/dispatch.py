@@ -64,8 +64,6 @@ def save(call: Call) -> Saved:
     return y, residual_out, rstd, mean
 
 
-
-
 class Wanted(NamedTuple):
     """The dtypes of the gradients of x and residual, None for none, and which others there are."""
 
