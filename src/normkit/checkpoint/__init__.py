@@ -198,9 +198,9 @@ def find_norms(source: Source) -> list[NormEntry]:
     A norm is a floating weight (n,), n > 0, of a module called norm, layernorm, LayerNorm, ln_1,
     q_norm and the like, or (heads, head_dim) of one called q_norm, k_norm or v_norm; dimensions of
     size 1 do not count.  The weight may be called weight, scale or gamma, and the bias bias or
-    beta.  Batch, group and instance norms are left out where their name or a running mean tells; a
-    group norm that is just called "norm" cannot be told from a LayerNorm.  Of a norm that PEFT
-    trains, the copy that is trained and the one it replaces are listed, each under the key that it
+    beta.  Of a family that is known (docs/models.md), norms under other names are found, and what
+    is no norm of rows is left out; of others, batch, group and instance norms where their name or a
+    running mean tells.  Of a norm that PEFT trains, the copy that is trained and the one it replaces are listed, each under the key that it
     is stored with.  Weights in float8 are listed with their dtype, and refused by `load_norm`.
 
     Args:

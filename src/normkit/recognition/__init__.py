@@ -44,14 +44,15 @@ def recognise(module: nn.Module) -> Recognition:
     Raises:
         TypeError: module is no torch.nn.Module.
 
-    Dropping `module`'s weights makes no difference, so a result holds for every weight of these
-    shapes and dtypes.  Of float64 nothing is said: most models compute it in float32.
+    The weights that the module has make no difference: a result holds for all weights of these
+    shapes and dtypes.  Of float64 nothing is said, which most models compute in float32.
 
     Example:
         >>> import torch
         >>> from normkit import recognise
-        >>> recognise(torch.nn.LayerNorm(64, eps=1e-6)).specs[torch.float32]
-        NormSpec(kind='layer', eps=1e-06, has_bias=True)
+        >>> spec = recognise(torch.nn.LayerNorm(64, eps=1e-6)).specs[torch.float32]
+        >>> spec.kind, spec.eps, spec.has_bias
+        ('layer', 1e-06, True)
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
