@@ -28,9 +28,10 @@ LAYERS = [
     {"_serving.operators", "checkpoint"},
     {"_serving.serve"},
     {"functional", "modules"},
-    {"loading", "recognition._probe"},
+    {"_bench", "loading", "recognition._probe"},
     {"recognition"},
     {"__init__", "_originals"},
+    {"_check"},
     {"parallel._gather", "parallel.context"},
     {"parallel._split_rows"},
     {"parallel._dtensor", "parallel.devices", "parallel.shards"},
@@ -39,13 +40,11 @@ LAYERS = [
     {"compat", "compat._errors", "compat._dropout_add"},
     {"compat.dropout_layer_norm", "compat.exllamav2_module", "compat.exllamav2_tp"},
     {"compat.exllamav2", "compat.exllamav2_ext", "compat.lorax"},
-    {"_bench"},
-    {"_check"},
     {"cli"},
     {"__main__"},
 ]
 # Of these, a folder as one.
-MOST_LEVELS = 9
+MOST_LEVELS = 8
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 # What others than the standard library and torch may be imported, and by whom.

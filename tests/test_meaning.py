@@ -110,19 +110,21 @@ def test_each_option_says_where_it_came_from(tmp_path):
 # ------------------------------------------------------------------------------ no norms of rows
 
 NONE = {
-    "weight * x + bias": ({"model_type": "mobilebert"}, "encoder.layer.0.output.LayerNorm"),
-    "a group norm": ({"_class_name": "AutoencoderKL"}, "encoder.mid_block.resnets.0.norm1"),
+    "weight * x + bias": ({"model_type": "mobilebert"}, "encoder.layer.0.output.LayerNorm", True),
+    "a group norm": ({"_class_name": "AutoencoderKL"}, "encoder.mid_block.resnets.0.norm1", True),
     "groups of a row": (
         {"model_type": "mamba2", "n_groups": 8},
         "backbone.layers.0.mixer.norm",
+        False,
     ),
 }
 
 
 @pytest.mark.parametrize("name", NONE)
 def test_what_is_no_norm_of_rows_is_neither_listed_nor_loaded(tmp_path, name):
-    config, key = NONE[name]
-    path = file_of(tmp_path, {f"{key}.weight": W, f"{key}.bias": B}, config)
+    config, key, bias = NONE[name]
+    stored = {f"{key}.weight": W} | ({f"{key}.bias": B} if bias else {})
+    path = file_of(tmp_path, stored, config)
     assert find_norms(path) == []
     with pytest.raises(NoRowError, match="no norm of rows: "):
         load_norm(path, key)

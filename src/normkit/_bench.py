@@ -23,13 +23,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
-import normkit
+from normkit import functional
 from normkit._spec import OPS as SPECS
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from torch.utils.benchmark import Measurement, Timer
 
+_VERSION = version("normkit")
 COPY, NORMKIT, TORCH = "copy", "normkit", "torch"
 
 # --------------------------------------------------------------------------------------- measuring
@@ -217,7 +219,7 @@ def operands(op: Op, shape: Sequence[int], dtype: torch.dtype, device: str = "cp
     names |= {name: torch.nn.Parameter(normal(*affine)) for name in ("weight", "bias")}
     if op.adds:
         names |= {"residual": normal(*shape), "residual_out": torch.empty_like(x)}
-    return names | {op.function: getattr(normkit, op.function)}
+    return names | {op.function: getattr(functional, op.function)}
 
 
 def measure(
@@ -302,7 +304,7 @@ def _caches() -> list[str]:
 
 def versions() -> dict[str, str]:
     python = platform.python_version()
-    return {"normkit": normkit.__version__, "torch": torch.__version__, "python": python}
+    return {"normkit": _VERSION, "torch": torch.__version__, "python": python}
 
 
 def run_stamp() -> dict[str, str | None]:

@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 import torch.nn.functional as F
 
-import normkit
-from normkit import HeadNorm, LayerNorm, RMSNorm, _bench, reference, testing
+from normkit import _bench, reference, testing
 from normkit._originals import NoOriginals, Originals, Verdict
 from normkit._spec import FLOATS, FLOATS_TEXT
 from normkit.checkpoint import NormEntry, NoRowError, describe_norm, read_norm
 from normkit.checkpoint._files import Files, printable
 from normkit.checkpoint._meaning import Given
 from normkit.checkpoint._names import canonical_name
+from normkit.functional import explain
 from normkit.loading import module_of
+from normkit.modules import HeadNorm, LayerNorm, RMSNorm
 
 if TYPE_CHECKING:
     from torch.utils.benchmark import Timer
@@ -75,7 +76,7 @@ def _backend(module: Norm, kind: str, x: torch.Tensor) -> str:
     op, options = f"{kind}_norm", _options(module)
     if isinstance(module, HeadNorm):
         op, options = "head_norm", options | {"kind": kind}
-    return normkit.explain(op, x, module.weight, module.bias, **options).backend
+    return explain(op, x, module.weight, module.bias, **options).backend
 
 
 def _eps_as_computed(eps: float | None) -> float:

@@ -111,6 +111,8 @@ def _compare_options(
     has_bias = any(bias in names for bias in _names.biases_of(name))
     meant = meaning(_names.split(name)[0], config, where, has_bias=has_bias)
     measured = own.specs.get(torch.bfloat16)
+    if measured is not None and measured.round_rstd:
+        result.count("rstd is rounded, which load_norm does not know", f"{where}: {name}")
     for option in OPTIONS:
         if option == "round_before_weight" and measured is None:
             continue

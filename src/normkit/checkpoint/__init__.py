@@ -200,8 +200,9 @@ def find_norms(source: Source) -> list[NormEntry]:
     size 1 do not count.  The weight may be called weight, scale or gamma, and the bias bias or
     beta.  Of a family that is known (docs/models.md), norms under other names are found, and what
     is no norm of rows is left out; of others, batch, group and instance norms where their name or a
-    running mean tells.  Of a norm that PEFT trains, the copy that is trained and the one it replaces are listed, each under the key that it
-    is stored with.  Weights in float8 are listed with their dtype, and refused by `load_norm`.
+    running mean tells.  Of a norm that PEFT trains, the copy that is trained and the one it
+    replaces are listed, each under the key that it is stored with.  Weights in float8 are listed
+    with their dtype, and refused by `load_norm`.
 
     Args:
         source: as in `load_norm`; an object needs keys().  Only of an object without get_slice,

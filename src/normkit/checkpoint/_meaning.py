@@ -219,7 +219,9 @@ def _as_its_text(name: str, config: Json, has_bias: bool) -> _Known | None:
 def _assumed(name: str, config: Json, has_bias: bool) -> _Known:
     """What is likely where nobody says it: what all norms of the family agree on is known."""
     every = rules_of(config)
-    rules = [rule for rule in every if rule.has_bias == has_bias] or every
+    rules = [rule for rule in every if rule.has_bias == has_bias]
+    if not has_bias:  # the config may have switched it off
+        rules = rules or every
     kind = _assumed_kind(name, config, has_bias)
     kinds = {rule.kind for rule in rules}
     if len(kinds) == 1:
