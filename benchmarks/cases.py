@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import normkit
 from normkit import _bench
 from normkit._bench import DTYPES, NORMKIT, OPS, TORCH, Op
 
@@ -100,7 +99,7 @@ def make_sets(case: Case, sets: int, device: str) -> list[Names]:
     made = []
     for _ in range(sets):
         names = _bench.operands(case.like, case.shape, DTYPES[case.dtype], device)
-        names |= {case.op: getattr(normkit, case.op)}
+        names |= {case.op: getattr(_bench.functional, case.op)}
         if case.layout == "strided":
             names |= {k: _in_wider_rows(names[k]) for k in ("x", "residual") if k in names}
         if case.weight:

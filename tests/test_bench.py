@@ -258,7 +258,10 @@ model\t\t: 3
 
 def test_the_machine_is_described_by_what_tells_cpus_apart(monkeypatch: Any) -> None:
     read = Path.read_text
-    told = lambda path, *a: CPUINFO if str(path) == "/proc/cpuinfo" else read(path, *a)  # noqa: E731
+
+    def told(path: Path, *a: Any, **k: Any) -> str:
+        return CPUINFO if str(path) == "/proc/cpuinfo" else read(path, *a, **k)
+
     monkeypatch.setattr(Path, "read_text", told)
     machine = _bench.machine()
     assert machine["cpu"] == "AMD EPYC"

@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from rich.table import Table
     from torch.utils.benchmark import Measurement, Timer
 
-_VERSION = version("normkit")
 COPY, NORMKIT, TORCH = "copy", "normkit", "torch"
 
 # --------------------------------------------------------------------------------------- measuring
@@ -303,8 +302,7 @@ def _caches() -> list[str]:
 
 
 def versions() -> dict[str, str]:
-    python = platform.python_version()
-    return {"normkit": _VERSION, "torch": torch.__version__, "python": python}
+    return {n: version(n) for n in ("normkit", "torch")} | {"python": platform.python_version()}
 
 
 def run_stamp() -> dict[str, str | None]:
