@@ -238,12 +238,12 @@ def _assumed(name: str, config: Json, has_bias: bool) -> _Known:
     origins = dict.fromkeys(_OPTIONS, Origin("assumed", why))
     if entry:
         origins["eps"] = Origin("assumed", f"{entry}, {why}")
-    if len(kinds) == 1:
+    if rules and len({rule.kind for rule in every}) == 1:
         said = Origin("family", f"every norm of {family_of(config)}")
         origins["kind"] = said
         for option, several in (
-            ("weight_offset", {rule.weight_offset for rule in alike}),
-            ("round_before_weight", {rule.rounding for rule in alike}),
+            ("weight_offset", {rule.weight_offset for rule in every}),
+            ("round_before_weight", {rule.rounding for rule in every}),
         ):
             if len(several) == 1:
                 origins[option] = said
