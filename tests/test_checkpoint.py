@@ -285,7 +285,7 @@ def test_an_index_of_a_large_model_is_read(tmp_path):
 
 
 def test_a_tower_takes_nothing_from_the_language_model(tmp_path):
-    config = {"model_type": "gemma", "layer_norm_eps": 0.25, "vision_config": {}}
+    config = {"model_type": "gemma", "layer_norm_eps": 0.25, "vision_config": {"hidden_size": 4}}
     path = file_of(tmp_path, {"vision_model.norm.weight": torch.ones(4)}, config)
     (entry,) = find_norms(path)
     assert (entry.spec.kind, entry.spec.eps, entry.spec.weight_offset) == ("rms", 1e-6, 0.0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,11 +199,16 @@ def part_of(config: Json, pattern: str) -> Json:
     family = families().get(family_of(config) or "")
     usual = () if family is None else family.sections
     for section, inner in config.items():
-        if isinstance(inner, Mapping) and section not in usual:
+        if isinstance(inner, Mapping) and section not in usual and _is_of_a_model(inner):
             stem = section.removesuffix("_config")
             if any(stem in part for part in pattern.split(".")):
                 return inner
     return config
+
+
+def _is_of_a_model(section: Json) -> bool:
+    """Whether it describes layers, and not how attention or quantisation is done."""
+    return any(re.search("model_type|hidden|layer|depth", str(key)) for key in section)
 
 
 def find(config: Json, pattern: str) -> Found | None:
