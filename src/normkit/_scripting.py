@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from normkit._spec import DEFAULT_OPTIONS, PLAIN_OPTIONS
+from normkit._spec import FIELDS, PLAIN_OPTIONS
 
 
 class Scriptable(Protocol):
@@ -42,7 +42,7 @@ class ScriptableNorm(torch.nn.Module):
         self.weight = norm.weight
         self.bias = norm.bias
         self.eps = norm.eps
-        options = [getattr(norm, name, DEFAULT_OPTIONS[name]) for name in PLAIN_OPTIONS]
+        options = [getattr(norm, name, FIELDS[name].default) for name in PLAIN_OPTIONS]
         self.options = (*options, None, norm.memory_efficient)  # None: out_dtype
         self.kind = kind
         self.shape = shape

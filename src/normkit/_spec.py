@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from operator import attrgetter
-from typing import Any, Literal, NamedTuple, TypedDict
+from typing import Any, Literal, NamedTuple, TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ Result = Tensor | tuple[Tensor, Tensor]
 Saved = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
 # Of x, residual, weight and bias; None where it is not wanted.  The first two may be one tensor.
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+# Of a part of rows: y, rstd and mean, and the gradients of x, weight and bias.
+PartSaved = tuple[Tensor, Tensor, Tensor | None]
+PartGradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 FLOATS_TEXT = "float32, float16 or bfloat16"
@@ -70,6 +73,21 @@ class NormSpec:
     has_bias: bool = False
     round_rstd: bool = False
     out_dtype: torch.dtype | None = None
+
+
+class PlainOptions(TypedDict, total=False):
+    """The options of every norm, that change what is computed."""
+
+    weight_offset: float
+    round_before_weight: bool
+    clamp_inf: bool
+    round_rstd: bool
+
+
+class Options(PlainOptions, total=False):
+    """Those of a norm that may add a residual first."""
+
+    round_sum: bool
 
 
 @dataclass
@@ -130,9 +148,13 @@ class Call:
         """The arguments of the extension."""
         return _native_values(self)
 
-    def options(self) -> dict[str, Any]:
-        """The options, but for round_sum where nothing is added."""
-        return self.named(OPTIONS if self.adds else PLAIN_OPTIONS)
+    def options(self) -> Options:
+        """All of OPTIONS."""
+        return cast(Options, self.named(OPTIONS))
+
+    def plain_options(self) -> PlainOptions:
+        """All of PLAIN_OPTIONS."""
+        return cast(PlainOptions, self.named(PLAIN_OPTIONS))
 
     def named(self, names: tuple[str, ...]) -> dict[str, Any]:
         """Some of the fields by name."""
@@ -180,15 +202,6 @@ PLAIN_OPTIONS = tuple(name for name in OPTIONS if name != "round_sum")
 OF_STATISTICS = ("round_sum", "clamp_inf", "round_rstd")
 
 
-class PlainOptions(TypedDict, total=False):
-    """Those of every norm, for functions that pass them on."""
-
-    weight_offset: float
-    round_before_weight: bool
-    clamp_inf: bool
-    round_rstd: bool
-
-
 class Formula(NamedTuple):
     """What is differentiated: a norm of x or, with a residual, of x + residual in float32."""
 
@@ -196,20 +209,21 @@ class Formula(NamedTuple):
     per_head: bool
     from_output: bool  # x is the output, of which xhat is made again
     eps: float | None
-    options: dict[str, Any]  # all of OPTIONS
+    options: Options  # all of OPTIONS
 
     @classmethod
     def of(cls, call: Call, *, from_output: bool) -> Formula:
         """That of a call."""
-        return cls(call.layer, call.per_head, from_output, call.eps, call.named(OPTIONS))
+        return cls(call.layer, call.per_head, from_output, call.eps, call.options())
 
     @classmethod
     def of_values(cls, values: Sequence[Any]) -> Formula:
         """That of which `values` are."""
         layer, per_head, from_output, eps, *options = values
-        return cls(layer, per_head, from_output, eps, dict(zip(OPTIONS, options, strict=True)))
+        named = cast(Options, dict(zip(OPTIONS, options, strict=True)))
+        return cls(layer, per_head, from_output, eps, named)
 
-    def values(self) -> tuple[Any, ...]:
+    def values(self) -> tuple[object, ...]:
         """All of it, one after the other, as operators take it."""
         return (*self[:-1], *self.options.values())
 
@@ -264,7 +278,7 @@ FIELDS: Fields = {
     "memory_efficient": Field("bool", False, "keep y instead of x for the gradients"),
 }
 FLAGS = tuple(name for name in OPTIONS if FIELDS[name].type == "bool")
-DEFAULT_OPTIONS = {name: FIELDS[name].default for name in OPTIONS}
+DEFAULT_OPTIONS = cast(Options, {name: FIELDS[name].default for name in OPTIONS})
 # What forms that write in place do not take.
 OF_RESULTS = ("out_dtype", "out", "residual_out", "memory_efficient")
 
@@ -323,7 +337,7 @@ _NAMES = {
 }
 
 
-def all_options(function: str, given: PlainOptions) -> dict[str, Any]:
+def all_options(function: str, given: PlainOptions) -> Options:
     """The options in a call's order: those given to a function, and the defaults of the others.
 
     Raises:
@@ -332,4 +346,4 @@ def all_options(function: str, given: PlainOptions) -> dict[str, Any]:
     for name in given:
         if name not in PLAIN_OPTIONS:
             raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
-    return DEFAULT_OPTIONS | given
+    return {**DEFAULT_OPTIONS, **given}

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+import normkit
 from conformance.gradients import case_of
 from conformance.parts import (
     Native,
@@ -34,7 +35,6 @@ from conformance.support import (
     needs_kernels,
     threads,
 )
-from normkit._serving.backends import natives
 from normkit.testing import Inputs
 
 OPS = (RMS, LAYER, HEAD_RMS, HEAD_LAYER)
@@ -289,7 +289,7 @@ def test_a_tensor_of_one_row_has_no_outer_dimension(native: Native) -> None:
 @pytest.mark.parametrize("op", OPS, ids=str)
 def test_every_instruction_set_gives_the_same_bits(op: Op) -> None:
     """The processes of one norm may run on different processors."""
-    native, extension = Native("cpu"), natives["cpu"].parts
+    native, extension = Native("cpu"), normkit._C
     best = extension.cpu_instruction_set()
     for dtype in DTYPES:
         inputs = inputs_for(op, (5, 3), 2 * 1100, dtype)

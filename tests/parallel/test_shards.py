@@ -362,12 +362,11 @@ def test_operators_are_what_torch_expects_of_operators(rank: int, world: int) ->
         leaves = [None if t is None else t.detach().requires_grad_() for t in leaves]
         chosen = {"weight_offset": 1.0, "round_before_weight": True}
         options = [chosen.get(name, False) for name in PLAIN_OPTIONS]
-        given = (layer, *options, "sharded_norm", dist.group.WORLD.group_name, None)
+        group = dist.group.WORLD.group_name
+        given = (*leaves, 1e-6, SINGLE, layer, "sharded_norm", group, None, *options)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # its own
-            torch.library.opcheck(
-                torch.ops.normkit.sharded_norm.default, (*given, *leaves, 1e-6, SINGLE)
-            )
+            torch.library.opcheck(torch.ops.normkit.sharded_norm.default, given)
 
 
 @on_ranks(2)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from normkit._serving import triton
 from normkit._serving.refusal import Refusal
-from normkit._spec import Gradients, Result, Saved
+from normkit._spec import Gradients, PartGradients, PartSaved, Result, Saved
 
 try:
     from normkit import _C
@@ -29,28 +29,26 @@ else:
 ALWAYS_DISPATCH = os.environ.get("NORMKIT_ALWAYS_DISPATCH", "0") not in ("", "0")
 
 
-class Native(NamedTuple):
-    """The entries of a backend, with the arguments and results of `_C`'s.
+def _refuse_part(*_: object) -> Refusal:
+    return Refusal("it", "has no kernels for rows that are split over ranks", "backend")
 
-    `parts` has `_C`'s functions for rows that are split over processes; None where there are none.
-    """
+
+class Native(NamedTuple):
+    """The entries of a backend, with the names, arguments and results of `_C`'s."""
 
     norm: Callable[..., Result | Refusal]
     norm_saving: Callable[..., Saved | Refusal]
     plan: Callable[..., tuple[str, str] | Refusal]
     norm_backward: Callable[..., Gradients | Refusal]
-    parts: ModuleType | None = None
+    part_statistics: Callable[..., Tensor | Refusal] = _refuse_part
+    part_apply: Callable[..., PartSaved | Refusal] = _refuse_part
+    part_backward_statistics: Callable[..., Tensor | Refusal] = _refuse_part
+    part_backward_apply: Callable[..., PartGradients | Refusal] = _refuse_part
 
     @classmethod
     def of(cls, extension: ModuleType) -> Native:
         """The entries of `_C`, or of another build of it."""
-        return cls(
-            extension.norm,
-            extension.norm_saving,
-            extension.plan,
-            extension.norm_backward,
-            extension,
-        )
+        return cls(*(getattr(extension, name) for name in cls._fields))
 
     @classmethod
     def refusing(cls, argument: str, problem: str = "") -> Native:
@@ -59,7 +57,7 @@ class Native(NamedTuple):
         def refuse(*_: object) -> Refusal:
             return Refusal(argument, problem, "backend")
 
-        return cls(refuse, refuse, refuse, refuse)
+        return cls(*[refuse] * len(cls._fields))
 
 
 _extension = Native.refusing(_missing) if _missing else Native.of(_C)
@@ -186,3 +184,8 @@ def _set_backend(name: str) -> None:
 def wanted_backend() -> str:
     """The name that this thread's `use_backend` gave."""
     return _state.backend
+
+
+def falls_back(backend: str) -> bool:
+    """Whether plain torch runs what has no kernel; a backend asked for by name raises."""
+    return backend in ("auto", "reference")

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from normkit import reference
 from normkit._serving import triton
-from normkit._serving.backends import Native, backends, natives, wanted_backend
+from normkit._serving.backends import Native, backends, falls_back, natives, wanted_backend
 from normkit._serving.checks import check
 from normkit._serving.refusal import Refusal
 from normkit._spec import OF_STATISTICS, Call, Formula, Gradients, Result, Saved
@@ -34,7 +34,7 @@ class Explanation:
 
 def run(call: Call) -> Result:
     """Run a call that has been checked and needs no gradient."""
-    made: Result | Refusal = _ask(call, _chosen(call).norm)
+    made: Result | Refusal = _ask(call, native_for(call.x, wanted_backend()).norm)
     if isinstance(made, Refusal):
         return run_by_reference(call)
     return made
@@ -45,7 +45,7 @@ def save(call: Call) -> Saved:
 
     The extension checks quickly; what it refuses is checked in full, and asked again.
     """
-    native = _chosen(call).norm_saving
+    native = native_for(call.x, wanted_backend()).norm_saving
     made: Saved | Refusal | None = None if _hides_signs(call.x) else native(*call.native())
     if made is None or isinstance(made, Refusal):
         call = check(call)
@@ -107,11 +107,9 @@ def backward(
             wanted.weight + 2 * wanted.bias,
         )
         tensors = (grad_y, grad_residual_out, x, residual, weight, bias)
-        made = _with_copies(native, kind, tensors, options)
+        made = answer(_with_copies(native, kind, tensors, options), backend, "make these gradients")
         if not isinstance(made, Refusal):
             return made
-        if backend not in ("auto", "reference"):
-            raise ValueError(f'use_backend("{backend}") cannot make these gradients: {made}')
     return backward_by_reference(
         formula, wanted, grad_y, grad_residual_out, x, residual, weight, bias, rstd
     )
@@ -169,7 +167,7 @@ def explain_call(call: Call) -> Explanation:
     """Tell how a call that has been checked would run."""
     gradient = call.needs_gradient()
     with torch.no_grad():
-        made = _ask(call, _chosen(call).plan)
+        made = _ask(call, native_for(call.x, wanted_backend()).plan)
     if isinstance(made, Refusal):
         return Explanation("reference", "plain torch", str(made))
     backend, plan = made
@@ -185,30 +183,38 @@ def explain_call(call: Call) -> Explanation:
 
 def check_backend(call: Call) -> None:
     """Raise if a backend that was asked for by name cannot run a call, before anything runs."""
-    if wanted_backend() not in ("auto", "reference"):
+    backend = wanted_backend()
+    if not falls_back(backend):
         with torch.no_grad():
-            _ask(call, _chosen(call).plan)
+            _ask(call, native_for(call.x, backend).plan)
 
 
-def _chosen(call: Call) -> Native:
-    """The entries that this call is for."""
-    wanted, x = wanted_backend(), call.x
-    if wanted == "auto":
+def native_for(x: Tensor, backend: str) -> Native:
+    """The entries that calls of x are for, by the backend that `use_backend` named."""
+    if backend == "auto":
         return natives["auto" if x.is_cpu or triton.why_not(x.device) else "triton"]
-    if wanted in ("cpu", "cuda") and x.device.type != wanted:
-        unusable = "" if (backend := backends()[wanted]).usable else f"; {backend.reason}"
+    if backend in ("cpu", "cuda") and x.device.type != backend:
+        unusable = "" if (here := backends()[backend]).usable else f"; {here.reason}"
         return Native.refusing("x", f"is on {x.device}{unusable}")
-    return natives[wanted]
+    return natives[backend]
+
+
+def answer(made: Made | Refusal, backend: str, what: str) -> Made | Refusal:
+    """Return what a backend's entry gave.
+
+    Raises:
+        ValueError: a refusal, of a backend that was asked for by name.
+    """
+    if isinstance(made, Refusal) and not falls_back(backend):
+        raise ValueError(f'use_backend("{backend}") cannot {what}: {made}')
+    return made
 
 
 def _ask(call: Call, native: Callable[..., Made | Refusal]) -> Made | Refusal:
     """What a backend's entry gives; an error if a backend was asked for by name and refuses."""
     tensors = (call.x, call.residual, call.weight, call.bias)
     made = _with_copies(native, call.kind, tensors, call.native()[1 + len(tensors) :])
-    wanted = wanted_backend()
-    if isinstance(made, Refusal) and wanted not in ("auto", "reference"):
-        raise ValueError(f'use_backend("{wanted}") cannot serve this {call.op}: {made}')
-    return made
+    return answer(made, wanted_backend(), f"serve this {call.op}")
 
 
 def _with_copies(
@@ -245,16 +251,28 @@ def _has_steps(t: Tensor) -> bool:
 
 def run_by_reference(call: Call) -> Result:
     """Run a call that has been checked in plain torch; what it makes is packed."""
-    options: dict[str, Any] = {
-        "kind": call.statistic,
-        "out_dtype": call.out_dtype if call.out is None else call.out.dtype,
-        **call.options(),
-    }
-    affine = (call.weight, call.bias, call.eps)
+    out_dtype = call.out_dtype if call.out is None else call.out.dtype
     if call.residual is None:
-        y = reference.norm(call.x, *affine, **options)
+        y = reference.norm(
+            call.x,
+            call.weight,
+            call.bias,
+            call.eps,
+            kind=call.statistic,
+            out_dtype=out_dtype,
+            **call.plain_options(),
+        )
         return packed(y) if call.out is None else call.out.copy_(y)
-    y, residual_out = reference.add_norm(call.x, call.residual, *affine, **options)
+    y, residual_out = reference.add_norm(
+        call.x,
+        call.residual,
+        call.weight,
+        call.bias,
+        call.eps,
+        kind=call.statistic,
+        out_dtype=out_dtype,
+        **call.options(),
+    )
     if call.residual_out is not None:
         residual_out = call.residual_out.copy_(residual_out)
     else:

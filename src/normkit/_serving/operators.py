@@ -73,6 +73,15 @@ def differentiate(
     )
 
 
+def refuse_to_differentiate(name: str) -> None:
+    """Have an operator that makes gradients say that it has none itself."""
+
+    def refuse(ctx: object, *_: object) -> NoReturn:
+        raise RuntimeError(f"{name}: its result cannot be differentiated again")
+
+    differentiate(name, refuse)
+
+
 def _declared(arguments: Fields) -> str:
     return ", ".join(argument.declared(name) for name, argument in arguments.items())
 
@@ -80,18 +89,23 @@ def _declared(arguments: Fields) -> str:
 # ---------------------------------------------------------------- gradients
 
 
-class _Context(Protocol):
-    """What autograd keeps of a call, and what is kept with it here."""
+class Context(Protocol):
+    """What autograd keeps of a call."""
 
     needs_input_grad: tuple[bool, ...]
-    saved_tensors: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor | None]
-    backend: str
-    dtypes: tuple[torch.dtype, torch.dtype | None]
-    formula: Formula
 
     def save_for_backward(self, *tensors: Tensor | None) -> None: ...
     def mark_non_differentiable(self, *tensors: Tensor) -> None: ...
     def set_materialize_grads(self, value: bool) -> None: ...
+
+
+class _Context(Context, Protocol):
+    """And what is kept with it here."""
+
+    saved_tensors: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor | None]
+    backend: str
+    dtypes: tuple[torch.dtype, torch.dtype | None]
+    formula: Formula
 
 
 def _remember(ctx: _Context, call: Call, saved: Saved) -> None:
@@ -355,12 +369,9 @@ def _register_backward() -> None:
             _empty_like(bias) if wanted.bias and bias is not None else nothing.clone(),
         )
 
-    def refuse(ctx: object, *_: object) -> NoReturn:
-        raise RuntimeError("norm_backward: its result cannot be differentiated again")
-
     returned = f"({', '.join(['Tensor'] * 4)})"
     define("norm_backward", _declared(_BACKWARD), returned, backward, fake)
-    differentiate("norm_backward", refuse)
+    refuse_to_differentiate("norm_backward")
 
 
 def _call_backward_operator(

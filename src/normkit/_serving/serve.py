@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 
 from normkit._serving import dispatch, nested, operators
-from normkit._serving.backends import ALWAYS_DISPATCH, wanted_backend
+from normkit._serving.backends import ALWAYS_DISPATCH, falls_back, wanted_backend
 from normkit._serving.checks import check
 from normkit._serving.dispatch import Explanation
 from normkit._spec import OPS, Call, Result
@@ -64,7 +64,7 @@ def serve(call: Call) -> Result:
             if made is not None:
                 return made
         # A backend asked for by name has to say that it cannot run these.
-        by_name = transformed or wanted_backend() not in ("auto", "reference")
+        by_name = transformed or not falls_back(wanted_backend())
         return dispatch.run(call) if by_name else operators.call_operator(call)
     writes = call.out is not None or call.residual_out is not None
     if transformed or writes or not call.requires_grad():

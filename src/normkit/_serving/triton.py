@@ -90,15 +90,19 @@ def norm(*values: Any) -> Result | Refusal:
     way = _way_of(call)
     if isinstance(way, Refusal):
         return way
-    y, total, _, _ = _run(call, way, saving=False)
-    return y if total is None else (y, total)
+    y, residual_out = _run(call, way)
+    return y if residual_out is None else (y, residual_out)
 
 
 def norm_saving(*values: Any) -> Saved | Refusal:
     """Run a call and keep what its gradients need: (y, residual_out, rstd, mean)."""
     call = Call(*values)
     way = _way_of(call)
-    return way if isinstance(way, Refusal) else _run(call, way, saving=True)
+    if isinstance(way, Refusal):
+        return way
+    rstd = call.x.new_empty(call.x.shape[:-1], dtype=torch.float32)
+    mean = torch.empty_like(rstd) if call.layer else None
+    return *_run(call, way, rstd, mean), rstd, mean
 
 
 def plan_of(*values: Any) -> tuple[str, str] | Refusal:
@@ -131,7 +135,10 @@ def _programs(x: Tensor, way: Plan) -> int:
     return -(-(x.numel() // x.shape[-1]) // way.rows)
 
 
-def _run(call: Call, way: Plan, *, saving: bool) -> Saved:
+def _run(
+    call: Call, way: Plan, rstd: Tensor | None = None, mean: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Run a call: y and residual_out; rstd and mean are written where they are given."""
     kernels = _kernels()
     assert isinstance(kernels, ModuleType)  # or _way_of would have refused
     x, residual, weight, bias = call.x, call.residual, call.weight, call.bias
@@ -143,10 +150,6 @@ def _run(call: Call, way: Plan, *, saving: bool) -> Saved:
     total = residual_out
     if residual is not None and residual_out is None:
         total = torch.empty_like(residual, memory_format=packed)
-    rstd = mean = None
-    if saving:
-        rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
-        mean = torch.empty_like(rstd) if call.layer else None
     if rows > 0:
         sizes, strides = _lay_out_rows(x, residual, y, total)
         normalised = residual if residual is not None and call.round_sum else x
@@ -188,7 +191,7 @@ def _run(call: Call, way: Plan, *, saving: bool) -> Saved:
     given = [t for t in (out, residual_out) if t is not None]
     if given:  # autograd learns of a write by the version counter
         torch.autograd.graph.increment_version(given)
-    return y, total, rstd, mean  # type: ignore[return-value]  # rstd is None where nobody looks
+    return y, total
 
 
 def _current(device: torch.device) -> AbstractContextManager[object]:

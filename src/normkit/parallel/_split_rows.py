@@ -7,8 +7,8 @@ takes the operators `sharded_norm` and `sharded_norm_backward` in `torch.ops.nor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -16,13 +16,25 @@ from torch.autograd import forward_ad
 
 from normkit import reference
 from normkit._serving import dispatch
-from normkit._serving.backends import ALWAYS_DISPATCH, natives, wanted_backend
+from normkit._serving.backends import ALWAYS_DISPATCH, wanted_backend
+from normkit._serving.operators import Context, define, differentiate, refuse_to_differentiate
 from normkit._serving.refusal import Refusal
-from normkit._spec import FIELDS, LAYER, OPTIONS, PLAIN_OPTIONS, Call
+from normkit._spec import (
+    FIELDS,
+    LAYER,
+    PLAIN_OPTIONS,
+    Call,
+    PartGradients,
+    PartSaved,
+    PlainOptions,
+)
 from normkit.parallel._gather import Ranks, gather
 
-Made = tuple[Tensor, Tensor, Tensor | None]  # y, rstd, and mean but for rms
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import GroupName
+
+Wanted = tuple[bool, bool, bool]  # the gradients of x, weight and bias
+Made = TypeVar("Made")
 
 
 def run(call: Call, ranks: Ranks) -> Tensor:
@@ -35,25 +47,28 @@ def run(call: Call, ranks: Ranks) -> Tensor:
     if torch.compiler.is_compiling() or ALWAYS_DISPATCH or torch._C._len_torch_dispatch_stack() > 0:
         return _call_operator(call, ranks)
     if call.requires_grad():
-        return _PartNorm.apply(call, ranks, call.x, call.weight, call.bias)  # type: ignore[no-any-return, no-untyped-call]
+        tensors = (call.x, call.weight, call.bias)
+        y: Tensor = _PartNorm.apply(call, ranks, *tensors)  # type: ignore[no-untyped-call]
+        return y
     return _forward(call, ranks)[0]
 
 
-def _forward(call: Call, ranks: Ranks) -> Made:
+def _forward(call: Call, ranks: Ranks) -> PartSaved:
     backend = wanted_backend()
+    native = dispatch.native_for(call.x, backend)
     x, weight, bias, clamp_inf = call.x, call.weight, call.bias, call.clamp_inf
-    planes = _ask(ranks.op, backend, "part_statistics", call.layer, x, clamp_inf)
+    planes = _ask(native.part_statistics, backend, ranks.op, call.layer, x, clamp_inf)
     if planes is None:
         planes = reference.part_statistics(x, kind=call.statistic, clamp_inf=clamp_inf)
     # What None means: the computing dtype's.
     eps = torch.finfo(planes.dtype).eps if call.eps is None else call.eps
     gathered = gather(planes, x.shape[-1], ranks, backward=False, eps=eps)
     made = _ask(
-        ranks.op, backend, "part_apply", call.layer, x, weight, bias, call.eps,
-        *call.named(OPTIONS).values(), call.out_dtype, gathered,
+        native.part_apply, backend, ranks.op, call.layer, x, weight, bias, call.eps,
+        *call.options().values(), call.out_dtype, gathered,
     )  # fmt: skip
     if made is not None:
-        return made  # type: ignore[no-any-return]
+        return made
     y, rstd, mean = reference.part_norm(
         x,
         gathered,
@@ -62,15 +77,15 @@ def _forward(call: Call, ranks: Ranks) -> Made:
         call.eps,
         kind=call.statistic,
         out_dtype=call.out_dtype,
-        **call.options(),
+        **call.plain_options(),
     )
     return dispatch.packed(y), rstd, mean
 
 
 def _backward(
     layer: bool,
-    options: dict[str, Any],
-    wanted: tuple[bool, bool, bool],
+    options: PlainOptions,
+    wanted: Wanted,
     ranks: Ranks,
     backend: str,
     grad_y: Tensor,
@@ -79,28 +94,33 @@ def _backward(
     bias: Tensor | None,
     rstd: Tensor,
     mean: Tensor | None,
-) -> Gradients:
+) -> PartGradients:
     """Return the gradients of x, weight and bias; as elsewhere the kernels know no clamp_inf."""
-    offset, clamp_inf = options["weight_offset"], options["clamp_inf"]
-    rounded = options["round_before_weight"]
-    plain: dict[str, Any] = {"weight_offset": offset, "clamp_inf": clamp_inf}
+    offset, rounded = options["weight_offset"], options["round_before_weight"]
+    clamp_inf = options["clamp_inf"]
     backend = "reference" if clamp_inf else backend
+    native = dispatch.native_for(x, backend)
     planes = _ask(
-        ranks.op, backend, "part_backward_statistics", layer, grad_y, x, weight, rstd, mean, offset
-    )
+        native.part_backward_statistics, backend, ranks.op, layer,
+        grad_y, x, weight, rstd, mean, offset,
+    )  # fmt: skip
     if planes is None:
-        planes = reference.part_backward_statistics(grad_y, x, rstd, mean, weight, **plain)
+        planes = reference.part_backward_statistics(
+            grad_y, x, rstd, mean, weight, weight_offset=offset, clamp_inf=clamp_inf
+        )
     # Also where no gradient of x is wanted here: another rank may want its own.
     gathered = gather(planes, x.shape[-1], ranks, backward=True)
     made = _ask(
-        ranks.op, backend, "part_backward_apply", layer, grad_y, x, weight, bias, rstd, mean,
-        offset, rounded, x.dtype if wanted[0] else None, wanted[1] + 2 * wanted[2], gathered,
+        native.part_backward_apply, backend, ranks.op, layer,
+        grad_y, x, weight, bias, rstd, mean, offset, rounded,
+        x.dtype if wanted[0] else None, wanted[1] + 2 * wanted[2], gathered,
     )  # fmt: skip
     if made is not None:
-        return made  # type: ignore[no-any-return]
+        return made
     gradients = reference.part_norm_backward(
-        grad_y, x, rstd, mean, gathered, weight, bias, round_before_weight=rounded, **plain
-    )
+        grad_y, x, rstd, mean, gathered, weight, bias,
+        weight_offset=offset, round_before_weight=rounded, clamp_inf=clamp_inf,
+    )  # fmt: skip
     of_x, of_weight, of_bias = (
         dispatch.packed(gradient.to(like.dtype))
         if gradient is not None and like is not None and is_wanted
@@ -110,22 +130,19 @@ def _backward(
     return of_x, of_weight, of_bias
 
 
-def _ask(op: str, backend: str, step: str, layer: bool, *args: Any) -> Any:
-    """Ask the kernels of a backend; None where plain torch has to make it."""
-    device = next(t.device for t in args if isinstance(t, Tensor))
-    parts = natives[backend].parts
-    if backend in ("cpu", "cuda") and device.type != backend:
-        made = Refusal("x", f"is on {device}", "device")
-    elif parts is None:
-        made = Refusal("it", "has no kernels for rows that are split over ranks", "backend")
-    else:
-        given = [_as_read(arg) if isinstance(arg, Tensor) else arg for arg in args]
-        made = getattr(parts, step)(int(layer), *given)
-    if not isinstance(made, Refusal):
-        return made
-    if backend not in ("auto", "reference"):
-        raise ValueError(f'use_backend("{backend}") cannot serve this {op}: {made}')
-    return None
+def _ask(
+    native: Callable[..., Made | Refusal], backend: str, op: str, layer: bool, *args: object
+) -> Made | None:
+    """Ask an entry of a backend; None where plain torch has to make it."""
+    given = [_as_read(arg) if isinstance(arg, Tensor) else arg for arg in args]
+    made = dispatch.answer(native(int(layer), *given), backend, f"serve this {op}")
+    return None if isinstance(made, Refusal) else made
+
+
+class AsyncCollectiveTensor(Protocol):
+    """What a collective of torch returned; its own type is not worth an import of all of them."""
+
+    def wait(self) -> Tensor: ...
 
 
 def is_on_its_way(t: Tensor) -> bool:
@@ -135,141 +152,195 @@ def is_on_its_way(t: Tensor) -> bool:
 
 def _as_read(t: Tensor) -> Tensor:
     if is_on_its_way(t):
-        t = t.wait()  # type: ignore[attr-defined]
+        t = cast(AsyncCollectiveTensor, t).wait()
     return dispatch.as_kernels_read_it(t) if t.ndim else t
+
+
+class _Context(Context, Protocol):
+    """And what is kept with it here."""
+
+    saved_tensors: tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None]
+    made_with: tuple[bool, PlainOptions, Ranks, str]  # of eager calls
+    described: tuple[object, ...]  # of the operator's: what is no tensor
 
 
 class _PartNorm(torch.autograd.Function):
     """Autograd function for eager calls that need a gradient."""
 
     @staticmethod
-    def forward(ctx: Any, call: Call, ranks: Ranks, *tensors: Tensor | None) -> Tensor:
+    def forward(ctx: _Context, call: Call, ranks: Ranks, *tensors: Tensor | None) -> Tensor:
         y, rstd, mean = _forward(call, ranks)
         ctx.save_for_backward(*tensors, rstd, mean)
-        ctx.made_with = call.layer, call.options(), ranks, wanted_backend()
+        ctx.made_with = call.layer, call.plain_options(), ranks, wanted_backend()
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: _Context, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         layer, options, ranks, backend = ctx.made_with
         if torch.is_grad_enabled():  # torch would take the gradient for a constant where it is not
             raise RuntimeError(
                 f"{ranks.op}: its gradient cannot be differentiated again; expected"
                 " create_graph=False, got True"
             )
-        wanted = ctx.needs_input_grad[2:]
+        _, _, *needed = ctx.needs_input_grad
+        wanted = cast(Wanted, needed)
         made = _backward(layer, options, wanted, ranks, backend, grad_y, *ctx.saved_tensors)
         return None, None, *made
 
 
 # ---------------------------------------------------------------- operators
 
-_library = torch.library.Library("normkit", "FRAGMENT")  # type: ignore[no-untyped-call]
-_FORMULA = ", ".join(["bool layer", *(f"{FIELDS[name].type} {name}" for name in PLAIN_OPTIONS)])
-_RANKS = "str op, str group, float? timeout"
+# The tensors come first, and the options last: as many as there are.
 _TENSORS = "Tensor x, Tensor? weight, Tensor? bias"
-_TAKEN = 1 + len(PLAIN_OPTIONS)
+_DESCRIBED = ", ".join(
+    [
+        "bool layer, str op, str group, float? timeout",
+        *(f"{FIELDS[name].type} {name}" for name in PLAIN_OPTIONS),
+    ]
+)
+_RETURNED = "(Tensor, Tensor, Tensor)"
 
 
 def _call_operator(call: Call, ranks: Ranks) -> Tensor:
+    y: Tensor
     y, _, _ = torch.ops.normkit.sharded_norm.default(
-        call.layer, *call.options().values(), ranks.op, ranks.group.group_name, ranks.timeout,
         call.x, call.weight, call.bias, call.eps, call.out_dtype,
+        call.layer, ranks.op, ranks.group.group_name, ranks.timeout,
+        *call.plain_options().values(),
     )  # fmt: skip
-    return y  # type: ignore[no-any-return]
+    return y
 
 
 def _ranks(op: str, group: str, timeout: float | None) -> Ranks:
-    from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
+    from torch._C._distributed_c10d import _resolve_process_group
 
-    return Ranks(op, _resolve_process_group(group), timeout)  # type: ignore[arg-type]
-
-
-def _options(values: Sequence[Any]) -> dict[str, Any]:
-    return dict(zip(PLAIN_OPTIONS, values[1:_TAKEN], strict=True))
+    return Ranks(op, _resolve_process_group(cast("GroupName", group)), timeout)
 
 
-def _sharded_norm(*values: Any) -> tuple[Tensor, Tensor, Tensor]:
-    kind, ranks = values[0] * LAYER, _ranks(*values[_TAKEN : _TAKEN + 3])
-    x, weight, bias, eps, out_dtype = values[_TAKEN + 3 :]
-    call = Call(kind, x, None, weight, bias, eps, **_options(values), out_dtype=out_dtype)
-    y, rstd, mean = _forward(call, ranks)
+def _named(options: tuple[float, ...]) -> PlainOptions:
+    return cast(PlainOptions, dict(zip(PLAIN_OPTIONS, options, strict=True)))
+
+
+def _sharded_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float | None,
+    out_dtype: torch.dtype | None,
+    layer: bool,
+    op: str,
+    group: str,
+    timeout: float | None,
+    *options: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    call = Call(layer * LAYER, x, None, weight, bias, eps, out_dtype=out_dtype, **_named(options))
+    y, rstd, mean = _forward(call, _ranks(op, group, timeout))
     return y, rstd, rstd.new_empty(0) if mean is None else mean
 
 
-def _fake_norm(*values: Any) -> tuple[Tensor, Tensor, Tensor]:
-    x, _, _, _, out_dtype = values[_TAKEN + 3 :]
+def _fake_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float | None,
+    out_dtype: torch.dtype | None,
+    layer: bool,
+    *_: object,
+) -> tuple[Tensor, Tensor, Tensor]:
     y = x.new_empty(x.shape, dtype=out_dtype or x.dtype)
-    planes = reference.part_statistics(x, kind="layer" if values[0] else "rms")
+    planes = reference.part_statistics(x, kind="layer" if layer else "rms")
     rstd = planes.new_empty(x.shape[:-1])
-    return y, rstd, torch.empty_like(rstd) if values[0] else rstd.new_empty(0)
+    return y, rstd, torch.empty_like(rstd) if layer else rstd.new_empty(0)
 
 
-def _sharded_norm_backward(*values: Any) -> tuple[Tensor, Tensor, Tensor]:
-    layer, ranks = values[0], _ranks(*values[_TAKEN : _TAKEN + 3])
-    wanted, tensors = values[_TAKEN + 3 : _TAKEN + 6], list(values[_TAKEN + 6 :])
-    if not layer:
-        tensors[-1] = None
-    made = _backward(layer, _options(values), wanted, ranks, wanted_backend(), *tensors)
+def _sharded_norm_backward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    rstd: Tensor,
+    mean: Tensor,
+    grad_y: Tensor,
+    x_wanted: bool,
+    weight_wanted: bool,
+    bias_wanted: bool,
+    layer: bool,
+    op: str,
+    group: str,
+    timeout: float | None,
+    *options: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    made = _backward(
+        layer,
+        _named(options),
+        (x_wanted, weight_wanted, bias_wanted),
+        _ranks(op, group, timeout),
+        wanted_backend(),
+        grad_y,
+        x,
+        weight,
+        bias,
+        rstd,
+        mean if layer else None,
+    )
+    of_x, of_weight, of_bias = (x.new_empty(0) if t is None else t for t in made)
+    return of_x, of_weight, of_bias
+
+
+def _fake_backward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    rstd: Tensor,
+    mean: Tensor,
+    grad_y: Tensor,
+    x_wanted: bool,
+    weight_wanted: bool,
+    bias_wanted: bool,
+    *_: object,
+) -> tuple[Tensor, Tensor, Tensor]:
     of_x, of_weight, of_bias = (
-        tensors[0].new_empty(0) if gradient is None else gradient for gradient in made
+        t.new_empty(t.shape) if is_wanted and t is not None else x.new_empty(0)
+        for t, is_wanted in ((x, x_wanted), (weight, weight_wanted), (bias, bias_wanted))
     )
     return of_x, of_weight, of_bias
 
 
-def _fake_backward(*values: Any) -> tuple[Tensor, Tensor, Tensor]:
-    wanted, tensors = values[_TAKEN + 3 : _TAKEN + 6], values[_TAKEN + 7 : _TAKEN + 10]
-    of_x, of_weight, of_bias = (
-        t.new_empty(t.shape) if is_wanted else tensors[0].new_empty(0)
-        for t, is_wanted in zip(tensors, wanted, strict=True)
-    )
-    return of_x, of_weight, of_bias
-
-
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _remember(ctx: _Context, inputs: tuple[object, ...], output: tuple[Tensor, ...]) -> None:
     _, rstd, mean = output
+    x, weight, bias = cast("tuple[Tensor, Tensor | None, Tensor | None]", inputs[:3])
     ctx.mark_non_differentiable(rstd, mean)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[_TAKEN + 3 : _TAKEN + 6], rstd, mean)
-    ctx.made_with = inputs[: _TAKEN + 3]
+    ctx.save_for_backward(x, weight, bias, rstd, mean)
+    ctx.described = inputs[5:]  # behind eps and out_dtype
 
 
-def _differentiate(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    none = (None,) * (_TAKEN + 3)
+def _differentiate(
+    ctx: _Context, grad_y: Tensor | None, *_: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    none = (None,) * (len(ctx.needs_input_grad) - 3)
     if grad_y is None:
-        return *none, None, None, None, None, None
-    wanted = tuple(ctx.needs_input_grad[_TAKEN + 3 : _TAKEN + 6])
+        return None, None, None, *none
+    wanted = ctx.needs_input_grad[:3]
     operator = torch.ops.normkit.sharded_norm_backward.default
-    made = operator(*ctx.made_with, *wanted, grad_y, *ctx.saved_tensors)
+    made = operator(*ctx.saved_tensors, grad_y, *wanted, *ctx.described)
     gradients = [t if is_wanted else None for t, is_wanted in zip(made, wanted, strict=True)]
-    return *none, *gradients, None, None
+    return *gradients, *none
 
 
-def _refuse(ctx: Any, *_: Any) -> Any:
-    raise RuntimeError("sharded_norm_backward: its result cannot be differentiated again")
-
-
-def _register(name: str, arguments: str, function: Any, fake: Any, backward: Any) -> None:
-    schema = f"{name}({arguments}) -> (Tensor, Tensor, Tensor)"
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
-    _library.impl(name, function, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"normkit::{name}", fake, lib=_library)
-    setup = _remember if backward is _differentiate else None
-    torch.library.register_autograd(f"normkit::{name}", backward, setup_context=setup, lib=_library)
-
-
-_register(
+define(
     "sharded_norm",
-    f"{_FORMULA}, {_RANKS}, {_TENSORS}, float? eps, ScalarType? out_dtype",
+    f"{_TENSORS}, float? eps, ScalarType? out_dtype, {_DESCRIBED}",
+    _RETURNED,
     _sharded_norm,
     _fake_norm,
-    _differentiate,
 )
-_register(
+differentiate("sharded_norm", _differentiate, _remember)
+define(
     "sharded_norm_backward",
-    f"{_FORMULA}, {_RANKS}, bool x_wanted, bool weight_wanted, bool bias_wanted,"
-    f" Tensor grad_y, {_TENSORS}, Tensor rstd, Tensor mean",
+    f"{_TENSORS}, Tensor rstd, Tensor mean, Tensor grad_y,"
+    f" bool x_wanted, bool weight_wanted, bool bias_wanted, {_DESCRIBED}",
+    _RETURNED,
     _sharded_norm_backward,
     _fake_backward,
-    _refuse,
 )
+refuse_to_differentiate("sharded_norm_backward")

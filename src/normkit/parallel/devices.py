@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from normkit._serving import backends
 from normkit._serving.checks import check, check_apart
 from normkit._serving.dispatch import check_backend
 from normkit._serving.serve import serve
-from normkit._spec import LAYER, Call, Kind, PlainOptions, all_options, heads
+from normkit._spec import LAYER, Call, Kind, Options, PlainOptions, all_options, heads
 from normkit.parallel.context import TPContext
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ def _norm_tp(
     weights: Affine,
     biases: Affine,
     eps: float | None,
-    options: dict[str, Any],
+    options: Options,
     out_dtype: torch.dtype | None,
     outs: Tensors | None,
     context: TPContext,
