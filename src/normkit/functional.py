@@ -82,7 +82,7 @@ def rms_norm(
             clamp_inf, which lose what would be undone: x, or the sum, is kept.
 
     Returns:
-        y, of x's shape, in out_dtype.
+        y, of x's shape, rounded to out_dtype; xhat and rstd are rounded where options say so.
 
     Raises:
         TypeError: an argument is no tensor, or of the wrong dtype.
@@ -91,8 +91,7 @@ def rms_norm(
         RuntimeError: what would be written (an output that is given, or x in place) is needed for
             a gradient, or is an inference tensor outside of inference mode.
 
-    y is rounded to out_dtype, and xhat and rstd where options say so.  Semantics: Zhang and
-    Sennrich 2019, arXiv:1910.07467; rounding as `torch.nn.functional.rms_norm`.
+    Semantics: Zhang and Sennrich 2019, arXiv:1910.07467; rounding as torch's own `rms_norm`.
 
     Example:
         >>> import normkit, torch
@@ -280,13 +279,10 @@ def add_rms_norm(
         residual_out: written and returned, if given: x's shape, residual's dtype, last stride 1;
             may be residual, or x, but share no memory with weight or bias.
 
-    The other arguments and errors are those of `rms_norm`.
+    The other arguments, errors and rounding are those of `rms_norm`, of the sum.
 
     Returns:
-        y of x's shape in out_dtype, and residual_out of x's shape in residual's dtype.
-
-    The sum is rounded to residual's dtype, y to out_dtype, and xhat and rstd where options say so.
-    Semantics: as `rms_norm` of the sum.
+        (y, residual_out), both of x's shape: rounded to out_dtype, and to residual's dtype.
 
     Example:
         >>> import normkit, torch
