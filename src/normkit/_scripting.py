@@ -23,8 +23,6 @@ class Scriptable(Protocol):
     def bias(self) -> Tensor | None: ...
 
     eps: float | None
-    weight_offset: float
-    round_before_weight: bool
     memory_efficient: bool
 
 

@@ -76,7 +76,7 @@ class NormSpec:
 
 
 class PlainOptions(TypedDict, total=False):
-    """The options of every norm, that change what is computed."""
+    """The options that change what is computed, of every norm."""
 
     weight_offset: float
     round_before_weight: bool
@@ -150,14 +150,16 @@ class Call:
 
     def options(self) -> Options:
         """All of OPTIONS."""
-        return cast(Options, self.named(OPTIONS))
+        options: Options = self.named(OPTIONS)
+        return options
 
     def plain_options(self) -> PlainOptions:
         """All of PLAIN_OPTIONS."""
-        return cast(PlainOptions, self.named(PLAIN_OPTIONS))
+        options: PlainOptions = self.named(PLAIN_OPTIONS)
+        return options
 
-    def named(self, names: tuple[str, ...]) -> dict[str, Any]:
-        """Some of the fields by name."""
+    def named(self, names: tuple[str, ...]) -> Any:
+        """A dict of some fields; no cast types it, since not every version of Dynamo traces one."""
         return {name: getattr(self, name) for name in names}
 
     def tensors(self) -> list[tuple[str, Tensor]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Protocol, TypeGuard, cast
+from typing import Protocol, TypeGuard
 
 import torch
 from torch import Tensor
@@ -34,7 +34,8 @@ def norm_of_values(call: Call) -> Call:
     Raises:
         ValueError: the ragged dimension is normalised, or a tensor is not ragged as x is.
     """
-    x = cast(Jagged, call.x)
+    x = call.x
+    assert is_jagged(x)
     values: dict[str, Tensor] = {}
     for name, t in call.tensors():
         if name in ("weight", "bias"):
@@ -55,7 +56,7 @@ def norm_of_values(call: Call) -> Call:
 
 def ragged_as(x: Tensor, values: Tensor) -> Tensor:
     """Return values as a nested tensor with the sequences of x."""
-    like = cast(Jagged, x)
+    assert is_jagged(x)
     return torch.nested.nested_tensor_from_jagged(
-        values, like.offsets(), like.lengths(), jagged_dim=like._ragged_idx
+        values, x.offsets(), x.lengths(), jagged_dim=x._ragged_idx
     )

@@ -142,32 +142,19 @@ def _gradients(
             return None, None, None, None
         grad_y = torch.zeros_like(grad_residual_out)
     x_dtype, residual_dtype = ctx.dtypes
-    source, residual, weight, bias, rstd, mean = ctx.saved_tensors
+    kept = ctx.saved_tensors
     wanted = Wanted(
         x_dtype if needed[0] else None, residual_dtype if needed[1] else None, *needed[2:]
     )
     if not torch.is_grad_enabled():
-        return backward(
-            ctx.formula,
-            wanted,
-            ctx.backend,
-            grad_y,
-            grad_residual_out,
-            source,
-            residual,
-            weight,
-            bias,
-            rstd,
-            mean,
-        )
+        return backward(ctx.formula, wanted, ctx.backend, grad_y, grad_residual_out, *kept)
     if ctx.formula.from_output:
         raise RuntimeError(
             "memory_efficient: expected False where gradients are differentiated again, got True"
         )
     return dispatch.backward_by_reference(
-        ctx.formula, wanted, grad_y, grad_residual_out, source, residual, weight, bias, rstd,
-        differentiable=True,
-    )  # fmt: skip
+        ctx.formula, wanted, grad_y, grad_residual_out, *kept[:-1], differentiable=True
+    )
 
 
 def run_with_gradient(call: Call) -> Result:
