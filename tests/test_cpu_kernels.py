@@ -214,7 +214,7 @@ def test_kernels_need_every_field_of_a_call(entry):
     with pytest.raises(TypeError, match=str(len(_C.fields))):
         entry(0, torch.ones(4))
     with pytest.raises(TypeError, match="str"):
-        entry("rms", torch.ones(4), *[None] * 11)
+        entry("rms", torch.ones(4), *[None] * (len(_C.fields) - 2))
     assert list(inspect.signature(entry).parameters) == list(_C.fields)
 
 

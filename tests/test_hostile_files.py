@@ -180,14 +180,14 @@ from pathlib import Path
 from normkit import load_norm
 from normkit.checkpoint import find_norms
 from typer.testing import CliRunner
-from normkit import cli
-cli.CHECK_ROUNDS = 1
+from normkit import _check, cli
+_check.CHECK_ROUNDS = 1
 for path in sys.argv[1:]:
     try:
         found = find_norms(path)
         if len(found) == 1:
             load_norm(path, found[0].key)
-            assert CliRunner().invoke(cli.app, ["check", path]).exit_code in (0, 2)
+            assert CliRunner().invoke(cli.app, ["check", path]).exit_code in (0, 2, 3)
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
     status = Path("/proc/self/status").read_text()
