@@ -11,24 +11,21 @@ import pytest
 
 from normkit.checkpoint._families import _DATA, Rule, endings, families, find, pattern_of
 
-pytestmark = []
 needs_transformers = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="no models to build"
 )
 CONTENT = json.loads(_DATA.read_text())
-# One of a kind each: plain, offset, gated, several sections, grouped, T5's LayerNorm that is an rms
-# norm, LayerNorms without a bias, eps of the code's own, a switch of kinds.
+# One of a kind each: an offset, hard-coded eps, groups and a gate, a switch of kinds, LayerNorms
+# without a bias, sections, an offset beside a gate, a tower, an rms norm that is called LayerNorm.
 SAMPLE = [
-    "blip-2",
-    "cohere",
-    "deepseek_v3",
-    "gemma3",
+    "gemma3_text",
     "kimi_linear",
-    "llama",
     "mamba2",
     "mobilebert",
+    "mpt",
     "qwen2_vl",
     "qwen3_next",
+    "siglip",
     "t5",
 ]
 
