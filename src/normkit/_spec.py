@@ -199,6 +199,7 @@ _native_values = attrgetter(*NATIVE)
 
 # The options that change what is computed, in the order of a call.
 OPTIONS = NATIVE[NATIVE.index("eps") + 1 : NATIVE.index("out_dtype")]
+_option_values = attrgetter(*OPTIONS)
 PLAIN_OPTIONS = tuple(name for name in OPTIONS if name != "round_sum")
 # Those of them that change rstd or mean.
 OF_STATISTICS = ("round_sum", "clamp_inf", "round_rstd")
@@ -211,23 +212,27 @@ class Formula(NamedTuple):
     per_head: bool
     from_output: bool  # x is the output, of which xhat is made again
     eps: float | None
-    options: Options  # all of OPTIONS
+    given: tuple[object, ...]  # the values of OPTIONS; named only where a gradient is made
 
     @classmethod
     def of(cls, call: Call, *, from_output: bool) -> Formula:
         """That of a call."""
-        return cls(call.layer, call.per_head, from_output, call.eps, call.options())
+        return cls(call.layer, call.per_head, from_output, call.eps, _option_values(call))
 
     @classmethod
     def of_values(cls, values: Sequence[Any]) -> Formula:
         """That of which `values` are."""
         layer, per_head, from_output, eps, *options = values
-        named = cast(Options, dict(zip(OPTIONS, options, strict=True)))
-        return cls(layer, per_head, from_output, eps, named)
+        return cls(layer, per_head, from_output, eps, tuple(options))
+
+    @property
+    def options(self) -> Options:
+        """All of OPTIONS, by name."""
+        return cast(Options, dict(zip(OPTIONS, self.given, strict=True)))
 
     def values(self) -> tuple[object, ...]:
         """All of it, one after the other, as operators take it."""
-        return (*self[:-1], *self.options.values())
+        return (*self[:-1], *self.given)
 
     @property
     def statistic(self) -> Kind:

@@ -94,20 +94,21 @@ def backward(
     mean: Tensor | None,
 ) -> Gradients:
     """Make the gradients of a norm; backend is what `use_backend` named for the forward pass."""
-    if not backward_refusal(backend, formula.options["clamp_inf"]):
+    options = formula.options
+    if not backward_refusal(backend, options["clamp_inf"]):
         native = natives[backend].norm_backward
         kind = formula.layer + 2 * formula.per_head + 8 * formula.from_output
-        options = (
+        rest = (
             rstd,
             mean,
-            formula.options["weight_offset"],
-            formula.options["round_before_weight"],
+            options["weight_offset"],
+            options["round_before_weight"],
             wanted.x,
             wanted.residual,
             wanted.weight + 2 * wanted.bias,
         )
         tensors = (grad_y, grad_residual_out, x, residual, weight, bias)
-        made = answer(_with_copies(native, kind, tensors, options), backend, "make these gradients")
+        made = answer(_with_copies(native, kind, tensors, rest), backend, "make these gradients")
         if not isinstance(made, Refusal):
             return made
     return backward_by_reference(
