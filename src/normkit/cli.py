@@ -49,7 +49,7 @@ class Dtype(str, Enum):
 
 def _console() -> Console:
     # rich takes 80 columns where there is no terminal, and would cut layer names in logs and pipes
-    return Console(width=None if sys.stdout.isatty() else 160)
+    return Console(width=None if sys.stdout.isatty() else 164)
 
 
 def _progress(items: Iterable[Item], count: int, description: str) -> Iterable[Item]:
