@@ -21,7 +21,8 @@ PACKAGE = ROOT / "src" / "normkit"
 LAYERS = [
     {"_C", "_serving", "_spec", "reference"},
     {"_scripting", "_serving.refusal", "_serving.triton_kernels", "checkpoint._names"},
-    {"recognition._result", "recognition._screen"},
+    {"recognition._identity", "recognition._result"},
+    {"recognition._screen"},
     {"_serving.checks", "_serving.nested", "_serving.triton", "testing"},
     {"_serving.backends", "checkpoint._families"},
     {"_serving.dispatch", "checkpoint._files", "checkpoint._meaning"},

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import contextlib
+import threading
+from collections.abc import Hashable, Iterator
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
+from normkit.recognition._identity import identity
 from normkit.recognition._probe import (
     Probe,
     Unknown,
@@ -21,9 +24,10 @@ from normkit.recognition._screen import refusal, widths
 
 __all__ = ["Form", "Function", "Recognition", "recognise"]
 
-# Modules of one class with the same scalars and shapes compute the same: of the 500 norms of a
-# model some five are measured.
+# Modules of one class with the same numbers, shapes and code compute the same: of the 500 norms of
+# a model some five are measured.
 _KNOWN: WeakKeyDictionary[type, dict[Hashable, Recognition]] = WeakKeyDictionary()
+_LOCK = threading.RLock()
 
 
 def recognise(module: nn.Module) -> Recognition:
@@ -59,32 +63,35 @@ def recognise(module: nn.Module) -> Recognition:
     why = refusal(module)
     if why is not None:
         return Recognition(reason=why)
-    key = _identity(module)
-    if key is None:
-        return _measured(module)
-    known = _KNOWN.setdefault(type(module), {})
-    if key not in known:
-        known[key] = _measured(module)
-    return known[key]
+    key = identity(module)
+    with _undisturbed():
+        if type(torch.empty(0)) is not torch.Tensor:
+            return Recognition(reason="nothing is computed here, as in torch's FakeTensorMode")
+        if key is None:
+            return _measured(module)
+        known = _KNOWN.setdefault(type(module), {})
+        if key not in known:
+            known[key] = _measured(module)
+        return known[key]
 
 
-_OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Measure the same whatever the caller has set, and leave it as it is.
 
-
-def _identity(module: nn.Module) -> Hashable | None:
-    """What, beside the class, decides what a module computes; None where that cannot be told."""
-    own = {k: v for k, v in module.__dict__.items() if k not in _OF_EVERY_MODULE}
-    if not all(_is_plain(value) for value in own.values()):
-        return None
-    tensors = {**module._parameters, **module._buffers}
-    described = {k: t if t is None else (tuple(t.shape), t.dtype) for k, t in tensors.items()}
-    return (module.training, repr(sorted(own.items())), repr(described))
-
-
-def _is_plain(value: object) -> bool:
-    if isinstance(value, (tuple, list)):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, (bool, int, float, str, torch.dtype))
+    One thread at a time, since Python's warning filters, which a probe sets, are the process's.
+    """
+    cpu = torch.device("cpu")
+    # as a context it would double the time, since every call of torch then goes through Python
+    on_cpu = contextlib.nullcontext() if torch.get_default_device() == cpu else cpu
+    with (
+        _LOCK,
+        torch.no_grad(),
+        torch.autocast("cpu", enabled=False),
+        on_cpu,
+        torch.random.fork_rng(devices=[]),
+    ):
+        yield
 
 
 def _measured(module: nn.Module) -> Recognition:
@@ -101,11 +108,10 @@ def _measured(module: nn.Module) -> Recognition:
 
 def _measured_at(module: nn.Module, n: int) -> Recognition:
     try:
-        with torch.no_grad():
-            form = measured_form(module, n)
-            probe = Probe(module, n, form, torch.float32)
-            function = measured_function(probe, measured_eps(probe))
-            return _over_dtypes(module, n, form, function)
+        form = measured_form(module, n)
+        probe = Probe(module, n, form, torch.float32)
+        function = measured_function(probe, measured_eps(probe))
+        return _over_dtypes(module, n, form, function)
     except Unknown as why:
         return Recognition(reason=str(why))
 

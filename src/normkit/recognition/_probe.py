@@ -6,14 +6,16 @@ import copy
 import itertools
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from normkit._spec import FLOATS, Kind, NormSpec
+from normkit._spec import FLOATS, FLOATS_TEXT, Kind, NormSpec
 from normkit.functional import head_norm
+from normkit.recognition._identity import OF_EVERY_MODULE
 from normkit.recognition._result import Form, Function
 from normkit.recognition._screen import gate_of, parameters_of, row_shape
 
@@ -35,7 +37,8 @@ class Unknown(Exception):
 class Probe:
     """A copy of a module on the CPU, with random parameters, that is called with rows.
 
-    Rows are (rows, n) in order, or (rows, heads, n) where weights have a row per head.
+    Rows are (rows, n) in order, or (rows, heads, n), others for each head, where weights have a row
+    per head.
     """
 
     def __init__(
@@ -64,37 +67,46 @@ class Probe:
         return self.arranged(_telling_rows(self.n, dtype, eps, seed))
 
     def arranged(self, rows: Tensor) -> Tensor:
-        """The same row for every head."""
+        """The rows for every head, in another order for each: a statistic may be of all heads."""
         heads = self.form.heads
-        return rows[:, None].expand(-1, heads, -1).contiguous() if heads else rows
+        return torch.stack([rows.roll(head, 0) for head in range(heads)], 1) if heads else rows
 
-    def run(self, rows: Tensor, gate: float = _BIG_GATE) -> Tensor:
-        """What the module gives for rows, in the same order."""
+    def run(
+        self, rows: Tensor, gate: float = _BIG_GATE, outer: tuple[int, ...] = (2, -1)
+    ) -> Tensor:
+        """What the module gives for rows, in the same order, where x has these outer sizes."""
         form = self.form
         # a multiple of 2, and so nothing is rounded by the division
         x = rows / _BIG_GATE if form.gate == "before-silu" else rows
-        x = x.reshape(2, -1, *x.shape[1:])
+        x = x.reshape(*outer, *x.shape[1:])
         if form.channels_first:
             x = x.transpose(1, 2).unsqueeze(-2).contiguous()
         y = self._call(x.clone(), gate)  # a clone, since some norms write into x
-        if not isinstance(y, Tensor) or y.shape != x.shape:
+        if type(y) not in (Tensor, nn.Parameter) or y.shape != x.shape:
             raise Unknown("y is not of x's shape")
+        if y.dtype not in FLOATS or y.layout != torch.strided or y.device.type != "cpu":
+            raise Unknown(f"y is not of {FLOATS_TEXT} as x is")
         if form.channels_first:
             y = y.squeeze(-2).transpose(1, 2)
-        y = y.flatten(0, 1)
-        return y / _BIG_GATE if form.gate == "after-silu" else y
+        like_rows: Tensor = y.reshape(rows.shape)
+        return like_rows / _BIG_GATE if form.gate == "after-silu" else like_rows
 
-    def _call(self, x: Tensor, gate: float) -> object:
+    def _call(self, x: Tensor, gate: float) -> Any:
+        module = self._module
+        before, tensors = _state(module), [t.clone() for t in _tensors(module)]
         given = {} if self._gate is None else {self._gate: torch.full_like(x, gate)}
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # as of torch's for dtypes that are probed on purpose
             try:
-                return type(self._module).forward(self._module, x, **given)
+                y = type(module).forward(module, x, **given)
             except Exception as error:  # whatever a module's own code raises
                 text = " ".join(str(error).split())[:80]
                 raise Unknown(
                     f"does not take x of {tuple(x.shape)}: {type(error).__name__}: {text}"
                 ) from error
+        if _state(module) != before or not all(map(torch.equal, _tensors(module), tensors)):
+            raise Unknown("it changes itself when it is called")
+        return y
 
     def differs_in_eval(self) -> bool:
         """Whether evaluation gives other bits than training, as with dropout."""
@@ -106,12 +118,32 @@ class Probe:
 
 
 def _shallow(module: nn.Module) -> nn.Module:
-    """A copy with dictionaries of its own, and no hooks."""
-    other = copy.copy(module)
+    """A copy with containers of its own, and no hooks."""
+    try:
+        other = copy.copy(module)
+        for name, value in other.__dict__.items():
+            if isinstance(value, (list, dict, set)) and name not in OF_EVERY_MODULE:
+                other.__dict__[name] = copy.deepcopy(value)
+    except Exception as error:  # whatever a module's own code raises
+        raise Unknown(f"cannot be copied: {type(error).__name__}") from error
     other._parameters, other._buffers = dict(module._parameters), dict(module._buffers)
     for hooks in ("_forward_hooks", "_forward_pre_hooks"):
         setattr(other, hooks, type(getattr(module, hooks))())
     return other
+
+
+def _state(module: nn.Module) -> dict[str, object]:
+    """What a module could remember a call with; a container or object by its text."""
+    return {
+        name: value if isinstance(value, (int, float, str, bytes)) else repr(value)
+        for name, value in module.__dict__.items()
+        if name not in OF_EVERY_MODULE
+    }
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    tensors = (*module._parameters.values(), *module._buffers.values())
+    return [t for t in tensors if t is not None]
 
 
 def _frozen(values: Tensor) -> nn.Parameter:
@@ -119,14 +151,17 @@ def _frozen(values: Tensor) -> nn.Parameter:
 
 
 def _with_random_tensors(module: nn.Module, dtype: torch.dtype | None) -> nn.Module:
-    """The module with other tensors: full mantissas and both signs.
+    """The module with other tensors: full mantissas and both signs, and two far from the others.
 
-    At the weights of a new model, ones, no rounding can be seen.
+    At the weights of a new model, ones, no rounding can be seen; where none is negative or large,
+    no limit that they are held to.
     """
     generator = torch.Generator().manual_seed(3)
 
     def like(t: Tensor, to: torch.dtype | None = None) -> Tensor:
-        return (torch.randn(t.shape, generator=generator) * 0.5 + 0.4).to(to or t.dtype)
+        values = _normal(generator, *t.shape) * 0.5 + 0.4
+        values.view(-1)[:2] = torch.tensor([-11.3, 19.7], dtype=torch.float32)[: t.numel()]
+        return values.to(to or t.dtype)
 
     other = _shallow(module)
     other._parameters = {
@@ -137,20 +172,25 @@ def _with_random_tensors(module: nn.Module, dtype: torch.dtype | None) -> nn.Mod
     return other
 
 
+def _normal(generator: torch.Generator, *shape: int) -> Tensor:
+    # the default dtype is the caller's
+    return torch.randn(shape, generator=generator, dtype=torch.float32)
+
+
 def _telling_rows(n: int, dtype: torch.dtype, eps: float, seed: int) -> Tensor:
     """22 rows: of several scales, with a large mean, a spike, about sqrt(eps), and of zeros."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(rows: int) -> Tensor:
-        return torch.randn(rows, n, generator=generator)
+        return _normal(generator, rows, n)
 
     small = math.sqrt(eps) if eps else 1e-3
     spike = normal(2)
     spike[:, n // 3] += 40.0
-    largest = 3e3 if dtype == torch.float16 else 3e5
+    largest = 3e3 if dtype == torch.float16 else 3e15
     scaled = [normal(6), normal(2) * 50, normal(2) * 1e-2, normal(3) + 20, spike]
     of_eps = [normal(2) * small, normal(2) * small * 4, normal(1) * small * 0.2]
-    ends = [normal(1) * largest, torch.zeros(1, n)]
+    ends = [normal(1) * largest, torch.zeros(1, n, dtype=torch.float32)]
     return torch.cat(scaled + of_eps + ends).to(dtype)
 
 
@@ -183,31 +223,43 @@ def _taken(module: nn.Module, n: int, heads: int) -> Form:
     raise first
 
 
+def _sigmoid(gate: float) -> float:
+    return 1 / (1 + math.exp(-gate))
+
+
+# What y is multiplied with; of a gate before the norm only the sign is left.
+_GATES: Mapping[str, Callable[[float], float]] = {
+    "before-silu": lambda gate: math.copysign(1.0, gate),
+    "after-silu": lambda gate: gate * _sigmoid(gate),
+    "after-sigmoid": _sigmoid,
+}
+
+
 def _measured_gate(module: nn.Module, n: int, form: Form) -> str:
     probe = Probe(module, n, form, torch.float32)
-    x = probe.arranged(torch.randn(22, n, generator=torch.Generator().manual_seed(5)))
-    by_one, by_big = probe.run(x, 1.0), probe.run(x, _BIG_GATE)
-    ratio = (by_one / by_big).nanmedian().item()
-    sigmoid = torch.sigmoid(torch.tensor(1.0)).item()
-    gates = {"before-silu": 1.0, "after-silu": sigmoid / _BIG_GATE, "after-sigmoid": sigmoid}
-    for gate, expected in gates.items():
-        if abs(ratio / expected - 1) < 1e-3:
-            return gate
+    x = probe.arranged(_normal(torch.Generator().manual_seed(5), 22, n))
+    by_big = probe.run(x, _BIG_GATE)
+    for kind, factor in _GATES.items():
+        gates = (1.0, -1.0, 0.3)
+        expected = (by_big * factor(gate) / factor(_BIG_GATE) for gate in gates)
+        given = (probe.run(x, gate) for gate in gates)
+        if all(torch.allclose(y, e, 2e-3, 1e-5) for y, e in zip(given, expected, strict=True)):
+            return kind
     raise Unknown("a gate that is neither silu nor sigmoid")
 
 
 def _measured_groups(probe: Probe) -> int:
     """How many parts of a row have a statistic of their own."""
-    x = probe.arranged(torch.randn(22, probe.n, generator=torch.Generator().manual_seed(6)))
+    x = probe.arranged(_normal(torch.Generator().manual_seed(6), 22, probe.n))
     other = x.clone()
-    other[0, ..., 0] += 50.0
-    changed = probe.run(x) != probe.run(other)
+    other.view(-1)[0] += 50.0
+    changed = (probe.run(x) != probe.run(other)).reshape(-1, probe.n)
     if changed[1:].any():
         raise Unknown("its statistic is of more than a row, as of a group or instance norm")
-    width = int(changed[0].reshape(-1, probe.n)[0].sum())
+    width = int(changed[0].sum())
     if width == 1:
         raise Unknown("it normalises nothing: an element of y follows that of x alone")
-    if probe.n % width or not changed[0].reshape(-1, probe.n)[:, :width].all():
+    if probe.n % width or not changed[0, :width].all():
         raise Unknown("its statistic is of a part of a row")
     return probe.n // width
 
@@ -264,7 +316,7 @@ def _mean(y: Tensor) -> float:
 
 def _numbers_written(probe: Probe) -> Iterator[float]:
     for value in probe._module.__dict__.values():
-        if isinstance(value, (int, float)) and value > 0:
+        if isinstance(value, (int, float)) and 0 < value < math.inf and value < 1e30:
             yield float(value)
     yield torch.finfo(torch.float32).eps
     yield from (digit * 10.0**-power for power in range(3, 16) for digit in (1, 2, 5))
@@ -281,7 +333,30 @@ def measured_function(probe: Probe, eps: float) -> Function:
             f"no rms or layer norm; the nearest, {best.spec.kind} with an offset of"
             f" {best.spec.weight_offset:g}, is off by {error:.3g} of 2^-24 of its terms"
         )
+    if not agreement(probe, best, best.spec, torch.float32)[1]:
+        raise Unknown("its eps is none that is added under the root")
+    _check_of_any_shape(probe, x, best)
+    _check_not_finite(probe, x)
     return best
+
+
+def _check_of_any_shape(probe: Probe, x: Tensor, function: Function) -> None:
+    """Raise if x with other outer sizes, of those that it takes, is normalised otherwise."""
+    for outer in () if probe.form.channels_first else ((-1,), (-1, 1), (1, -1), (2, 1, -1)):
+        try:
+            y = probe.run(x, outer=outer)
+        except Unknown:
+            continue
+        if not _error(y.double(), x, probe, function) < _FLOAT32_BOUND:
+            raise Unknown("what it computes depends on the shape of x")
+
+
+def _check_not_finite(probe: Probe, x: Tensor) -> None:
+    """Raise if an infinity or a NaN does not reach y."""
+    given = x.clone()
+    given.view(-1, probe.n)[:2, 0] = torch.tensor([math.inf, math.nan], dtype=x.dtype)
+    if probe.run(given).view(-1, probe.n)[:2, 0].isfinite().any():
+        raise Unknown("it hides infinities or NaN of x")
 
 
 def _candidates(eps: float, names: list[str]) -> Iterator[Function]:
@@ -358,7 +433,9 @@ def _rounding(probe: Probe, function: Function, dtype: torch.dtype) -> tuple[Nor
     (share, near), spec = max(tried, key=lambda pair: pair[0][0])
     if not near:
         raise Unknown(f"rounds elsewhere: at best {share:.4f} of the elements are equal")
-    out_dtype = probe.run(probe.rows(dtype, function.spec.eps or 0.0)).dtype
+    x = probe.rows(dtype, function.spec.eps or 0.0)
+    _check_not_finite(probe, x)
+    out_dtype = probe.run(x).dtype
     return replace(spec, out_dtype=None if out_dtype == dtype else out_dtype), share
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from normkit._spec import FLOATS, FLOATS_TEXT
+from normkit.recognition._identity import OF_EVERY_MODULE
 
 # More elements than the parameters of any norm: what is beyond is a matrix or a table.
 _MOST_ELEMENTS, _MOST_OF_HEADS = 1 << 17, 1 << 15
@@ -31,7 +32,7 @@ def row_shape(parameter: Tensor) -> tuple[int, ...]:
 def gate_of(module: nn.Module) -> str | None:
     """The name of the argument that is a gate."""
     names = list(inspect.signature(type(module).forward).parameters)[2:]
-    return next((name for name in names if "gate" in name or name == "z"), None)
+    return next((name for name in names if "gate" in name.split("_") or name == "z"), None)
 
 
 def widths(module: nn.Module) -> tuple[int, ...]:
@@ -50,7 +51,7 @@ def widths(module: nn.Module) -> tuple[int, ...]:
 
 def refusal(module: nn.Module) -> str | None:
     """Why a module cannot be a norm of rows, or None."""
-    checks = (_of_structure, _of_parameters, _of_buffers, _of_signature)
+    checks = (_of_structure, _of_attributes, _of_parameters, _of_buffers, _of_signature)
     return next((why for check in checks if (why := check(module)) is not None), None)
 
 
@@ -68,7 +69,31 @@ def _of_structure(module: nn.Module) -> str | None:
     # transformers' kernelize binds the same function again where it has no kernel
     if own is not None and getattr(own, "__func__", None) is not forward:
         return "forward is replaced on the instance"
+    called = ((cls.__call__, cls._call_impl) for cls in (type(module), nn.Module))
+    if next(called) != next(called) or not {"__call__", "_call_impl"}.isdisjoint(module.__dict__):
+        return "a call of it does more than forward"
     return None
+
+
+def _of_attributes(module: nn.Module) -> str | None:
+    """What torch does not know of, and what would keep its values in a copy."""
+    for name, value in module.__dict__.items():
+        for inside in () if name in OF_EVERY_MODULE else _inside(value):
+            if isinstance(inside, nn.Module):
+                return f"has a module that is no child, {name}"
+            if isinstance(inside, Tensor):
+                return f"has a tensor that is no parameter, {name}"
+    return None
+
+
+def _inside(value: object) -> Iterator[object]:
+    """A value, and what is in it if it is a container."""
+    yield value
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (list, tuple, set)):
+        for inside in value:
+            yield from _inside(inside)
 
 
 def _of_parameters(module: nn.Module) -> str | None:
