@@ -9,7 +9,9 @@ import logging
 import os
 import re
 import signal
+import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ from normkit._spec import Kind, NormSpec
 from normkit.modules import HeadNorm, LayerNorm, RMSNorm
 from normkit.recognition import Function, Recognition, recognise
 from normkit.recognition._probe import Probe, Unknown, agreement
+from normkit.recognition._screen import row_shape
 
 Norm: TypeAlias = RMSNorm | LayerNorm | HeadNorm
 
@@ -54,12 +57,12 @@ class Originals:
         Raises:
             NoOriginals: the library is not installed, does not know the family, or cannot build it.
         """
-        _check_sizes(config)
         library = "diffusers" if "_class_name" in config else "transformers"
         build = _diffusers_model if "_class_name" in config else _transformers_model
         with _quiet(), _in_time():
             try:
-                self._model, self._path_of = build(config)
+                _check_sizes(config)
+                self._model, self._path_of = build(_as_written(config))
                 self._name = f"{type(self._model).__name__} of {library} {version(library)}"
             except NoOriginals:
                 raise
@@ -81,6 +84,9 @@ class Originals:
         except AttributeError:
             return Verdict(None, "the model has no such module")
         dtype = ours.weight.dtype
+        unfit = _unfit(module, parameter, ours)
+        if unfit is not None:
+            return Verdict(False, unfit)
         own = recognise(copy.deepcopy(module).to(dtype))
         function = own.function
         if function is None:
@@ -103,6 +109,22 @@ class Originals:
             return Verdict(None, str(why))
 
 
+def _unfit(module: nn.Module, parameter: str, ours: Norm) -> str | None:
+    """Why the stored tensors cannot be those of the model's module, or None."""
+    theirs = module._parameters.get(parameter)
+    if theirs is None:
+        return None
+    shape = row_shape(theirs)
+    if shape != row_shape(ours.weight):
+        return f"its {parameter} is {shape}, not {row_shape(ours.weight)}"
+    count = sum(p is not None for p in module._parameters.values())
+    if count == 2 and ours.bias is None:
+        return "it has a bias, and none is stored"
+    if count == 1 and ours.bias is not None:
+        return "it has no bias, and one is stored"
+    return None
+
+
 def _differences(
     own: Recognition, function: Function, spec: NormSpec, dtype: torch.dtype
 ) -> list[str]:
@@ -122,15 +144,17 @@ def _run_both(
     pairs = ((function.weight, ours.weight), (function.bias, ours.bias))
     stored = {name: t.detach().cpu() for name, t in pairs if name and t is not None}
     n = ours.weight.shape[-1]
+    unknown = ""
     for dtype in dict.fromkeys((torch.float32, ours.weight.dtype)):
         if dtype != torch.float32 and dtype not in own.specs:
-            continue  # it rounds as normkit does not, which the table says
+            unknown = f"not compared in {dtype}: {own.reasons[dtype]}"
+            continue
         tensors = {name: t.to(dtype) for name, t in stored.items()}
         probe = Probe(module, n, own.form).with_tensors(tensors)
         share, near = agreement(probe, function, spec, dtype)
         if not near:
             return Verdict(False, f"{1 - share:.1%} of y are other numbers in {dtype}")
-    return Verdict(True)
+    return Verdict(True, unknown)
 
 
 # ------------------------------------------------------------------------------- building models
@@ -142,12 +166,14 @@ def _transformers_model(config: Mapping[str, object]) -> _Built:
     transformers = _library("transformers")
     family = config.get("model_type")
     known = transformers.models.auto.configuration_auto.CONFIG_MAPPING
-    if family not in known:
+    if not isinstance(family, str) or family not in known:
         raise NoOriginals(f"transformers {version('transformers')} has no family {family!r:.100}")
     settings = known[family].from_dict(dict(config))
     names = config.get("architectures")
     listed = names if isinstance(names, list) else []
-    model_class = next((c for c in map(_class_named(transformers), listed) if c), None)
+    classes = map(_class_named(transformers, transformers.PreTrainedModel), listed)
+    # of another family, it would not know this config
+    model_class = next((c for c in classes if c and c.config_class is type(settings)), None)
     with torch.device("meta"):
         if model_class is None:
             model = transformers.AutoModel.from_config(settings, trust_remote_code=False)
@@ -156,15 +182,30 @@ def _transformers_model(config: Mapping[str, object]) -> _Built:
     return model, _loaded_name(model)
 
 
-def _class_named(library: ModuleType) -> Callable[[object], type | None]:
+def _class_named(library: ModuleType, base: type) -> Callable[[object], Any]:
     """Find the class of a model by its name, which a file of a stranger says."""
 
     def find(name: object) -> type | None:
         found = getattr(library, name, None) if isinstance(name, str) else None
-        is_model = isinstance(found, type) and issubclass(found, nn.Module)
-        return found if is_model else None
+        return found if isinstance(found, type) and issubclass(found, base) else None
 
     return find
+
+
+# What has models load other weights, or code of others, and what decides nothing about norms.
+_LEFT_OUT = re.compile("attn_implementation|experts_implementation|pretrained|auto_map|dtype$")
+
+
+def _as_written(value: Any) -> Any:
+    """A config without what reaches beyond it, with numbers as transformers' JSON has them.
+
+    JSON has no infinity, and transformers writes {"__float__": "Infinity"}.
+    """
+    if isinstance(value, Mapping):
+        if set(value) == {"__float__"}:
+            return float(value["__float__"])
+        return {k: _as_written(v) for k, v in value.items() if not _LEFT_OUT.search(k)}
+    return [_as_written(v) for v in value] if isinstance(value, list) else value
 
 
 def _loaded_name(model: Any) -> Callable[[str], str]:
@@ -187,7 +228,7 @@ def _loaded_name(model: Any) -> Callable[[str], str]:
 
 def _diffusers_model(config: Mapping[str, object]) -> _Built:
     diffusers = _library("diffusers")
-    model_class: Any = _class_named(diffusers)(config["_class_name"])
+    model_class: Any = _class_named(diffusers, diffusers.ModelMixin)(config["_class_name"])
     if model_class is None:
         found = f"diffusers {version('diffusers')}"
         raise NoOriginals(f"{found} has no {config['_class_name']!r:.100}")
@@ -198,7 +239,11 @@ def _diffusers_model(config: Mapping[str, object]) -> _Built:
 # The config may be a stranger's.  On the meta device a model has no elements, but a module for each
 # layer and expert: the largest published has 61 layers of 384.
 _MOST_LAYERS, _MOST_EXPERTS = 2048, 1 << 16
-_MOST_SECONDS = 60  # what loops over positions as Python
+_MOST_LABELS = 1 << 20  # of which transformers makes a dictionary
+# What loops over positions as Python, or keeps a list of them.
+_MOST_SECONDS, _MOST_BYTES, _CHECKED_EVERY = 60, 4 << 30, 0.25
+_COUNTS = re.compile("(^|_)n?(layer|depth|block|stage)s?($|_)")
+_NO_COUNTS = re.compile("(^|_)(size|id|index|dim|channel|type|length|eps)s?($|_)")
 
 
 def _check_sizes(config: Mapping[str, object]) -> None:
@@ -213,32 +258,49 @@ def _check_sizes(config: Mapping[str, object]) -> None:
         for key, value in sections.pop().items():
             if isinstance(value, Mapping):
                 sections.append(value)
+            if isinstance(value, list):
+                sections += [inner for inner in value if isinstance(inner, Mapping)]
             counts = [n for n in (value if isinstance(value, list) else [value]) if type(n) is int]
-            if re.search("layer|depth|block|stage", key) and not re.search("size|id|dim", key):
+            if _COUNTS.search(key) and not _NO_COUNTS.search(key):
                 layers = max(layers, sum(map(abs, counts)))
             if "expert" in key and "size" not in key and "dim" not in key:
                 experts = max(experts, *map(abs, counts), 1)
+            if key == "num_labels" and max(map(abs, counts), default=0) > _MOST_LABELS:
+                raise NoOriginals(f"config.json: more labels than any model has: {counts[0]}")
     if layers > _MOST_LAYERS or layers * experts > _MOST_EXPERTS:
         raise NoOriginals(f"config.json: more than any model has: {layers} layers of {experts}")
 
 
 @contextlib.contextmanager
 def _in_time() -> Iterator[None]:
-    """Raise TimeoutError if it takes too long, where signals can tell."""
-    if threading.current_thread() is not threading.main_thread():
+    """Raise an error if it takes too long or too much memory, where signals can tell."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(
+        signal, "setitimer"
+    ):
         yield
         return
+    start, used = time.monotonic(), _peak_bytes()
 
-    def late(signum: int, frame: FrameType | None) -> None:
-        raise TimeoutError(f"not built in {_MOST_SECONDS} s")
+    def look(signum: int, frame: FrameType | None) -> None:
+        if time.monotonic() - start > _MOST_SECONDS:
+            raise TimeoutError(f"not built in {_MOST_SECONDS} s")
+        if _peak_bytes() - used > _MOST_BYTES:
+            raise MemoryError(f"not built in {_MOST_BYTES >> 30} GiB")
 
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(_MOST_SECONDS)
+    handler = signal.signal(signal.SIGALRM, look)
+    timer = signal.setitimer(signal.ITIMER_REAL, _CHECKED_EVERY, _CHECKED_EVERY)
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGALRM, handler)
+
+
+def _peak_bytes() -> int:
+    import resource  # which Windows lacks, as it does the timer
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak << 10
 
 
 def _library(name: str) -> ModuleType:
@@ -252,7 +314,11 @@ def _library(name: str) -> ModuleType:
 def _quiet() -> Iterator[None]:
     """Without the net, and without what the libraries say of a config that was only built."""
     offline, level = os.environ.get("HF_HUB_OFFLINE"), logging.root.manager.disable
+    constants = _hub_constants()
     os.environ["HF_HUB_OFFLINE"] = "1"
+    was_offline = getattr(constants, "HF_HUB_OFFLINE", None)
+    if was_offline is not None:  # it read the environment when it was imported
+        constants.HF_HUB_OFFLINE = True
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
@@ -264,3 +330,13 @@ def _quiet() -> Iterator[None]:
             del os.environ["HF_HUB_OFFLINE"]
         else:
             os.environ["HF_HUB_OFFLINE"] = offline
+        if was_offline is not None:
+            constants.HF_HUB_OFFLINE = was_offline
+
+
+def _hub_constants() -> Any:
+    """The module with huggingface_hub's settings; None where it is not installed."""
+    try:
+        return importlib.import_module("huggingface_hub.constants")
+    except ModuleNotFoundError:
+        return None

@@ -16,6 +16,7 @@ from typing import Annotated, Any, NoReturn, TypeAlias, TypeVar
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 from rich.text import Text
@@ -191,6 +192,9 @@ def _summary(report: Report) -> dict[str, Any]:
     own = [(line["layer"], line["own_module"]["same"], line["assumed"]) for line in lines]
     summary["broken"] = [line["layer"] for line in lines if not line["within_bound"]]
     summary["wrong"] = [layer for layer, same, _ in own if same is False]
+    reasons = (line["own_module"] for line in lines)
+    why = Counter(own["reason"] for own in reasons if own["same"] is None)
+    summary["not_compared"] = dict(why.most_common())
     summary["confirmed"] = sum(same is True for _, same, _ in own)
     summary["assumed"] = [layer for layer, same, assumed in own if assumed and not same]
     if lines:
@@ -221,6 +225,8 @@ def _remarks(line: Mapping[str, Any]) -> Iterator[str]:
         yield f"the model's own module computes something else: {own['reason']}"
     if line["note"]:
         yield line["note"]
+    elif own["same"] and own["reason"]:
+        yield own["reason"]
     if line["not_finite"]:
         yield f"holds inf or NaN, {line['not_finite']} of them"
 
@@ -243,8 +249,8 @@ def _conclusions(summary: Mapping[str, Any]) -> Iterator[str]:
     if summary["confirmed"]:
         yield f"{summary['confirmed']} compute what the model's own modules compute"
     if count > wrong + summary["confirmed"]:
-        left, why = count - wrong - summary["confirmed"], summary["own_modules"]
-        yield f"[yellow]{left} not compared with the model's own modules[/]: {why}"
+        left, why = count - wrong - summary["confirmed"], "; ".join(summary["not_compared"])
+        yield f"[yellow]{left} not compared with the model's own modules[/]: {escape(why)}"
     if summary["assumed"]:
         yield (
             f"[yellow]{len(summary['assumed'])} with options that nobody stated[/]: say them with"

@@ -8,6 +8,7 @@ This file only looks up; what it does not find there is assumed, and said to be.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -194,14 +195,17 @@ def family_of(config: Json) -> str | None:
 def part_of(config: Json, pattern: str) -> Json:
     """The section for a part of the model that its family does not have, as of a tower added to it.
 
-    It is the one whose name is in the norm's; else the config itself.
+    It is the one whose words are in the name of a part that the norm lies in, before any number:
+    the attn of a layer is no tower, whatever attn_config holds.  Else it is the config itself.
     """
+    parts = pattern.rpartition(".")[0].split(".")
+    outer = list(itertools.takewhile(lambda part: part != "*", parts))
     family = families().get(family_of(config) or "")
     usual = () if family is None else family.sections
     for section, inner in config.items():
         if isinstance(inner, Mapping) and section not in usual and _is_of_a_model(inner):
             stem = section.removesuffix("_config")
-            if any(stem in part for part in pattern.split(".")):
+            if stem and any(f"_{stem}_" in f"_{part}_" for part in outer):
                 return inner
     return config
 
