@@ -279,6 +279,16 @@ def test_what_nobody_stated_is_exit_status_3_and_what_is_stated_is_not(checkpoin
     }
 
 
+@needs_transformers
+def test_the_norms_of_another_model_than_that_of_the_config_are_exit_status_3(
+    checkpoint: Path,
+) -> None:
+    (checkpoint / "config.json").write_text('{"model_type": "bert", "hidden_size": 96}')
+    told = run("check", checkpoint)
+    assert told.exit_code == 3, told.output
+    assert "the model that config.json describes has none of them" in told.stdout
+
+
 def test_without_transformers_it_is_said_that_nothing_was_compared(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -336,7 +346,7 @@ def test_a_name_in_any_letters_is_printed_anywhere(checkpoint: Path) -> None:
         capture_output=True,
         env={**os.environ, "PYTHONIOENCODING": "ascii"},
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 3, done.stderr  # no Llama has a norm of this name
     assert b"\\xe9.norm" in done.stdout
 
 

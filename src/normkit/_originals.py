@@ -31,6 +31,9 @@ from normkit.recognition._screen import row_shape
 Norm: TypeAlias = RMSNorm | LayerNorm | HeadNorm
 
 
+NO_MODULE = "the model has no such module"
+
+
 class NoOriginals(Exception):
     """Why there is no model of transformers or diffusers to compare with."""
 
@@ -82,7 +85,7 @@ class Originals:
         try:
             module = self._model.get_submodule(path)
         except AttributeError:
-            return Verdict(None, "the model has no such module")
+            return Verdict(None, NO_MODULE)
         dtype = ours.weight.dtype
         unfit = _unfit(module, parameter, ours)
         if unfit is not None:

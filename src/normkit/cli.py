@@ -24,6 +24,7 @@ from rich.text import Text
 import normkit
 from normkit import _bench
 from normkit._check import Checker, one_line, originals_of
+from normkit._originals import NO_MODULE
 from normkit._spec import Kind
 from normkit.checkpoint import weight_names
 from normkit.checkpoint._files import Files, printable
@@ -149,7 +150,8 @@ def check(
     confirm.
     1: a norm is another than the model's own, or a bound is broken.
     2: a file or a norm is missing or malformed, or nothing could be run.
-    3: an option is assumed, and there was no module of the model to confirm it.
+    3: an option is assumed, and there was no module of the model to confirm it; or the model that
+    config.json describes has none of the norms.
     """
     given = Given(kind, eps, weight_offset, round_before_weight)
     try:
@@ -183,7 +185,7 @@ def _status(report: Report, summary: Mapping[str, Any]) -> int:
         return 1
     if report["unreadable"] or not report["norms"]:
         return 2
-    return 3 if summary["assumed"] else 0
+    return 3 if summary["assumed"] or summary["of_another_model"] else 0
 
 
 def _summary(report: Report) -> dict[str, Any]:
@@ -195,6 +197,7 @@ def _summary(report: Report) -> dict[str, Any]:
     reasons = (line["own_module"] for line in lines)
     why = Counter(own["reason"] for own in reasons if own["same"] is None)
     summary["not_compared"] = dict(why.most_common())
+    summary["of_another_model"] = bool(lines) and why[NO_MODULE] == len(lines)
     summary["confirmed"] = sum(same is True for _, same, _ in own)
     summary["assumed"] = [layer for layer, same, assumed in own if assumed and not same]
     if lines:
@@ -251,6 +254,8 @@ def _conclusions(summary: Mapping[str, Any]) -> Iterator[str]:
     if count > wrong + summary["confirmed"]:
         left, why = count - wrong - summary["confirmed"], "; ".join(summary["not_compared"])
         yield f"[yellow]{left} not compared with the model's own modules[/]: {escape(why)}"
+    if summary["of_another_model"]:
+        yield "[yellow]the model that config.json describes has none of them[/]"
     if summary["assumed"]:
         yield (
             f"[yellow]{len(summary['assumed'])} with options that nobody stated[/]: say them with"
