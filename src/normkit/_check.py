@@ -72,7 +72,7 @@ def _options(module: Norm) -> dict[str, Any]:
 
 
 def _backend(module: Norm, kind: str, x: torch.Tensor) -> str:
-    """The name of the backend that serves the module."""
+    """The name of the backend that runs the module."""
     op, options = f"{kind}_norm", _options(module)
     if isinstance(module, HeadNorm):
         op, options = "head_norm", options | {"kind": kind}

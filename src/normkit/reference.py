@@ -1,8 +1,8 @@
 """What every norm of this package is, in plain torch.
 
 The kernels are held to these functions; with ``compute_dtype=torch.float64`` they are the oracle of
-the tests.  They also serve the calls no kernel serves: they are differentiable, can be traced, and
-run on any device.
+the tests.  They also run the calls that no kernel takes: they are differentiable, can be traced,
+and work on any device.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ def rms_norm_tp(
     All is checked before anything runs.  The kernels are launched with the interpreter's lock
     released, each in its device's stream of the context, ordered with the device's current stream
     as `TPContext` says; the current device stays what it was.  Rounds where `normkit.rms_norm`
-    does.  Gradients, and calls that no kernel serves, go device by device, in the current streams.
+    does.  Gradients, and calls that no kernel takes, go device by device, in the current streams.
 
     Example:
         >>> import torch
