@@ -55,7 +55,7 @@ KnownDevice ask(int index) {
     }
   }
   if (error != cudaSuccess && found.unusable.empty()) found.unusable = cudaGetErrorString(error);
-  cudaGetLastError();  // if any, ours, and nobody else's to find
+  cudaGetLastError();  // clears our error, which the next caller would see
   return found;
 }
 

@@ -78,7 +78,7 @@ const char* launch_kernel(void (*kernel)(Parameters...), const LaunchConfig& con
   const cudaError_t error =
       cudaLaunchKernelEx(&launch, kernel, std::forward<Arguments>(arguments)...);
   if (error == cudaSuccess) return nullptr;
-  cudaGetLastError();  // or the next one to ask would take it for his own
+  cudaGetLastError();  // or the next caller would see it as its own
   return cudaGetErrorString(error);
 }
 

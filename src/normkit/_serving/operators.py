@@ -259,7 +259,7 @@ def _register_functional(op: Op) -> None:
         call = call_of(inputs)
         made = dict(zip(outputs, output, strict=True))
         mean = made.get("mean") if call.layer else None
-        # A sum of what wants no gradient wants none either.
+        # residual_out requires grad only where x or residual does.
         summands = ctx.needs_input_grad[:2] if op.adds else (True,)
         ctx.mark_non_differentiable(*output[1 + (op.adds and any(summands)) :])
         _remember(ctx, call, (made["y"], made.get("residual_out"), made["rstd"], mean))

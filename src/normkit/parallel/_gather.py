@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _BYTES = 16384
 _DESCRIBED = ("n", "rows", "planes", "bytes", "pass", "eps")
 
-# Those in which this rank did not wait for a message, so that the next one might be taken for it.
+# Groups in which this rank gave up waiting for a message, and could take a later one for it.
 _out_of_step: WeakSet[ProcessGroup] = WeakSet()
 
 

@@ -93,7 +93,7 @@ class TPContext:
         return len(self.devices)
 
     def get_split(self, broadcast_type: int) -> list[tuple[int, int, int]]:
-        """Tell who has which part of what is split.
+        """Return the part of a split that each device has.
 
         Args:
             broadcast_type: a `BroadcastType`, or its number.
@@ -231,7 +231,7 @@ def broadcast(x: Tensor, context: TPContext, broadcast_type: int | None = None) 
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
     devices = context.devices_of(broadcast_type)
-    # What the host reads or writes next is not ordered with a copy that does not block.
+    # The host is not ordered with copies that do not block.
     copies = {
         d: x.to(d, non_blocking=x.is_cuda and d.type == "cuda") for d in dict.fromkeys(devices)
     }

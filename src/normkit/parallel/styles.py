@@ -167,7 +167,7 @@ def _distribute(
 
 
 def _placed_as(gradient: DTensor, placements: tuple[Placement, ...]) -> DTensor:
-    """Bring a gradient to its parameter; of one that all rows share, each rank has a summand."""
+    """Redistribute a gradient as its parameter lies; of a replicated one each rank has a part."""
     return gradient.redistribute(placements=placements)
 
 
