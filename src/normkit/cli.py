@@ -358,7 +358,7 @@ def bench(
     try:
         _bench.plot(results, title, out / "bench.png")
     except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
+        if (error.name or "").partition(".")[0] != "matplotlib":
             raise
         typer.echo("no plot without matplotlib: pip install normkit[bench]", err=True)
         return
