@@ -16,7 +16,7 @@ from normkit._originals import NoOriginals, Originals, Verdict
 from normkit._spec import FLOATS, FLOATS_TEXT
 from normkit.checkpoint import NormEntry, NoRowError, describe_norm, read_norm
 from normkit.checkpoint._files import Files, printable
-from normkit.checkpoint._meaning import Given
+from normkit.checkpoint._meaning import Given, assumed
 from normkit.checkpoint._names import canonical_name
 from normkit.functional import explain
 from normkit.loading import module_of
@@ -183,7 +183,7 @@ class Checker:
             "dtype": stored,
             **_options(module),
             "origins": {option: str(origin) for option, origin in entry.origins.items()},
-            "assumed": _assumed(entry),
+            "assumed": assumed(entry.origins),
             "note": entry.note,
             "own_module": {"same": verdict.same, "reason": verdict.reason},
             "not_finite": _not_finite(module),
@@ -213,10 +213,6 @@ def originals_of(files: Files) -> Originals | NoOriginals:
         return Originals(files.config)
     except NoOriginals as why:
         return why
-
-
-def _assumed(entry: NormEntry) -> list[str]:
-    return [name for name, origin in entry.origins.items() if origin.source == "assumed"]
 
 
 def one_line(error: Exception) -> str:

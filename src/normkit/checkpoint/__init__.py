@@ -24,6 +24,7 @@ from normkit.checkpoint._meaning import (
     Given,
     Meaning,
     Origin,
+    assumed,
     is_known,
     meaning,
 )
@@ -107,10 +108,10 @@ class StoredNorm:
 
     def warn_of_assumed(self, stacklevel: int) -> None:
         """Warn of options that nobody stated; Python shows one such warning for a source."""
-        assumed = [name for name, origin in self.origins.items() if origin.source == "assumed"]
-        if assumed:
-            options = ", ".join(f"{name}={getattr(self.spec, name)!r}" for name in assumed)
-            why = self.origins[assumed[0]].detail
+        names = assumed(self.origins)
+        if names:
+            options = ", ".join(f"{name}={getattr(self.spec, name)!r}" for name in names)
+            why = self.origins[names[0]].detail
             text = f"{self.source}: {why}, so {options} is assumed; pass what you know"
             warnings.warn(text, AssumedWarning, stacklevel=stacklevel + 1)
 

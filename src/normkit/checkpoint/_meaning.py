@@ -47,6 +47,11 @@ class Origin:
 GIVEN = Origin("given")
 
 
+def assumed(origins: Mapping[str, Origin]) -> list[str]:
+    """The options that nobody stated."""
+    return [name for name, origin in origins.items() if origin.source == "assumed"]
+
+
 @dataclass(frozen=True)
 class Given:
     """The options that a caller states; None where he does not."""
@@ -76,11 +81,6 @@ class Meaning:
     origins: Mapping[str, Origin] = field(default_factory=dict)
     note: str = ""
     no_row: str = ""
-
-    @property
-    def assumed(self) -> list[str]:
-        """The options that nobody stated."""
-        return [name for name, origin in self.origins.items() if origin.source == "assumed"]
 
 
 def is_known(pattern: str, config: Json) -> bool | None:
