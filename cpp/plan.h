@@ -17,32 +17,33 @@ struct Device {
   bool programmatic;  // a launch may overlap the end of the previous kernel: 9.0 on
 };
 
+// How the tensors of a call may be reached.
+enum class Access : uint8_t {
+  kUniform,  // all have x's dtype, and whole packs of x, 16 bytes, can be moved at once
+  kMixed,    // whole packs of x and of what goes with them, in dtypes that the kernels know together
+  kAny,      // anything else: element by element where need be
+};
+
 struct Plan {
-  bool uniform;  // every tensor has x's dtype, and is reached in whole packs of 16 bytes
+  Access access;
   int packs;     // kept in registers by each thread; 0: the row is streamed, and read again
+  int turns;     // of a streamed row: packs of a lane, padded to a power of two; 0: any number
   int unrolled;  // rows that a thread works on at once
   int lanes;     // threads that share a row in a block, a power of two
   int groups;    // of lanes in a block
   int cluster;   // blocks that share a row
 };
 
-#ifndef NORMKIT_TUNE_PACKS
-#define NORMKIT_TUNE_PACKS 8
-#endif
-#ifndef NORMKIT_TUNE_LANES
-#define NORMKIT_TUNE_LANES 256
-#endif
-#ifndef NORMKIT_TUNE_CLUSTER_FROM
-#define NORMKIT_TUNE_CLUSTER_FROM 2048  // packs
-#endif
-
-// A thread keeps up to 64 values: 32 registers when packed, 64 as float32.  More of them spill.
-constexpr int kMaxPacks = NORMKIT_TUNE_PACKS;
+// A thread keeps up to eight packs, 32 registers.  Beside a pack of 16 bits it has 32 bytes of each
+// float32 tensor, and room for four.
+template <bool kMixed>
+constexpr int kMostPacks = kMixed ? 4 : 8;
 // Blocks of 256 leave two or more of them to a processor at 128 registers a thread, so that one
 // loads while another stores; 512 are taken only where there is no other way to keep a row.
-constexpr int kMaxLanes = NORMKIT_TUNE_LANES, kMostLanes = 512;
+constexpr int kMaxLanes = 256, kMostLanes = 512;
 // Every device with clusters can place eight blocks; sixteen need an attribute and luck.
 constexpr int kMaxCluster = 8;
+constexpr int64_t kMostPacksOfBlock = 2048;  // where a cluster may share a row
 // Four warps hide the latency of their loads, and leave the scheduler small blocks to place.
 constexpr int kThreads = 128;
 
@@ -57,70 +58,85 @@ constexpr int64_t power_of_two_from(int64_t a) {
 constexpr int64_t at_least(int64_t a, int64_t low) { return a < low ? low : a; }
 constexpr int64_t at_most(int64_t a, int64_t high) { return a > high ? high : a; }
 
-// Longer rows are read again instead of kept: float32 needs all the registers there are for these.
-constexpr int64_t kMostColumns = int64_t{kMostLanes} * kMaxPacks * 4;
+// The sums of longer rows have no fixed number of addends, and float32 needs all the registers there
+// are for these.
+constexpr int64_t kMostColumns = int64_t{kMostLanes} * kMostPacks<false> * 4;
 constexpr int kLongPack = 8;  // columns that a thread takes at a time of a longer row
 
 // The blocks that share a row of so many packs.
 constexpr int blocks_per_row(int64_t packs, const Device& device) {
   int cluster = 1;
   while (device.clusters && cluster < kMaxCluster &&
-         packs > int64_t{cluster} * NORMKIT_TUNE_CLUSTER_FROM)
+         packs > cluster * kMostPacksOfBlock)
     cluster *= 2;
   return cluster;
 }
 
+// Lanes take the packs of a row in turns, so that all but the last of each are full.
+constexpr void take_lanes(Plan& plan, int64_t share, int64_t lanes) {
+  plan.lanes = static_cast<int>(lanes);
+  plan.packs = static_cast<int>(divide_up(share, lanes));
+}
+
 // Lanes and packs for many rows: few lanes with several loads in flight each.  128 threads with
 // eight loads take half the time of 1024 with one (MLX, B200, n = 8192).
-constexpr void share_for_throughput(Plan& plan, int64_t share) {
-  const int64_t each = share <= 32 ? 1 : share <= 64 ? 2 : share <= 512 ? 4 : 8;
-  plan.packs = static_cast<int>(at_most(each, kMaxPacks));
-  plan.lanes = static_cast<int>(power_of_two_from(divide_up(share, plan.packs)));
-  if (share > 32) plan.lanes = static_cast<int>(at_least(plan.lanes, 32));
+constexpr void share_for_throughput(Plan& plan, int64_t share, int64_t most_packs) {
+  const bool is_short = share <= 32;  // for one warp
+  const int64_t each = is_short ? 1 : share <= 64 ? 2 : share <= 512 ? 4 : 8;
+  const int64_t lanes = power_of_two_from(divide_up(share, at_most(each, most_packs)));
+  take_lanes(plan, share, is_short ? lanes : at_least(lanes, 32));
+  // A lane whose last pack is empty issues its instructions all the same.  Fewer lanes with more
+  // packs may have less of that: 64 with five for n = 2560, where 128 with three are a fifth too
+  // many.  Down to lanes that still move 64 or 128 bytes side by side.
+  const int64_t most = is_short ? 4 : most_packs;
+  for (int64_t fewer = plan.lanes / 2; fewer >= (is_short ? 4 : 8); fewer /= 2) {
+    const int64_t packs = divide_up(share, fewer);
+    if (packs > most) break;
+    if (8 * packs * fewer <= 7 * int64_t{plan.packs} * plan.lanes) take_lanes(plan, share, fewer);
+  }
 }
 
 // Lanes and packs for fewer rows than fill the device: more lanes, so that one processor pulls its
 // row at its full rate, up to where the barrier costs more than they save.
 constexpr void share_for_latency(Plan& plan, int64_t share) {
-  plan.lanes = static_cast<int>(
-      at_most(power_of_two_from(share <= 32 ? share : at_least(divide_up(share, 2), 32)),
-              at_least(kMaxLanes, plan.lanes)));
-  plan.packs = static_cast<int>(power_of_two_from(divide_up(share, plan.lanes)));
+  const int64_t lanes = power_of_two_from(share <= 32 ? share : at_least(divide_up(share, 2), 32));
+  take_lanes(plan, share, at_most(lanes, at_least(kMaxLanes, plan.lanes)));
 }
 
-constexpr Plan plan(int64_t n, DType x, bool uniform, int64_t rows, const Device& device) {
-  const int64_t pack = 16 / item_size(x);
-  const int64_t packs = divide_up(n, pack);
-  Plan plan{uniform, 0, 1, kMostLanes, 1, 1};
-  if (n > kMostColumns * (device.clusters ? kMaxCluster : 1)) {
-    plan.uniform = false;  // dtype codes cost nothing next to reading the row again
-    return plan;
-  }
+// A row that is read again for each pass, a pack a lane where it is short enough.
+constexpr Plan streamed_plan(int64_t n, bool kept_elsewhere) {
+  const int64_t packs = divide_up(n, kLongPack);
+  const int lanes = static_cast<int>(at_most(power_of_two_from(packs), kMostLanes));
+  const int64_t turns = kept_elsewhere ? power_of_two_from(divide_up(packs, lanes)) : 0;
+  const int groups = static_cast<int>(at_least(kThreads / lanes, 1));
+  return {Access::kAny, 0, static_cast<int>(turns), 1, lanes, groups, 1};
+}
+
+// one_map: all rows have the same weight and bias.
+constexpr Plan plan(int64_t n, DType x, Access access, bool one_map, bool adds, int64_t rows,
+                    const Device& device) {
+  const int64_t packs = divide_up(n, 16 / item_size(x));
   const int cluster = blocks_per_row(packs, device);
   const int64_t share = divide_up(packs, cluster);
-  plan.cluster = cluster;
-  share_for_throughput(plan, share);
-  if (cluster > 1) {
-    plan.packs = kMaxPacks;  // the one instance for clusters
-    plan.lanes = static_cast<int>(at_least(power_of_two_from(divide_up(share, kMaxPacks)), 32));
-    return plan;
-  }
+  const int64_t most_packs = access == Access::kMixed ? kMostPacks<true> : kMostPacks<false>;
+  const bool is_kept = n <= kMostColumns * (device.clusters ? kMaxCluster : 1);
+  if (!is_kept || access == Access::kAny || share > most_packs * kMostLanes)
+    return streamed_plan(n, is_kept);
+  Plan plan{access, 0, 0, 1, 0, 1, cluster};
+  share_for_throughput(plan, share, most_packs);
+  if (cluster > 1) return plan;
   plan.groups = static_cast<int>(at_least(kThreads / plan.lanes, 1));
-  // Four rows a thread keep 64 bytes in flight where one pack is a lane's whole share.  Four rows
-  // of float32 values would spill.
-  const int unrolled = plan.packs == 1 && uniform ? 4 : 1;
-  const int64_t blocks = divide_up(rows, int64_t{plan.groups} * unrolled);
-  if (blocks >= device.processors * (unrolled > 1 ? 4 : 1)) {
-    plan.unrolled = unrolled;
+  // Four rows a thread keep 64 bytes in flight where one pack is a lane's whole share.  They hand
+  // their sums around, for which there have to be as many lanes as sums.
+  // A weight for each of them finds room where all is of x's dtype, and nothing is added.
+  const bool has_room = access == Access::kUniform ? one_map || !adds : one_map && !adds;
+  const bool unrolls = plan.packs == 1 && plan.lanes >= 8 && has_room;
+  const int64_t blocks = divide_up(rows, int64_t{plan.groups} * (unrolls ? 4 : 1));
+  if (blocks >= device.processors * (unrolls ? 4 : 1)) {
+    plan.unrolled = unrolls ? 4 : 1;
   } else {
     share_for_latency(plan, share);
     plan.groups = static_cast<int>(at_least(32 / plan.lanes, 1));
-  }
-  // Values of any dtype are kept as float32 by two instances only, to keep the build short.
-  if (!uniform && plan.packs > 1) {
-    plan.packs = kMaxPacks;
-    plan.lanes = static_cast<int>(at_least(power_of_two_from(divide_up(share, kMaxPacks)), 32));
-    plan.groups = static_cast<int>(at_least(kThreads / plan.lanes, 1));
   }
   return plan;
 }
@@ -132,7 +148,7 @@ constexpr int split_lanes(int64_t n) {
       at_most(at_least(power_of_two_from(divide_up(n, kLongPack)), 32), kMostLanes));
 }
 
-constexpr Plan split_plan(int64_t n) { return {false, 0, 1, split_lanes(n), 1, 1}; }
+constexpr Plan split_plan(int64_t n) { return {Access::kAny, 0, 0, 1, split_lanes(n), 1, 1}; }
 
 // The backward pass.  A block takes rows of one head, keeps what they add to the gradients of
 // weight and bias in registers, and leaves one row of partial sums behind.

@@ -5,23 +5,28 @@
 
 namespace normkit::cuda {
 
+// f(std::integral_constant) of the one among kFrom to kTo that value is.
+template <int kFrom, int kTo, class F>
+Kernel with_number(int value, const F& f) {
+  if constexpr (kFrom < kTo)
+    if (value != kFrom) return with_number<kFrom + 1, kTo>(value, f);
+  return f(std::integral_constant<int, kFrom>{});
+}
+
+template <class T, Statistic kStatistic, bool kAdds, bool kMixed>
+Kernel choose_kept(const Plan& plan) {
+  using To = Wide<T, kMixed>;
+  if constexpr (!(kAdds && kMixed))
+    if (plan.unrolled == 4) return row_norm_kernel<T, kStatistic, kAdds, To, 1, 4>;
+  return with_number<1, kMostPacks<kMixed>>(plan.packs, [](auto packs) -> Kernel {
+    return row_norm_kernel<T, kStatistic, kAdds, To, decltype(packs)::value, 1>;
+  });
+}
+
 template <class T, Statistic kStatistic, bool kAdds>
 Kernel choose(const Plan& plan) {
-  using U = Uniform<T>;
-  using A = Any<T>;
-  constexpr int kAll = kMaxPacks;
-  if (plan.packs == 0) return long_row_norm_kernel<T, kStatistic, kAdds>;
-  if (plan.cluster > 1)
-    return plan.uniform ? row_norm_kernel<T, kStatistic, kAdds, U, kAll, 1, true>
-                        : row_norm_kernel<T, kStatistic, kAdds, A, kAll, 1, true>;
-  if (plan.unrolled == 4) return row_norm_kernel<T, kStatistic, kAdds, U, 1, 4, false>;
-  if (plan.packs == 1)
-    return plan.uniform ? row_norm_kernel<T, kStatistic, kAdds, U, 1, 1, false>
-                        : row_norm_kernel<T, kStatistic, kAdds, A, 1, 1, false>;
-  if (!plan.uniform) return row_norm_kernel<T, kStatistic, kAdds, A, kAll, 1, false>;
-  if (plan.packs == 2) return row_norm_kernel<T, kStatistic, kAdds, U, 2, 1, false>;
-  if (plan.packs == 4) return row_norm_kernel<T, kStatistic, kAdds, U, 4, 1, false>;
-  return row_norm_kernel<T, kStatistic, kAdds, U, kAll, 1, false>;
+  return plan.access == Access::kMixed ? choose_kept<T, kStatistic, kAdds, true>(plan)
+                                       : choose_kept<T, kStatistic, kAdds, false>(plan);
 }
 
 template <class T>

@@ -3,30 +3,43 @@
 #include "device.h"
 #include "launch.h"
 #include "launches.h"
-#include "row_norm.cuh"
+#include "args.cuh"
 
 namespace normkit::cuda {
 
 template <class T>
 Kernel kernel_of(Statistic statistic, bool adds, const Plan& plan);  // instances_*.cu
-Kernel split_kernel(Step step);
+Kernel streamed_kernel_of(Statistic statistic, bool adds, Step step);  // instances_streamed.cu
 
 namespace {
 
 int64_t pack_size(const RowNorm& norm) { return 16 / item_size(norm.x.dtype); }
 
-bool is_uniform(const RowNorm& norm) {
-  const auto fits = [&](const auto& t) {
-    return !t.data || (t.dtype == norm.x.dtype && is_wide(norm, t, pack_size(norm)));
+// f(tensor) holds for each that there is.
+template <class F>
+bool all_of(const RowNorm& norm, const F& f) {
+  const auto holds = [&](const auto& t) { return !t.data || f(t); };
+  return holds(norm.x) && holds(norm.residual) && holds(norm.out) && holds(norm.residual_out) &&
+         holds(norm.weight) && holds(norm.bias);
+}
+
+Access access_of(const RowNorm& norm) {
+  const int64_t pack = pack_size(norm);
+  const auto wide = [&](const auto& t) { return is_wide(norm, t, pack); };
+  if (norm.n % pack != 0 || !all_of(norm, wide)) return Access::kAny;
+  const bool sum_stays = norm.residual.data && !norm.options.round_sum;  // as float32
+  const auto same = [&](const auto& t) { return t.dtype == norm.x.dtype; };
+  if (!sum_stays && all_of(norm, same)) return Access::kUniform;
+  const auto mixes = [&](const auto& t) {
+    return same(t) || t.dtype == DType::kFloat32 || norm.x.dtype == DType::kFloat32;
   };
-  return norm.n % pack_size(norm) == 0 && fits(norm.x) && fits(norm.residual) && fits(norm.out) &&
-         fits(norm.residual_out) && fits(norm.weight) && fits(norm.bias) &&
-         (!norm.residual.data || norm.options.round_sum);
+  return all_of(norm, mixes) ? Access::kMixed : Access::kAny;
 }
 
 Plan plan_of(const RowNorm& norm, const Device& device) {
   if (norm.split.step != Step::kWhole) return split_plan(norm.n);
-  return plan(norm.n, norm.x.dtype, is_uniform(norm), norm.rows, device);
+  return plan(norm.n, norm.x.dtype, access_of(norm), heads_of(norm) == 1,
+              norm.residual.data != nullptr, norm.rows, device);
 }
 
 RowNormArgs args_of(const RowNorm& norm, const Plan& plan) {
@@ -42,8 +55,13 @@ RowNormArgs args_of(const RowNorm& norm, const Plan& plan) {
   a.rstd = norm.rstd;
   a.mean = norm.mean;
   while (1 << a.log2_lanes < plan.lanes) ++a.log2_lanes;
+  while (1 << a.log2_cluster < plan.cluster) ++a.log2_cluster;
   a.groups = plan.groups;
+  a.turns = plan.turns;
   a.n = norm.n;
+  const int64_t columns = norm.split.step == Step::kApply ? norm.n * norm.split.parts : norm.n;
+  a.columns = static_cast<float>(columns);
+  a.inverse_columns = columns == power_of_two_from(columns) ? 1.f / a.columns : 0.f;
   a.options = norm.options;
   a.options.weight_offset = launch_offset(norm.options.weight_offset);
   a.normalised = normalised_dtype(norm);
@@ -52,8 +70,8 @@ RowNormArgs args_of(const RowNorm& norm, const Plan& plan) {
 }
 
 Kernel kernel_for(const RowNorm& norm, const Plan& plan) {
-  if (norm.split.step != Step::kWhole) return split_kernel(norm.split.step);
   const bool adds = norm.residual.data != nullptr;
+  if (plan.packs == 0) return streamed_kernel_of(norm.statistic, adds, norm.split.step);
   switch (norm.x.dtype) {
     case DType::kFloat32:
       return kernel_of<float>(norm.statistic, adds, plan);
@@ -72,13 +90,23 @@ std::string describe(const RowNorm& norm, int index) {
   const auto text = [](int64_t value) { return std::to_string(value); };
   std::string plan;
   if (p.packs == 0)
-    plan = "row read again for each pass, by " + text(p.lanes) + " threads";
+    plan = "row read again for each pass, by " + text(p.lanes) +
+           (p.lanes == 1 ? " thread, " : " threads, ") + text(p.groups) + " to a block";
   else
     plan = "row in registers, " + text(p.lanes) + " lanes with up to " + text(p.packs) +
            (p.packs == 1 ? " pack" : " packs") + ", " + text(p.groups * p.unrolled) +
            " to a block of " + text(p.lanes * p.groups);
   if (p.cluster > 1) plan += ", in clusters of " + text(p.cluster);
-  plan += p.uniform ? ", all of x's dtype and 16 bytes at a time" : ", any dtypes and alignment";
+  switch (p.access) {
+    case Access::kUniform:
+      plan += ", all of x's dtype and 16 bytes at a time";
+      break;
+    case Access::kMixed:
+      plan += ", of several dtypes and 16 bytes at a time";
+      break;
+    case Access::kAny:
+      plan += ", any dtypes and alignment";
+  }
   if (on.programmatic) plan += ", programmatic launch";
   return plan;
 }

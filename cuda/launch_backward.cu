@@ -135,8 +135,8 @@ BackwardKernel kernel_for(const RowNormBackward& norm, const BackwardPlan& plan)
   if (plan.packs == 0) return long_row_backward(norm.statistic);
   if (!plan.uniform)
     return norm.x.dtype == DType::kFloat32
-               ? backward_kernel_of<Any<float, 4>>(norm.statistic, plan.packs)
-               : backward_kernel_of<Any<float, 8>>(norm.statistic, plan.packs);
+               ? backward_kernel_of<Any<4>>(norm.statistic, plan.packs)
+               : backward_kernel_of<Any<8>>(norm.statistic, plan.packs);
   switch (norm.x.dtype) {
     case DType::kFloat32:
       return backward_kernel_of<Uniform<float>>(norm.statistic, plan.packs);

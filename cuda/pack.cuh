@@ -20,9 +20,6 @@ constexpr DType kDType<Half> = DType::kFloat16;
 template <>
 constexpr DType kDType<BFloat16> = DType::kBFloat16;
 
-// For the type of x where only its dtype code tells.
-struct Coded {};
-
 template <class T>
 constexpr int kPackSize = 16 / int(sizeof(T));
 
@@ -50,6 +47,36 @@ __device__ __forceinline__ T narrow(float v) {
   T both[2];
   narrow(v, v, both);
   return both[0];
+}
+
+// The values of 16 bytes, and back.
+template <class T>
+__device__ __forceinline__ Floats<kPackSize<T>> unpacked(const uint4& bits) {
+  Floats<kPackSize<T>> f;
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    // One instruction a value; of __bfloat162float the compiler makes two for every second one.
+    const uint32_t pair[4] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      f.v[2 * i] = float_of_bits(pair[i] << 16);
+      f.v[2 * i + 1] = float_of_bits(pair[i] & 0xffff0000u);
+    }
+  } else {
+    T item[kPackSize<T>];
+    memcpy(static_cast<void*>(item), &bits, sizeof bits);
+#pragma unroll
+    for (int i = 0; i < kPackSize<T>; ++i) f.v[i] = widen(item[i]);
+  }
+  return f;
+}
+template <class T>
+__device__ __forceinline__ uint4 packed(const Floats<kPackSize<T>>& f) {
+  T item[kPackSize<T>];
+#pragma unroll
+  for (int i = 0; i < kPackSize<T>; i += 2) narrow(f.v[i], f.v[i + 1], item + i);
+  uint4 bits;
+  memcpy(&bits, item, sizeof bits);
+  return bits;
 }
 
 // f(T{}) for the type that dtype names: one branch, the same for the whole grid.
@@ -94,116 +121,115 @@ struct Uniform {
   static __device__ __forceinline__ Pack load(const RowAt& row, Index column, Index end) {
     Pack pack{};
     if (column < end)
-      pack.bits = load_once(reinterpret_cast<const uint4*>(row.data + column * int64_t{sizeof(T)}));
+      pack.bits = *reinterpret_cast<const uint4*>(row.data + column * int64_t{sizeof(T)});
     return pack;
-  }
-  template <class Index>
-  static __device__ __forceinline__ Pack load_x(const RowAt& row, Index column, Index end) {
-    return load(row, column, end);
   }
   static __device__ __forceinline__ Floats<kSize> floats(const Pack& pack) {
-    T item[kSize];
-    memcpy(static_cast<void*>(item), &pack.bits, 16);
-    Floats<kSize> f;
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) f.v[i] = widen(item[i]);
-    return f;
+    return unpacked<T>(pack.bits);
   }
-  static __device__ __forceinline__ Pack pack(const Floats<kSize>& f) {
-    T item[kSize];
-#pragma unroll
-    for (int i = 0; i < kSize; i += 2) narrow(f.v[i], f.v[i + 1], item + i);
-    Pack pack;
-    memcpy(&pack.bits, item, 16);
-    return pack;
-  }
+  static __device__ __forceinline__ Pack pack(const Floats<kSize>& f) { return {packed<T>(f)}; }
   // Without this the compiler widens once, and holds twice the registers through the reductions.
   static __device__ __forceinline__ void stay_packed(Pack& pack) { keep(pack.bits); }
   template <class Index>
   static __device__ __forceinline__ void store(const RowAt& row, Index column, Index end,
                                                const Floats<kSize>& f) {
     if (column >= end) return;
-    cuda::store(reinterpret_cast<uint4*>(row.data + column * int64_t{sizeof(T)}), pack(f).bits);
+    *reinterpret_cast<uint4*>(row.data + column * int64_t{sizeof(T)}) = packed<T>(f);
   }
   static __device__ __forceinline__ float rounded(DType, float v) { return widen(narrow<T>(v)); }
 };
 
 // Each tensor of its own dtype, in packs of one number of columns; whole packs where its memory
 // allows, and element by element at a row's end or where it does not.
-template <class T, int kColumns = kPackSize<T>>
+template <int kColumns>
 struct Any {
   static constexpr int kSize = kColumns;
   static constexpr bool kWhole = false;
   using Pack = Floats<kSize>;
-  // A pack of S goes through memory in units of 16 bytes, or in one of 8.
-  template <class S>
-  using Unit = std::conditional_t<kSize * sizeof(S) == 8, uint2, uint4>;
-  template <class S>
-  static constexpr int kUnits = kSize * int(sizeof(S)) / int(sizeof(Unit<S>));
+  using Narrow = std::conditional_t<kSize == 4, uint2, uint4>;  // a pack of 16 bits
 
-  template <class S, class Index>
-  static __device__ __forceinline__ Pack load_as(const RowAt& row, Index column, Index end) {
-    Pack pack{};
-    const S* from = reinterpret_cast<const S*>(row.data) + column;
-    if (row.wide && column + kSize <= end) {
-      alignas(16) S item[kSize];
-#pragma unroll
-      for (int i = 0; i < kUnits<S>; ++i) {
-        const Unit<S> bits = reinterpret_cast<const Unit<S>*>(from)[i];
-        memcpy(reinterpret_cast<char*>(item) + i * sizeof bits, &bits, sizeof bits);
-      }
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) pack.v[i] = widen(item[i]);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kSize; ++i)
-        if (column + i < end) pack.v[i] = widen(from[i]);
-    }
-    return pack;
-  }
   template <class Index>
   static __device__ __forceinline__ Pack load(const RowAt& row, Index column, Index end) {
-    Pack pack;
-    with_type(row.dtype, [&](auto zero) { pack = load_as<decltype(zero)>(row, column, end); });
+    Pack pack{};
+    if (row.dtype == DType::kFloat32)
+      load_items<uint4>(row, column, end, pack.v);
+    else
+      pack = load_narrow(row, column, end);
     return pack;
   }
-  template <class Index>
-  static __device__ __forceinline__ Pack load_x(const RowAt& row, Index column, Index end) {
-    if constexpr (std::is_same_v<T, Coded>)
-      return load(row, column, end);
-    else
-      return load_as<T>(row, column, end);
-  }
-  static __device__ __forceinline__ void stay_packed(Pack&) {}
   static __device__ __forceinline__ const Floats<kSize>& floats(const Pack& pack) { return pack; }
   static __device__ __forceinline__ const Pack& pack(const Floats<kSize>& f) { return f; }
   template <class Index>
   static __device__ __forceinline__ void store(const RowAt& row, Index column, Index end,
                                                const Floats<kSize>& f) {
     if (column >= end) return;
-    const bool whole = row.wide && column + kSize <= end;
-    with_type(row.dtype, [&](auto zero) {
-      using S = decltype(zero);
-      S* to = reinterpret_cast<S*>(row.data) + column;
-      alignas(16) S item[kSize];
-#pragma unroll
-      for (int i = 0; i < kSize; i += 2) narrow(f.v[i], f.v[i + 1], item + i);
-      if (whole) {
-#pragma unroll
-        for (int i = 0; i < kUnits<S>; ++i) {
-          Unit<S> bits;
-          memcpy(&bits, reinterpret_cast<const char*>(item) + i * sizeof bits, sizeof bits);
-          reinterpret_cast<Unit<S>*>(to)[i] = bits;
-        }
-      } else {
-#pragma unroll
-        for (int i = 0; i < kSize; ++i)
-          if (column + i < end) to[i] = item[i];
-      }
-    });
+    if (row.dtype == DType::kFloat32) return store_items<uint4>(row, column, end, f.v);
+    uint16_t item[kSize];
+    if (row.dtype == DType::kFloat16)
+      narrow_items<Half>(f, item);
+    else
+      narrow_items<BFloat16>(f, item);
+    store_items<Narrow>(row, column, end, item);
   }
   static __device__ __forceinline__ float rounded(DType dtype, float v) {
     return round_to(dtype, v);
+  }
+
+ private:
+  template <class Unit, class Index, class Item>
+  static __device__ __forceinline__ void load_items(const RowAt& row, Index column, Index end,
+                                                    Item (&item)[kSize]) {
+    const Item* from = reinterpret_cast<const Item*>(row.data) + column;
+    if (row.wide && column + kSize <= end) {
+#pragma unroll
+      for (int i = 0; i < kSize * int(sizeof(Item)) / int(sizeof(Unit)); ++i) {
+        const Unit bits = reinterpret_cast<const Unit*>(from)[i];
+        memcpy(reinterpret_cast<char*>(item) + i * sizeof bits, &bits, sizeof bits);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kSize; ++i)
+        if (column + i < end) item[i] = from[i];
+    }
+  }
+  template <class Unit, class Index, class Item>
+  static __device__ __forceinline__ void store_items(const RowAt& row, Index column, Index end,
+                                                     const Item (&item)[kSize]) {
+    Item* to = reinterpret_cast<Item*>(row.data) + column;
+    if (row.wide && column + kSize <= end) {
+#pragma unroll
+      for (int i = 0; i < kSize * int(sizeof(Item)) / int(sizeof(Unit)); ++i) {
+        Unit bits;
+        memcpy(&bits, reinterpret_cast<const char*>(item) + i * sizeof bits, sizeof bits);
+        reinterpret_cast<Unit*>(to)[i] = bits;
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kSize; ++i)
+        if (column + i < end) to[i] = item[i];
+    }
+  }
+  template <class Index>
+  static __device__ __forceinline__ Pack load_narrow(const RowAt& row, Index column, Index end) {
+    uint16_t item[kSize] = {};
+    load_items<Narrow>(row, column, end, item);
+    Half half[kSize];
+    memcpy(static_cast<void*>(half), item, sizeof item);
+    Pack pack;
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) {
+      const float as_bfloat16 = float_of_bits(uint32_t{item[i]} << 16);
+      pack.v[i] = row.dtype == DType::kFloat16 ? widen(half[i]) : as_bfloat16;
+    }
+    return pack;
+  }
+  template <class T>
+  static __device__ __forceinline__ void narrow_items(const Floats<kSize>& f,
+                                                      uint16_t (&item)[kSize]) {
+    T narrowed[kSize];
+#pragma unroll
+    for (int i = 0; i < kSize; i += 2) narrow(f.v[i], f.v[i + 1], narrowed + i);
+    memcpy(item, narrowed, sizeof item);
   }
 };
 

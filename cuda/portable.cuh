@@ -17,15 +17,6 @@
 #include <cstring>
 #include <utility>
 
-// Variants for benchmarks/tune.py: 1 keeps x out of the first cache, 1 marks what is written as the
-// first to be evicted.
-#ifndef NORMKIT_TUNE_LOAD
-#define NORMKIT_TUNE_LOAD 0
-#endif
-#ifndef NORMKIT_TUNE_STORE
-#define NORMKIT_TUNE_STORE 0
-#endif
-
 // Null, or why the kernel could not be launched.  A kernel with commas goes in parentheses.
 //   NORMKIT_LAUNCH(kernel, config, arguments...)
 #define NORMKIT_LAUNCH(kernel, ...) ::normkit::cuda::launch_kernel(kernel, __VA_ARGS__)
@@ -53,6 +44,13 @@ struct LaunchConfig {
   Type* const name = reinterpret_cast<Type*>(normkit_shared_bytes)
 
 namespace normkit::cuda {
+
+// Whether blocks of this processor can reach each other's shared memory.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kHasClusters = false;
+#else
+constexpr bool kHasClusters = true;
+#endif
 
 template <class... Parameters, class... Arguments>
 const char* launch_kernel(void (*kernel)(Parameters...), const LaunchConfig& config,
@@ -134,25 +132,53 @@ __device__ __forceinline__ void let_next_kernel_start() {
 
 __device__ __forceinline__ float inverse_square_root(float v) { return __frsqrt_rn(v); }
 
-// The asm is volatile so that it stays behind wait_for_previous_kernel.
-__device__ __forceinline__ uint4 load_once(const uint4* from) {
-#if NORMKIT_TUNE_LOAD == 1
+// 16 bytes, or undefined where they are not wanted.  One predicated instruction: of an `if` the
+// compiler makes a branch, and moves the first use of what came before in front of it, so that a
+// thread waits for one load before it issues the next.
+__device__ __forceinline__ uint4 load_if(const void* from, bool wanted) {
   uint4 v;
-  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(from));
+  asm volatile(
+      "{\n\t.reg .pred wanted;\n\tsetp.ne.u32 wanted, %5, 0;\n\t"
+      "@wanted ld.global.v4.u32 {%0, %1, %2, %3}, [%4];\n\t}"
+      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+      : "l"(from), "r"(static_cast<unsigned>(wanted))
+      : "memory");
   return v;
-#else
-  return *from;
-#endif
 }
-__device__ __forceinline__ void store(uint4* to, uint4 v) {
-#if NORMKIT_TUNE_STORE == 1
-  __stcs(to, v);
-#else
-  *to = v;
-#endif
+__device__ __forceinline__ uint2 load_half_if(const void* from, bool wanted) {
+  uint2 v;
+  asm volatile(
+      "{\n\t.reg .pred wanted;\n\tsetp.ne.u32 wanted, %3, 0;\n\t"
+      "@wanted ld.global.v2.u32 {%0, %1}, [%2];\n\t}"
+      : "=r"(v.x), "=r"(v.y)
+      : "l"(from), "r"(static_cast<unsigned>(wanted))
+      : "memory");
+  return v;
 }
+__device__ __forceinline__ void store_if(void* to, bool wanted, const uint4& v) {
+  asm volatile(
+      "{\n\t.reg .pred wanted;\n\tsetp.ne.u32 wanted, %5, 0;\n\t"
+      "@wanted st.global.v4.u32 [%4], {%0, %1, %2, %3};\n\t}" ::"r"(v.x),
+      "r"(v.y), "r"(v.z), "r"(v.w), "l"(to), "r"(static_cast<unsigned>(wanted))
+      : "memory");
+}
+__device__ __forceinline__ void store_if(void* to, bool wanted, const uint2& v) {
+  asm volatile(
+      "{\n\t.reg .pred wanted;\n\tsetp.ne.u32 wanted, %3, 0;\n\t"
+      "@wanted st.global.v2.u32 [%2], {%0, %1};\n\t}" ::"r"(v.x),
+      "r"(v.y), "l"(to), "r"(static_cast<unsigned>(wanted))
+      : "memory");
+}
+
+// f() where a condition holds that is the same for the whole grid.  A loop of one turn or none stays
+// a branch; of an `if` ptxas makes instructions that are issued for nothing, and that take registers.
+template <class F>
+__device__ __forceinline__ void branch_if(bool condition, const F& f) {
+#pragma unroll 1
+  for (int turn = 0; turn < static_cast<int>(condition); ++turn) f();
+}
+
+__device__ __forceinline__ float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
 
 // Makes the compiler forget what it knows of a value, and anything it has computed from it.
 __device__ __forceinline__ void keep(int& v) { asm volatile("" : "+r"(v)); }
@@ -172,6 +198,13 @@ __device__ __forceinline__ void keep(uint4& v) {
   Type* const name = static_cast<Type*>(::emu::dynamic_shared())
 
 namespace normkit::cuda {
+
+// Whether blocks of this processor can reach each other's shared memory.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kHasClusters = false;
+#else
+constexpr bool kHasClusters = true;
+#endif
 
 template <class... Parameters, class... Arguments>
 const char* launch_kernel(void (*kernel)(Parameters...), const LaunchConfig& config,
@@ -207,8 +240,39 @@ inline float inverse_square_root(float v) {
   return static_cast<float>(1.0 / std::sqrt(static_cast<double>(v)));
 }
 
-inline uint4 load_once(const uint4* from) { return *from; }
-inline void store(uint4* to, uint4 v) { *to = v; }
+// What is not wanted is NaN in every dtype, so that a use of it shows.
+inline uint4 load_if(const void* from, bool wanted) {
+  uint4 v;
+  if (wanted)
+    std::memcpy(&v, __builtin_assume_aligned(from, 16), sizeof v);
+  else
+    std::memset(&v, 0xFF, sizeof v);
+  return v;
+}
+inline uint2 load_half_if(const void* from, bool wanted) {
+  uint2 v;
+  if (wanted)
+    std::memcpy(&v, __builtin_assume_aligned(from, 8), sizeof v);
+  else
+    std::memset(&v, 0xFF, sizeof v);
+  return v;
+}
+template <class Bits>
+void store_if(void* to, bool wanted, const Bits& v) {
+  if (wanted) std::memcpy(__builtin_assume_aligned(to, sizeof v), &v, sizeof v);
+}
+
+template <class F>
+void branch_if(bool condition, const F& f) {
+  if (condition) f();
+}
+
+inline float float_of_bits(uint32_t bits) {
+  float v;
+  std::memcpy(&v, &bits, sizeof v);
+  return v;
+}
+
 inline void keep(int&) {}
 inline void keep(uint4&) {}
 

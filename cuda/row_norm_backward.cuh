@@ -314,7 +314,7 @@ __global__ void __launch_bounds__(kPacks == 1 ? kThreads : kMostLanes,
 template <Statistic kStatistic, Step kStep = Step::kWhole>
 __global__ void __launch_bounds__(kMostLanes) long_row_backward_kernel(RowNormBackwardArgs a) {
   constexpr int kSize = kLongPack, kQuads = kSize / 4, kSums = kRowSums<kStatistic>;
-  using Access = Any<float, kSize>;
+  using Access = Any<kSize>;
   NORMKIT_SHARED(WarpSums<kSums>, storage);
   const int lanes = 1 << a.log2_lanes;
   const Place place(a, blockIdx.x);

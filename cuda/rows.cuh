@@ -42,6 +42,7 @@ struct Place {
   uint32_t at[kLaunchDims];
   uint32_t head;
 
+  Place() = default;
   __device__ __forceinline__ Place(const Grid& a, uint32_t row) : at{0, 0, row} {
     head = a.heads.value == 1 ? 0 : row - a.heads.divide(row) * a.heads.value;
     if (a.dims == 1) return;

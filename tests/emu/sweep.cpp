@@ -231,12 +231,15 @@ void same_bits(bool clusters) {
 }
 
 // n on both sides of every threshold of plan.h.
-const std::vector<int64_t> kSizes = {1,    2,    7,    8,    9,    16,   31,   32,   64,    65,
-                                     128,  136,  256,  257,  264,  384,  512,  520,  1000,  1024,
-                                     1032, 2048, 3072, 4096, 4100, 5120, 8192, 8200, 16384, 16392};
-const std::vector<int64_t> kLongSizes = {12288,  16383,  16384,  16400, 24576,  32768,
-                                         32776,  40961,  65536,  65544, 131072, 131080,
-                                         200000, 262144, 262152, 300001};
+const std::vector<int64_t> kSizes = {1,    2,    7,    8,    9,    16,   31,   32,   64,   65,
+                                     96,   128,  136,  192,  224,  256,  257,  264,  384,  448,
+                                     512,  520,  896,  1000, 1024, 1032, 1536, 1792, 2048, 2560,
+                                     2880, 3072, 3584, 4096, 4100, 5120, 7168, 8192, 8200, 16384,
+                                     16392};
+const std::vector<int64_t> kLongSizes = {10240, 12288, 14336, 16383,  16384,  16400,  18432,
+                                         24576, 28672, 32768, 32776,  40961,  57344,  65536,
+                                         65544, 98304, 114688, 131072, 131080, 200000, 262144,
+                                         262152, 300001};
 
 struct Sweep {
   std::mt19937_64 random;
@@ -294,6 +297,9 @@ std::set<std::string> every_plan() {
           norm.outer_dims = 1;
           norm.outer_size[0] = rows;
           norm.x = norm.out = {reinterpret_cast<char*>(16), x, {n * item_size(x)}};
+          found.insert(cuda::describe(norm, 0));
+          norm.out = {reinterpret_cast<char*>(16), DType::kFloat32, {n * 4}};
+          norm.weight = {reinterpret_cast<char*>(16), DType::kBFloat16, n * 2, 1, 1};
           found.insert(cuda::describe(norm, 0));
           norm.out.data += 1;  // unaligned
           found.insert(cuda::describe(norm, 0));

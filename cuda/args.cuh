@@ -1,0 +1,39 @@
+// What a forward kernel is told.
+#pragma once
+#include "rows.cuh"
+#include "split.cuh"
+
+namespace normkit::cuda {
+
+struct RowNormArgs : Grid {
+  LaunchRows x, residual, out, residual_out;
+  LaunchAffine weight, bias;
+  float *rstd, *mean;  // a value for each row of the launch, or null
+  int log2_lanes, log2_cluster, groups;
+  int turns;  // of a streamed row: packs that a lane takes, padded to a power of two; 0: any number
+  int64_t n;
+  float columns;         // of a whole row, of which n may be a part
+  float inverse_columns;  // where it is exact, because columns is a power of two; else 0
+  NormOptions options;   // but for weight_offset, which is as launch_offset() makes it
+  DType normalised;      // what round_before_weight and round_rstd round to
+  SplitArgs split;
+};
+
+using Kernel = void (*)(RowNormArgs);
+
+__device__ __forceinline__ float mean_of(const RowNormArgs& a, float sum) {
+  return a.inverse_columns != 0.f ? sum * a.inverse_columns : sum / a.columns;
+}
+
+__device__ __forceinline__ float reciprocal_deviation(const RowNormArgs& a, float squares) {
+  return inverse_square_root(mean_of(a, squares) + a.options.eps);
+}
+
+// For the backward pass.
+template <Statistic kStatistic>
+__device__ __forceinline__ void save(const RowNormArgs& a, uint32_t row, float mean, float rstd) {
+  if (a.rstd) a.rstd[row] = rstd;
+  if (kStatistic == Statistic::kLayer && a.mean) a.mean[row] = mean;
+}
+
+}  // namespace normkit::cuda
