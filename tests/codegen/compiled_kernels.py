@@ -5,9 +5,11 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -71,10 +73,23 @@ class Kernel:
 
 
 def find(program: str) -> str | None:
-    """Where a program of the CUDA toolkit is: in PATH, or beside the nvcc that is."""
+    """Where a program of the CUDA toolkit is: in PATH, beside the nvcc that is, or in a wheel."""
     nvcc = shutil.which("nvcc")
-    beside = Path(nvcc).resolve().parent / program if nvcc else None
-    return shutil.which(program) or (str(beside) if beside and beside.is_file() else None)
+    places = [Path(nvcc).resolve().parent] if nvcc else []
+    for folder in sys.path:
+        places += sorted(Path(folder or ".").glob("nvidia/cu*/bin"), reverse=True)
+    inside = (place / program for place in places if (place / program).is_file())
+    return shutil.which(program) or next(map(str, inside), None)
+
+
+def disassembled(cubin: Path) -> str:
+    """The SASS of a cubin, as cuobjdump prints it."""
+    cuobjdump, nvdisasm = find("cuobjdump"), find("nvdisasm")
+    assert cuobjdump, "there is no cuobjdump"
+    assert nvdisasm, "there is no nvdisasm"
+    path = f"{Path(nvdisasm).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    command = [cuobjdump, "-sass", str(cubin)]
+    return subprocess.check_output(command, text=True, env={**os.environ, "PATH": path})
 
 
 def constant(name: str) -> int:

@@ -1,0 +1,240 @@
+"""How many instructions kernels issue for a pack of 16 bytes of x, and in what order.
+
+    python tests/codegen/issue_slots.py                          the table, for sm_90
+    python tests/codegen/issue_slots.py --arch 100 --case heads  those whose name has the word
+    python tests/codegen/issue_slots.py --case "rms 8192" --order   when loads are issued and used
+    python tests/codegen/issue_slots.py --case "rms 8192" --trace   every instruction it issues
+
+Only the kernels that are asked for are compiled, and kept in build/codegen for the next time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from compiled_kernels import CUDA, FLAGS, KEPT, ROOT, disassembled, find
+from launches import KernelLaunch, Planned, planned
+from machine import Thread
+from sass import Program, programs
+
+WARP = 32
+MANY = 1 << 17  # rows that fill every device
+BF16, FP16, FP32 = "bfloat16", "float16", "float32"
+
+
+class Case(NamedTuple):
+    name: str
+    n: int
+    x: str = BF16
+    weight: str = ""  # x's dtype where none is given
+    out: str = ""
+    residual: str = ""
+    bias: bool = False
+    layer: bool = False
+    rows: int = MANY
+    more: tuple[tuple[str, int], ...] = ()  # other numbers of the call
+    backward: bool = False
+
+    @property
+    def call(self) -> dict[str, int | str]:
+        call: dict[str, int | str] = {"n": self.n, "rows": self.rows, "x": self.x}
+        call |= {"layer": int(self.layer), "weight": self.weight or self.x, **dict(self.more)}
+        if self.bias:
+            call["bias"] = self.weight or self.x
+        if self.backward:
+            return {**call, "backward": 1, "grad_y": self.x, "grad_x": self.x}
+        if self.residual:
+            call |= {"residual": self.residual, "residual_out": self.residual}
+        return {"round_sum": 1, **call, "out": self.out or self.x}
+
+
+ALL_OPTIONS = (("round_before_weight", 1), ("round_rstd", 1), ("clamp_inf", 1))
+CASES = (
+    Case("rms 8192", 8192),
+    Case("rms 16384", 16384),
+    Case("rms 4096", 4096),
+    Case("rms 1024", 1024),
+    Case("rms 512", 512),
+    Case("heads 128", 128),
+    Case("heads 64", 64),
+    Case("heads 128, 3 dimensions, 32 weights", 128, more=(("heads_of_qkv", 32), ("heads", 32))),
+    Case("add_rms 8192", 8192, residual=BF16),
+    Case("add_rms 4096", 4096, residual=BF16),
+    Case("layer 8192", 8192, bias=True, layer=True),
+    Case("layer 1024", 1024, bias=True, layer=True),
+    # Lanes and packs are powers of two: threads without columns count, too.
+    Case("rms 2560", 2560),
+    Case("rms 2880", 2880),
+    Case("rms 3072", 3072),
+    Case("rms 5120", 5120),
+    Case("rms 6144", 6144),
+    Case("rms 7168", 7168),
+    Case("rms 12288", 12288),
+    Case("rms 18432", 18432),
+    Case("rms 32768", 32768),
+    Case("rms 262144", 262144, rows=1 << 12),
+    Case("rms float16 8192", 8192, FP16),
+    Case("rms float32 8192", 8192, FP32),
+    # Of several dtypes, or where rows do not begin at 16 bytes.
+    Case("rms 8192, float32 weight", 8192, weight=FP32),
+    Case("rms 4096, float32 weight", 4096, weight=FP32),
+    Case("heads 128, float32 weight", 128, weight=FP32),
+    Case("rms 8192, float32 out", 8192, out=FP32),
+    Case("add_rms float32 8192, bfloat16 residual", 8192, FP32, residual=BF16),
+    Case("rms 4097", 4097),
+    # What few calls ask for.
+    Case("rms 8192, bias and options", 8192, bias=True, more=ALL_OPTIONS),
+    Case("rms 4096, bias and options", 4096, bias=True, more=ALL_OPTIONS),
+    # One row is a matter of latency: what counts is the longest of its warps.
+    Case("rms 4096, one row", 4096, rows=1),
+    Case("rms 8192, one row", 8192, rows=1),
+    Case("rms 4096, one row, float32 weight", 4096, weight=FP32, rows=1),
+    Case("backward rms 4096", 4096, rows=1 << 13, backward=True),
+)
+
+
+class Count(NamedTuple):
+    case: Case
+    planned: Planned
+    program: Program
+    threads: list[Thread]  # the first lane of a warp, and the last
+    issued: int  # by all warps of a block, or of a cluster
+    most: int  # by one warp
+    per_pack: float  # of 32 x 16 bytes of x, for a warp
+
+
+def count(case: Case, planned_: Planned, kernel: KernelLaunch, program: Program) -> Count:
+    """Executes a block amid the grid, or a cluster of them.  A warp issues what any lane does."""
+    launch = kernel.launch
+    first = launch.grid[0] // launch.cluster // 2 * launch.cluster
+    threads_of_block = launch.block[0] * launch.block[1]
+    pack = 16 // (4 if case.x == FP32 else 2)
+    lanes = (0, WARP - 1) if case.n % pack == 0 else range(WARP)
+    threads, of_warps = [], []
+    for block in range(first, first + launch.cluster):
+        for warp in range(0, threads_of_block, WARP):
+            issued: Counter[int] = Counter()
+            for lane in lanes:
+                if warp + lane < threads_of_block:
+                    thread = Thread(program, launch, warp + lane, block, planned_.tensors).run()
+                    threads.append(thread)
+                    issued |= thread.executed
+            of_warps.append(issued.total())
+    rows = case.rows / (launch.grid[0] / launch.cluster)
+    packs = rows * -(-case.n // pack) / WARP
+    return Count(
+        case, planned_, program, threads, sum(of_warps), max(of_warps), sum(of_warps) / packs
+    )
+
+
+def compile_kernels(kernels: Iterable[KernelLaunch], arch: int) -> dict[str, Program]:
+    """Those alone, by symbol, by two compilers side by side."""
+    names = {kernel.symbol: kernel.declaration for kernel in kernels if kernel.symbol}
+    halves = [sorted(names)[k::2] for k in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        of_half = pool.map(lambda half: _compiled(arch, [names[symbol] for symbol in half]), halves)
+        found = {symbol: program for half in of_half for symbol, program in half.items()}
+    missing = names.keys() - found.keys()
+    assert not missing, f"nvcc gives other names to {missing}"
+    return found
+
+
+def _compiled(arch: int, declarations: list[str]) -> dict[str, Program]:
+    headers = sorted((*CUDA.glob("*.cuh"), *CUDA.glob("*.h"), *(ROOT / "cpp").glob("*.h")))
+    # Kernels are what the sources of the build instantiate, from the same headers.
+    source = "".join(
+        f'#include "{CUDA / path.name}"\n' for path in headers if path.suffix == ".cuh"
+    )
+    source += "".join(f"template __global__ {declaration};\n" for declaration in declarations)
+    contents = b"".join(path.name.encode() + path.read_bytes() for path in headers)
+    key = hashlib.sha256(contents + repr((FLAGS, arch, source)).encode()).hexdigest()[:16]
+    kept = KEPT / f"counted.{key}.json"
+    if not kept.exists():
+        KEPT.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            cubin = Path(folder) / "kernels.cubin"
+            cubin.with_suffix(".cu").write_text(source)
+            command = [find("nvcc") or "nvcc", *FLAGS, f"-arch=sm_{arch}", "-cubin"]
+            command += ["-o", str(cubin), str(cubin.with_suffix(".cu"))]
+            subprocess.run(command, check=True)
+            made = programs(cubin, disassembled(cubin)) if declarations else {}
+        kept.write_text(json.dumps([dataclasses.astuple(program) for program in made.values()]))
+    return {fields[0]: Program(*fields) for fields in json.loads(kept.read_text())}
+
+
+def counts(cases: Iterable[Case], arch: int) -> list[Count]:
+    """Of each case its first launch, in the order of the cases."""
+    plans = [planned(arch, **case.call) for case in cases]
+    kernels = [plan.launches[0] for plan in plans]
+    compiled = compile_kernels(kernels, arch)
+    return [
+        count(case, plan, kernel, compiled[kernel.symbol])
+        for case, plan, kernel in zip(cases, plans, kernels, strict=True)
+    ]
+
+
+# ---------------------------------------------------------------------------- printing
+
+
+def order(thread: Thread) -> str:
+    """Loads of 16 bytes and their first uses, with what else orders memory."""
+    words = []
+    for event in thread.events:
+        if event.kind in ("load", "store") and event.bytes < 16:
+            continue
+        if event.kind == "use":
+            if event.bytes == 16:
+                words.append(f"{event.at}:use of {event.tensor}@{event.load}")
+        else:
+            words.append(f"{event.at}:{event.kind} {event.tensor}".strip())
+    return "\n    ".join(words)
+
+
+def spilled(program: Program) -> int:
+    return sum(n for opcode, n in program.opcodes.items() if opcode.startswith(("LDL", "STL")))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--arch", type=int, default=90)
+    parser.add_argument("--case", default="", help="only those whose name has this in it")
+    parser.add_argument("--order", action="store_true", help="loads, first uses, stores, barriers")
+    parser.add_argument(
+        "--trace", action="store_true", help="every instruction of the first thread"
+    )
+    parser.add_argument("--opcodes", action="store_true", help="how often each is issued")
+    chosen = parser.parse_args()
+    cases = [case for case in CASES if chosen.case in case.name]
+    if not cases:
+        parser.error(f"--case: expected part of one of {[case.name for case in CASES]}")
+    print(
+        f"sm_{chosen.arch}: instructions for a warp's 32 packs of x; by one warp; registers; spills"
+    )
+    for c in counts(cases, chosen.arch):
+        print(
+            f"{c.case.name:40} {c.per_pack:7.1f} {c.most:6} {c.program.registers:4}"
+            f" {spilled(c.program):3}  {c.planned.plan}"
+        )
+        thread = c.threads[0]
+        if chosen.order:
+            print(f"    {order(thread)}")
+        if chosen.opcodes:
+            issued = Counter(i.name for i, _ in thread.trace)
+            print("   ", ", ".join(f"{name} {n}" for name, n in issued.most_common()))
+        if chosen.trace:
+            for instruction, on in thread.trace:
+                print(f"  {instruction.address:05x} {'' if on else '(off) '}{instruction.text}")
+
+
+if __name__ == "__main__":
+    main()

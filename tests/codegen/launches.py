@@ -1,0 +1,119 @@
+"""What calls launch: kernels, grids and arguments, from the project's own host code.
+
+`arguments.cpp` is compiled with that code as the emulation compiles it, for the host alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from compiled_kernels import CUDA, KEPT, ROOT, find
+from machine import Launch
+
+HERE = Path(__file__).parent
+EMULATOR = ROOT / "tests" / "emu"
+FLAGS = ("-std=c++17", "-O0", "-w", "-fno-strict-aliasing", f"-I{EMULATOR}", f"-I{CUDA}")
+
+
+class KernelLaunch(NamedTuple):
+    symbol: str  # as both compilers mangle it; empty for a kernel of an unnamed namespace
+    declaration: str
+    launch: Launch
+
+
+class Planned(NamedTuple):
+    plan: str  # in words
+    tensors: dict[int, str]  # address / 2^40: name
+    launches: list[KernelLaunch]
+
+
+def planned(arch: int, **call: int | str) -> Planned:
+    """For one call; dtypes of the tensors that are there, and numbers for all else."""
+    words = [f"{name}={value}" for name, value in call.items()]
+    command = [str(_program()), f"clusters={int(arch >= 90)}", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ValueError(f"{' '.join(words)}: {done.stderr.strip()}")
+    plan, tensors, launches = "", {}, []
+    for line in done.stdout.splitlines():
+        kind, *rest = line.split("\t")
+        if kind == "plan":
+            plan = rest[0]
+        elif kind == "tensor":
+            tensors[int(rest[1], 16) >> 40] = rest[0]
+        else:
+            symbol, declaration, grid, block, cluster, arguments = rest
+            shape = [(int(x), int(y), int(z)) for x, y, z in (grid.split(), block.split())]
+            launch = Launch(bytes.fromhex(arguments), *shape, int(cluster))
+            launches.append(KernelLaunch(symbol, declaration, launch))
+    return Planned(plan, tensors, launches)
+
+
+def _units() -> Iterator[tuple[Path, tuple[str, ...]]]:
+    """Sources of the program, with flags of their own."""
+    as_cpp = ("-x", "c++")
+    for source in sorted(CUDA.glob("instances*.cu")):
+        yield source, as_cpp
+    for source in sorted(CUDA.glob("launch*.cu")):
+        yield source, (*as_cpp, "-include", str(HERE / "launch_printer.hpp"))
+    for source in (HERE / "arguments.cpp", EMULATOR / "emu.cpp", EMULATOR / "device.cpp"):
+        yield source, ()
+
+
+def _headers_of_cuda() -> Path:
+    nvcc = find("nvcc")
+    places = [Path(nvcc).resolve().parents[1] / "include"] if nvcc else []
+    for folder in sys.path:
+        places += Path(folder or ".").glob("nvidia/cu*/include")
+    return next(place for place in places if (place / "cuda_bf16.h").is_file())
+
+
+_made: list[Path] = []  # once a process is enough: sources do not change meanwhile
+
+
+def _program() -> Path:
+    if _made:
+        return _made[0]
+    sources = [
+        *(path for folder in (CUDA, EMULATOR, HERE) for path in folder.iterdir() if path.is_file()),
+        *(ROOT / "cpp").glob("*.h"),
+    ]
+    text = b"".join(path.name.encode() + path.read_bytes() for path in sorted(sources))
+    key = hashlib.sha256(text + repr(FLAGS).encode()).hexdigest()[:16]
+    kept = KEPT / f"arguments.{key}"
+    if not kept.exists():
+        _compile(kept)
+    _made.append(kept)
+    return kept
+
+
+def _compile(program: Path) -> None:
+    KEPT.mkdir(parents=True, exist_ok=True)
+    for old in KEPT.glob("arguments.*"):
+        shutil.rmtree(old) if old.is_dir() else old.unlink()
+    folder = program.with_suffix(".objects")
+    folder.mkdir()
+    headers = f"-isystem{_headers_of_cuda()}"
+
+    def compiled(unit: tuple[Path, tuple[str, ...]]) -> str:
+        source, flags = unit
+        object_ = folder / f"{source.name}.o"
+        command = ["g++", *FLAGS, headers, *flags, "-c", str(source), "-o", str(object_)]
+        subprocess.run(command, check=True)
+        return str(object_)
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compiled, _units()))
+    # Names of kernels are looked up by their addresses.
+    subprocess.run(
+        ["g++", "-rdynamic", *objects, "-o", str(folder / "arguments"), "-ldl"], check=True
+    )
+    (folder / "arguments").rename(program)
+    shutil.rmtree(folder)
