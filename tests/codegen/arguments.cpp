@@ -1,13 +1,15 @@
-// Prints what a call would launch, by the project's own way from a call to a launch: the plan, and
-// for each launch the kernel, the grid and the bytes of its arguments.
-//   arguments backward=0 n=8192 rows=65536 x=bfloat16 weight=float32 round_sum=1 processors=132 ...
+// Prints what calls would launch, by the project's own way from a call to a launch: the plan, and
+// for each launch the kernel, the grid and the bytes of its arguments.  A call is a line of stdin:
+//   n=8192 rows=65536 x=bfloat16 weight=float32 out=bfloat16 round_sum=1 processors=132 ...
 // A tensor is there if its dtype is given; each has an address of its own.
 #include <cxxabi.h>
 #include <dlfcn.h>
 
 #include <cstdio>
 #include <cstdlib>
+#include <iostream>
 #include <map>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 
@@ -41,9 +43,9 @@ using namespace normkit;
 
 class Call {
  public:
-  Call(int count, char** words) {
-    for (int i = 1; i < count; ++i) {
-      const std::string word = words[i];
+  explicit Call(const std::string& line) {
+    std::istringstream words(line);
+    for (std::string word; words >> word;) {
       const auto equals = word.find('=');
       if (equals == std::string::npos) throw std::invalid_argument(word + ": expected name=value");
       values_[word.substr(0, equals)] = word.substr(equals + 1);
@@ -58,7 +60,7 @@ class Call {
     return value;
   }
 
-  // Rows that lie `apart` elements from each other; those of `inner` of them, `outer` elements.
+  // Strides are in elements; the last dimension's comes last.
   void rows(const std::string& name, const int64_t (&strides)[2], int dims, RowsOf& rows) {
     rows = {};
     rows.data = tensor(name, rows.dtype);
@@ -153,16 +155,19 @@ void backward(Call& call) {
 
 }  // namespace
 
-int main(int count, char** words) try {
-  Call call(count, words);
-  const int64_t processors = call.integer("processors", 132);
-  normkit_emulate_device(static_cast<int>(processors), call.integer("clusters", 1) != 0);
-  if (call.integer("backward", 0))
-    backward(call);
-  else
-    forward(call);
+int main() {
+  for (std::string line; std::getline(std::cin, line);) try {
+      Call call(line);
+      const int64_t processors = call.integer("processors", 132);
+      normkit_emulate_device(static_cast<int>(processors), call.integer("clusters", 1) != 0);
+      std::printf("call\n");
+      if (call.integer("backward", 0))
+        backward(call);
+      else
+        forward(call);
+    } catch (const std::exception& error) {
+      std::fprintf(stderr, "%s: %s\n", line.c_str(), error.what());
+      return 1;
+    }
   return 0;
-} catch (const std::exception& error) {
-  std::fprintf(stderr, "%s\n", error.what());
-  return 1;
 }

@@ -174,7 +174,8 @@ def _compiled(arch: int, declarations: list[str]) -> dict[str, Program]:
 
 def counts(cases: Iterable[Case], arch: int) -> list[Count]:
     """Of each case its first launch, in the order of the cases."""
-    plans = [planned(arch, **case.call) for case in cases]
+    cases = list(cases)
+    plans = planned(arch, [case.call for case in cases])
     kernels = [plan.launches[0] for plan in plans]
     compiled = compile_kernels(kernels, arch)
     return [

@@ -9,7 +9,7 @@ import hashlib
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -34,26 +34,38 @@ class Planned(NamedTuple):
     launches: list[KernelLaunch]
 
 
-def planned(arch: int, **call: int | str) -> Planned:
-    """For one call; dtypes of the tensors that are there, and numbers for all else."""
-    words = [f"{name}={value}" for name, value in call.items()]
-    command = [str(_program()), f"clusters={int(arch >= 90)}", *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+Call = Mapping[str, "int | str"]  # dtypes of the tensors that are there, and numbers
+
+
+def planned(arch: int, calls: Iterable[Call]) -> list[Planned]:
+    lines = [
+        f"clusters={int(arch >= 90)} " + " ".join(f"{k}={v}" for k, v in call.items())
+        for call in calls
+    ]
+    command, text = [str(_program())], "".join(f"{line}\n" for line in lines)
+    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise ValueError(f"{' '.join(words)}: {done.stderr.strip()}")
+        raise ValueError(done.stderr.strip())
+    return [_planned(text) for text in done.stdout.split("call\n")[1:]]
+
+
+def _planned(text: str) -> Planned:
     plan, tensors, launches = "", {}, []
-    for line in done.stdout.splitlines():
-        kind, *rest = line.split("\t")
+    for kind, *fields in (line.split("\t") for line in text.splitlines()):
         if kind == "plan":
-            plan = rest[0]
+            plan = fields[0]
         elif kind == "tensor":
-            tensors[int(rest[1], 16) >> 40] = rest[0]
+            tensors[int(fields[1], 16) >> 40] = fields[0]
         else:
-            symbol, declaration, grid, block, cluster, arguments = rest
-            shape = [(int(x), int(y), int(z)) for x, y, z in (grid.split(), block.split())]
-            launch = Launch(bytes.fromhex(arguments), *shape, int(cluster))
+            symbol, declaration, grid, block, cluster, arguments = fields
+            launch = Launch(bytes.fromhex(arguments), _three(grid), _three(block), int(cluster))
             launches.append(KernelLaunch(symbol, declaration, launch))
     return Planned(plan, tensors, launches)
+
+
+def _three(text: str) -> tuple[int, int, int]:
+    x, y, z = map(int, text.split())
+    return x, y, z
 
 
 def _units() -> Iterator[tuple[Path, tuple[str, ...]]]:

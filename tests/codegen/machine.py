@@ -7,19 +7,16 @@ memory is 1, and so is what other threads have put into shared memory.
 
 from __future__ import annotations
 
-import math
-import operator
 import struct
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from sass import M32, M64, ZERO, Instruction, Operand, Program, Unknown, bits_of, float_of
+from sass import M32, M64, ZERO, Instruction, Operand, Program, Unknown, bits_of, float_of, signed
+from semantics import SEMANTICS
 
-ONES = 0x3F803F80  # 1 and 1 as bfloat16, and about 1 as float32
 SHARED_WINDOW = 0xFF  # the upper half of generic addresses into shared memory
-NEXT = 16  # bytes of an instruction
+INSTRUCTION_BYTES = 16
 
 
 class Launch(NamedTuple):
@@ -31,7 +28,7 @@ class Launch(NamedTuple):
 
 class Event(NamedTuple):
     at: int  # instructions issued before it
-    kind: str  # load, use, store, or one of _SYNCHRONISES
+    kind: str  # load, use, store, or what SYNCHRONISES calls it
     tensor: str = ""  # of what is loaded, used or stored
     bytes: int = 0
     value: int = 0  # the first word of what is stored
@@ -94,6 +91,13 @@ class Thread:
         self.shared: dict[int, int] = {}
         self.loads: dict[int, Event] = {}  # by register, until it is used
         self.issued = 0
+        rest, x = divmod(self.thread, self.launch.block[0])
+        z, y = divmod(rest, self.launch.block[1])
+        self.special = {"SR_TID.X": x, "SR_TID.Y": y, "SR_TID.Z": z, "SR_LANEID": self.thread % 32}
+        self.special |= {"SR_CTAID.X": self.block, "SR_CTAID.Y": 0, "SR_CTAID.Z": 0, "SRZ": 0}
+        self.special["SR_CgaCtaId"] = self.block % self.launch.cluster
+        # The bank of constants is reached by the first where the cluster is in it; see _BANKS.
+        self.special |= {"SR_CgaSize": 0, "SR_SWINHI": SHARED_WINDOW}
 
     def run(self) -> Thread:
         code, address = self.program.code, 0
@@ -106,11 +110,11 @@ class Thread:
             for register in i.reads if self.loads else ():
                 if register in self.loads:
                     self._used(self.loads[register])
-            target = _SEMANTICS[i.name](self, i) if on else None
+            target = SEMANTICS[i.name](self, i) if on else None
             if i.name != "NOP":
                 self.executed[address] += 1
                 self.issued += 1
-            address = address + NEXT if target is None else target
+            address = address + INSTRUCTION_BYTES if target is None else target
         return self
 
     def _used(self, load: Event) -> None:
@@ -133,58 +137,42 @@ class Thread:
     def holds(self, o: Operand) -> bool:
         return self.predicates[o.number] != o.negated
 
-    def word(self, o: Operand) -> int:
-        """32 bits."""
+    def raw(self, o: Operand, words: int = 1) -> int:
+        """The bits of an operand, without the sign or the complement it is taken with."""
         if o.kind == "register":
             value = self.registers[o.number]
-        elif o.kind == "immediate":
-            value = o.number & M32
-        elif o.kind == "constant":
-            value = self.constant(o)
-        else:
-            raise Unknown(f"operand {o.text}")
+            return value if words == 1 else value | self.registers[o.number + 1] << 32
+        if o.kind == "immediate":
+            return o.number & M32 if words == 1 else o.number
+        if o.kind == "constant":
+            value = self.constant(o) & M32
+            return value if words == 1 else value | (self.constant(o, 4) & M32) << 32
+        raise Unknown(f"operand {o.text}")
+
+    def integer(self, o: Operand, words: int = 1) -> int:
+        value, mask = self.raw(o, words), M32 if words == 1 else M64
         if o.absolute:
-            value = abs(signed(value))
+            value = abs(signed(value, 32 * words))
         if o.negated:
-            return -value & M32
-        return ~value & M32 if o.inverted else value
+            return -value & mask
+        return ~value & mask if o.inverted else value
 
-    def pair(self, o: Operand) -> int:
-        """64 bits."""
-        if o.kind == "register":
-            value = self.registers[o.number] | self.registers[o.number + 1] << 32
-        elif o.kind == "immediate":
-            value = o.number
-        else:
-            value = self.constant(o) | self.constant(o, 4) << 32
-        if o.negated:
-            return -value & M64
-        return ~value & M64 if o.inverted else value
-
-    def addend(self, o: Operand, bits: int = 32) -> int:
+    def addend(self, o: Operand, words: int = 1) -> int:
         """As it enters a sum that has a carry: -0 is ~0 + 1, which carries."""
-        plain = o._replace(negated=False)
-        value = self.word(plain) if bits == 32 else self.pair(plain)
-        return (~value & ((1 << bits) - 1)) + 1 if o.negated else value
+        if o.negated:
+            return (~self.raw(o, words) & (M32 if words == 1 else M64)) + 1
+        return self.integer(o, words)
+
+    def real(self, o: Operand) -> float:
+        value = float_of(self.raw(o))
+        value = abs(value) if o.absolute else value
+        return -value if o.negated else value
 
     def constant(self, o: Operand, beyond: int = 0) -> int:
         at = (o.number + sum(self.registers[r] for r, _ in o.parts) + beyond) & M32
         if at & ~3 not in self.constants:
             raise Unknown(f"{o.text}: nothing is known of constant {at:#x} ({self.program.arch})")
         return self.constants[at & ~3] >> 8 * (at & 3)
-
-    def real(self, o: Operand) -> float:
-        value = float_of(self.word(o._replace(negated=False, absolute=False)))
-        value = abs(value) if o.absolute else value
-        return -value if o.negated else value
-
-    def halves(self, o: Operand, flags: frozenset[str]) -> tuple[float, float]:
-        """The low and the high half, as numbers of 16 bits."""
-        word = self.word(o._replace(negated=False))
-        both = (float_of_half(word, flags), float_of_half(word >> 16, flags))
-        low, high = {"H0_H0": (0, 0), "H1_H1": (1, 1)}.get(o.suffix[1:], (0, 1))
-        sign = -1.0 if o.negated else 1.0
-        return sign * both[low], sign * both[high]
 
     def address(self, o: Operand) -> int:
         address = o.number
@@ -207,461 +195,3 @@ class Thread:
     def decide(self, o: Operand, value: bool) -> None:
         if o.number != 15:
             self.predicates[o.number] = value
-
-
-def signed(value: int, bits: int = 32) -> int:
-    return value - (1 << bits) if value >> (bits - 1) & 1 else value
-
-
-def float_of_half(word: int, flags: frozenset[str]) -> float:
-    if flags & {"BF16", "BF16_V2"}:
-        return float_of((word & 0xFFFF) << 16)
-    return float(struct.unpack("<e", struct.pack("<H", word & 0xFFFF))[0])
-
-
-def half_of(value: float, flags: frozenset[str]) -> int:
-    if flags & {"BF16", "BF16_V2"}:
-        word = bits_of(value)
-        return (word + 0x7FFF + (word >> 16 & 1) >> 16) & 0xFFFF
-    try:
-        return int(struct.unpack("<H", struct.pack("<e", value))[0])
-    except OverflowError:
-        return 0x7C00 if value > 0 else 0xFC00
-
-
-# ----------------------------------------------------------------- what each opcode does
-
-_Semantics = Callable[[Thread, Instruction], "int | None"]  # where to go on, if not behind it
-
-
-class _Table(dict[str, _Semantics]):
-    def __missing__(self, name: str) -> _Semantics:
-        def unknown(t: Thread, i: Instruction) -> None:
-            raise Unknown(f"unknown instruction {i.text!r} at {i.address:#x} of {t.program.symbol}")
-
-        return unknown
-
-
-_SEMANTICS = _Table()
-
-
-def opcode(*names: str) -> Callable[[_Semantics], _Semantics]:
-    def enter(semantics: _Semantics) -> _Semantics:
-        _SEMANTICS.update(dict.fromkeys(names, semantics))
-        return semantics
-
-    return enter
-
-
-@opcode("NOP", "BSSY", "BSYNC", "BREAK", "BMOV", "WARPSYNC", "YIELD", "DEPBAR")
-@opcode("MEMBAR", "ERRBAR", "CGAERRBAR", "CCTL", "FENCE")
-def _nothing(t: Thread, i: Instruction) -> None:
-    pass
-
-
-_SYNCHRONISES = {
-    "BAR": "barrier",
-    "ACQBULK": "wait for the previous kernel",
-    "PREEXIT": "trigger of the next kernel",
-    "UCGABAR_ARV": "arrive at the cluster",
-    "UCGABAR_WAIT": "wait for the cluster",
-}
-
-
-@opcode(*_SYNCHRONISES)
-def _synchronise(t: Thread, i: Instruction) -> None:
-    t.saw(_SYNCHRONISES[i.name])
-
-
-@opcode("EXIT")
-def _exit(t: Thread, i: Instruction) -> int | None:
-    return -1 if all(map(t.holds, i.given)) else None
-
-
-@opcode("BRA")
-def _branch(t: Thread, i: Instruction) -> int | None:
-    if "DIV" in i.flags:  # taken where lanes differ
-        return None
-    return i.values[-1].number if all(map(t.holds, i.given)) else None
-
-
-@opcode("CALL")
-def _call(t: Thread, i: Instruction) -> int:
-    if "REL" not in i.flags:
-        raise Unknown(f"{i.text}: a call into other code")
-    return i.values[-1].number
-
-
-@opcode("RET")
-def _return(t: Thread, i: Instruction) -> int:
-    return t.word(i.values[0]) + i.values[-1].number
-
-
-@opcode("MOV", "UMOV", "R2UR")
-def _move(t: Thread, i: Instruction) -> None:
-    if "64" in i.flags:
-        t.put(i.to, t.pair(i.values[0]), 2)
-    else:
-        t.put(i.to, t.word(i.values[0]))
-
-
-@opcode("S2R", "S2UR", "CS2R")
-def _special(t: Thread, i: Instruction) -> None:
-    name = i.values[0].text
-    rest, x = divmod(t.thread, t.launch.block[0])
-    z, y = divmod(rest, t.launch.block[1])
-    known = {"SRZ": 0, "SR_CgaSize": 0, "SR_SWINHI": SHARED_WINDOW, "SR_LANEID": t.thread % 32}
-    known |= {"SR_TID.X": x, "SR_TID.Y": y, "SR_TID.Z": z}
-    known |= {"SR_CTAID.X": t.block, "SR_CTAID.Y": 0, "SR_CTAID.Z": 0}
-    known["SR_CgaCtaId"] = t.block % t.launch.cluster
-    if name not in known:
-        raise Unknown(f"{i.text}: special register {name}")
-    t.put(i.to, known[name], 2 if i.name == "CS2R" and "32" not in i.flags else 1)
-
-
-@opcode("LDC", "ULDC", "LDCU")
-def _load_constant(t: Thread, i: Instruction) -> None:
-    words = [t.constant(i.values[0], 4 * k) for k in range(i.words)]
-    for flag, bits in (("8", 8), ("16", 16)):
-        if f"U{flag}" in i.flags:
-            words[0] &= (1 << bits) - 1
-        if f"S{flag}" in i.flags:
-            words[0] = signed(words[0] & ((1 << bits) - 1), bits)
-    t.put(i.to, sum((word & M32) << 32 * k for k, word in enumerate(words)), i.words)
-
-
-def _bytes(i: Instruction) -> int:
-    narrow = 1 if i.flags & {"U8", "S8"} else 2 if i.flags & {"U16", "S16"} else 4
-    return 4 * i.words if i.words > 1 else narrow
-
-
-@opcode("LDG", "LD")
-def _load(t: Thread, i: Instruction) -> None:
-    address = t.address(i.values[0])
-    load = t.saw("load", t.tensor_at(address), _bytes(i))
-    ones = ONES if _bytes(i) >= 4 else ONES & ((1 << 8 * _bytes(i)) - 1)
-    t.put(i.to, sum(ones << 32 * k for k in range(i.words)), i.words)
-    if i.to and i.to.number < ZERO:
-        t.loads |= dict.fromkeys(range(i.to.number, i.to.number + i.words), load)
-
-
-@opcode("STG", "ST")
-def _store(t: Thread, i: Instruction) -> None:
-    tensor = t.tensor_at(t.address(i.values[0]))
-    t.saw("store", tensor, _bytes(i), t.word(i.values[1]))
-
-
-def _shared_address(t: Thread, o: Operand) -> int:
-    return (o.number + sum(t.registers[r] for r, _ in o.parts)) & M32
-
-
-@opcode("LDS")
-def _load_shared(t: Thread, i: Instruction) -> None:
-    at = _shared_address(t, i.values[0])
-    words = [t.shared.get(at + 4 * k, bits_of(1.0)) for k in range(i.words)]
-    t.put(i.to, sum(word << 32 * k for k, word in enumerate(words)), i.words)
-
-
-@opcode("STS")
-def _store_shared(t: Thread, i: Instruction) -> None:
-    at = _shared_address(t, i.values[0])
-    number = i.values[1].number
-    for k in range(i.words):
-        t.shared[at + 4 * k] = t.registers[number + k]
-
-
-@opcode("SHFL")
-def _shuffle(t: Thread, i: Instruction) -> None:
-    t.put(i.to, t.word(i.values[0]))
-    t.decide(i.sets[0], True)
-
-
-# Integers.
-
-
-@opcode("IMAD", "UIMAD")
-def _multiply_add(t: Thread, i: Instruction) -> None:
-    is_wide = "WIDE" in i.flags
-    a, b = t.word(i.values[0]), t.word(i.values[1])
-    if i.flags & {"WIDE", "HI"} and "U32" not in i.flags:
-        a, b = signed(a), signed(b)
-    c = t.pair(i.values[2]) if i.flags & {"WIDE", "HI"} else t.word(i.values[2])
-    sum_ = a * b + c + ("X" in i.flags and t.holds(i.given[0]))
-    if "HI" in i.flags:
-        sum_ >>= 32
-    t.put(i.to, sum_ & M64, 2 if is_wide else 1)
-    for o in i.sets:
-        t.decide(o, sum_ >> 64 != 0)
-
-
-@opcode("IADD3", "UIADD3", "IADD", "UIADD", "VIADD", "UVIADD")
-def _add(t: Thread, i: Instruction) -> None:
-    bits = 64 if "64" in i.flags else 32
-    total, carries = 0, []
-    for k, o in enumerate(i.values):
-        total += t.addend(o, bits)
-        if k == 0:
-            total += sum(map(t.holds, i.given)) if "X" in i.flags else 0
-        else:
-            carries.append(total >> bits != 0)
-            total &= (1 << bits) - 1
-    t.put(i.to, total, bits // 32)
-    only_one = len(i.sets) < 2 or i.sets[1].number == 15
-    for k, o in enumerate(i.sets):
-        t.decide(o, any(carries) if only_one else carries[k])
-
-
-@opcode("LEA", "ULEA")
-def _shift_add(t: Thread, i: Instruction) -> None:
-    a, b, shift = t.word(i.values[0]), t.addend(i.values[1]), i.values[-1].number
-    if "SX32" in i.flags:
-        a = signed(a) & M64
-    elif "HI" in i.flags:
-        a |= t.word(i.values[2]) << 32
-    shifted = (a << shift >> 32 if "HI" in i.flags else a << shift) & M32
-    total = shifted + b + ("X" in i.flags and t.holds(i.given[0]))
-    t.put(i.to, total)
-    for o in i.sets[:1]:
-        t.decide(o, total >> 32 != 0)
-
-
-@opcode("SHF", "USHF")
-def _shift(t: Thread, i: Instruction) -> None:
-    low, shift, high = map(t.word, i.values)
-    is_signed = bool(i.flags & {"S32", "S64"})
-    bits = 64 if i.flags & {"U64", "S64"} else 32
-    shift = shift & (bits - 1) if "W" in i.flags else min(shift, bits)
-    if "L" in i.flags:
-        result = (high << 32 | low) << shift
-        result = result >> 32 if "HI" in i.flags else result
-    elif "HI" in i.flags:
-        result = (signed(high) if is_signed else high) >> shift
-    else:
-        both = high << 32 | low
-        result = (signed(both, 64) if is_signed else both) >> shift
-    t.put(i.to, result & M32)
-
-
-@opcode("LOP3", "ULOP3")
-def _logic(t: Thread, i: Instruction) -> None:
-    a, b, c = map(t.word, i.values[:3])
-    result = 0
-    for k in range(8):
-        if i.values[3].number >> k & 1:
-            result |= (a if k & 4 else ~a) & (b if k & 2 else ~b) & (c if k & 1 else ~c)
-    t.put(i.to, result & M32)
-    for o in i.sets:
-        t.decide(o, result & M32 != 0 or (bool(i.given) and t.holds(i.given[-1])))
-
-
-@opcode("PRMT", "UPRMT")
-def _permute(t: Thread, i: Instruction) -> None:
-    if i.flags:
-        raise Unknown(i.text)
-    a, select, b = map(t.word, i.values)
-    result = 0
-    for k in range(4):
-        at = select >> 4 * k & 15
-        byte = (b << 32 | a) >> 8 * (at & 7) & 255
-        result |= (255 * (byte >> 7) if at & 8 else byte) << 8 * k
-    t.put(i.to, result)
-
-
-@opcode("SGXT", "USGXT")
-def _extend(t: Thread, i: Instruction) -> None:
-    bits = t.word(i.values[1])
-    low = t.word(i.values[0]) & ((1 << bits) - 1)
-    t.put(i.to, low if "U32" in i.flags else signed(low, bits) & M32)
-
-
-@opcode("IABS")
-def _absolute(t: Thread, i: Instruction) -> None:
-    t.put(i.to, abs(signed(t.word(i.values[0]))))
-
-
-@opcode("SEL", "USEL", "FSEL")
-def _select(t: Thread, i: Instruction) -> None:
-    o = i.values[0] if t.holds(i.given[0]) else i.values[1]
-    t.put(i.to, bits_of(t.real(o)) if i.name == "FSEL" else t.word(o))
-
-
-@opcode("IMNMX", "UIMNMX", "VIMNMX", "UVIMNMX", "VIADDMNMX")
-def _least_or_most(t: Thread, i: Instruction) -> None:
-    bits = 64 if i.flags & {"S64", "U64"} else 32
-    values = [(t.pair if bits == 64 else t.word)(o) for o in i.values]
-    if i.name == "VIADDMNMX":
-        values = [(values[0] + values[1]) & M32, values[2]]
-    if not i.flags & {"U32", "U64"}:
-        values = [signed(v, bits) for v in values]
-    t.put(i.to, (min if t.holds(i.given[0]) else max)(values) & M64, bits // 32)
-
-
-_COMPARE = {
-    "EQ": operator.eq,
-    "NE": operator.ne,
-    "LT": operator.lt,
-    "LE": operator.le,
-    "GT": operator.gt,
-    "GE": operator.ge,
-}
-
-
-def _combine(t: Thread, i: Instruction, result: bool) -> None:
-    """Into two predicates: with `result` and with its opposite."""
-    other = t.holds(i.given[0]) if i.given else True
-    for o, value in zip(i.sets, (result, not result), strict=False):
-        if "OR" in i.flags:
-            t.decide(o, value or other)
-        else:
-            t.decide(o, value != other if "XOR" in i.flags else value and other)
-
-
-@opcode("ISETP", "UISETP")
-def _compare(t: Thread, i: Instruction) -> None:
-    bits = 64 if i.flags & {"S64", "U64"} else 32
-    a, b = ((t.pair if bits == 64 else t.word)(o) for o in i.values)
-    if not i.flags & {"U32", "U64"}:
-        a, b = signed(a, bits), signed(b, bits)
-    test = next(flag for flag in i.flags if flag in _COMPARE)
-    low_words_decide = "EX" in i.flags and a == b
-    _combine(t, i, t.holds(i.given[1]) if low_words_decide else _COMPARE[test](a, b))
-
-
-@opcode("PLOP3", "UPLOP3")
-def _logic_of_predicates(t: Thread, i: Instruction) -> None:
-    *_, a, b, c, first, second = i.operands
-    index = 4 * t.holds(a) + 2 * t.holds(b) + t.holds(c)
-    for o, table in zip(i.operands[:2], (first, second), strict=True):
-        t.decide(o, bool(table.number >> index & 1))
-
-
-def _shift_of_byte(o: Operand) -> int:
-    return 8 * int(o.suffix[2:]) if o.suffix.startswith(".B") else 0
-
-
-@opcode("P2R", "UP2UR")
-def _predicates_to_register(t: Thread, i: Instruction) -> None:
-    first = 8 if i.name == "UP2UR" else 0
-    bits = sum(value << k for k, value in enumerate(t.predicates[first : first + 7]))
-    assert i.to is not None
-    shift, mask = _shift_of_byte(i.to), t.word(i.values[2])
-    t.put(i.to, t.word(i.values[1]) & ~(mask << shift) | (bits & mask) << shift)
-
-
-@opcode("R2P", "UR2UP")
-def _register_to_predicates(t: Thread, i: Instruction) -> None:
-    first = 8 if i.name == "UR2UP" else 0
-    word, mask = (o for o in i.values if o.text not in ("PR", "UPR"))
-    bits = t.word(word) >> _shift_of_byte(word)
-    for k in range(7):
-        if t.word(mask) >> k & 1:
-            t.predicates[first + k] = bool(bits >> k & 1)
-
-
-# Floats.
-
-
-@opcode("FADD", "FMUL", "FFMA")
-def _arithmetic(t: Thread, i: Instruction) -> None:
-    a, b, *c = map(t.real, i.values)
-    t.put_real(i.to, a + b if i.name == "FADD" else a * b if i.name == "FMUL" else a * b + c[0])
-
-
-@opcode("FADD2", "FMUL2", "FFMA2")
-def _arithmetic_of_pairs(t: Thread, i: Instruction) -> None:
-    assert i.to is not None
-    results = []
-    for k in range(2):
-        words = (t.pair(o._replace(negated=False)) >> 32 * k for o in i.values)
-        a, b, *c = (
-            -float_of(w) if o.negated else float_of(w) for w, o in zip(words, i.values, strict=True)
-        )
-        results.append(a + b if i.name == "FADD2" else a * b + (c[0] if c else 0.0))
-    t.put(i.to, bits_of(results[0]) | bits_of(results[1]) << 32, 2)
-
-
-@opcode("FMNMX")
-def _least_or_most_real(t: Thread, i: Instruction) -> None:
-    t.put_real(i.to, (min if t.holds(i.given[0]) else max)(map(t.real, i.values)))
-
-
-@opcode("FSETP")
-def _compare_reals(t: Thread, i: Instruction) -> None:
-    a, b = map(t.real, i.values)
-    unordered = math.isnan(a) or math.isnan(b)
-    test = next(flag for flag in i.flags if flag[:2] in _COMPARE or flag in ("NAN", "NUM"))
-    if test in ("NAN", "NUM"):
-        return _combine(t, i, unordered == (test == "NAN"))
-    return _combine(t, i, test.endswith("U") if unordered else _COMPARE[test[:2]](a, b))
-
-
-@opcode("FCHK")
-def _check_division(t: Thread, i: Instruction) -> None:
-    """Whether a quotient, or a step on the way to it, may leave the normal numbers."""
-    of, by = (t.word(o) >> 23 & 255 for o in i.values)
-    t.decide(i.sets[0], not (0 < of < 255 and 0 < by < 253) or not -125 < of - by < 126)
-
-
-@opcode("MUFU")
-def _special_function(t: Thread, i: Instruction) -> None:
-    a = t.real(i.values[0])
-    if "RCP" in i.flags:
-        result = 1 / a if a else math.copysign(math.inf, a)
-    elif "RSQ" in i.flags:
-        result = a**-0.5 if a > 0 else math.inf if a == 0 else math.nan
-    elif "SQRT" in i.flags:
-        result = a**0.5 if a >= 0 else math.nan
-    elif "EX2" in i.flags:
-        result = 2.0 ** min(a, 200.0)
-    else:
-        raise Unknown(i.text)
-    t.put_real(i.to, result)
-
-
-@opcode("I2F", "UI2F", "I2FP", "UI2FP")
-def _real_of_integer(t: Thread, i: Instruction) -> None:
-    bits = 64 if i.flags & {"S64", "U64"} else 32
-    value = t.pair(i.values[0]) if bits == 64 else t.word(i.values[0])
-    if not i.flags & {"U32", "U64"}:
-        value = signed(value, bits)
-    word = bits_of(float(value))
-    if "RP" in i.flags and float_of(word) < value:
-        word += 1
-    t.put(i.to, word)
-
-
-@opcode("F2I", "UF2I")
-def _integer_of_real(t: Thread, i: Instruction) -> None:
-    a = t.real(i.values[0])
-    least, most = (0, M32) if "U32" in i.flags else (-(1 << 31), (1 << 31) - 1)
-    if "TRUNC" not in i.flags or math.isnan(a):
-        raise Unknown(f"{i.text} of {a}")
-    t.put(i.to, int(max(least, min(most, a))) & M32)
-
-
-@opcode("F2F", "F2FP")
-def _narrow(t: Thread, i: Instruction) -> None:
-    if "F32" in i.flags and "F64" in i.flags:
-        raise Unknown(i.text)
-    halves = [half_of(t.real(o), i.flags) for o in i.values]
-    t.put(i.to, halves[0] if len(halves) == 1 else halves[0] << 16 | halves[1])
-
-
-@opcode("HADD2", "HMUL2", "HFMA2")
-def _arithmetic_of_halves(t: Thread, i: Instruction) -> None:
-    operands: list[tuple[float, float]] = []
-    immediates: list[float] = []  # high and low, as float32
-    for o in i.values:
-        if o.kind != "immediate":
-            operands.append(t.halves(o, i.flags))
-            continue
-        immediates.append(float_of(o.number))
-        if len(immediates) == 2:
-            operands.append((immediates.pop(), immediates.pop()))
-    results = []
-    for a, b, *c in zip(*operands, strict=True):
-        results.append(a + b if i.name == "HADD2" else a * b + (c[0] if c else 0.0))
-    if "F32" in i.flags:
-        return t.put_real(i.to, results[0])
-    low, high = (half_of(value, i.flags) for value in results)
-    return t.put(i.to, high << 16 | low)

@@ -6,7 +6,7 @@ import functools
 import re
 import struct
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +22,7 @@ class Unknown(Exception):
 
 
 class Operand(NamedTuple):
-    kind: str  # register, predicate, constant, immediate, address, label, other
+    kind: str  # register, predicate, constant, immediate, address, other
     text: str
     number: int = 0  # of a register or predicate; an offset; the bits of an immediate
     negated: bool = False
@@ -58,41 +58,46 @@ def float_of(bits: int) -> float:
     return float(struct.unpack("<f", struct.pack("<I", bits & M32))[0])
 
 
+def signed(value: int, bits: int = 32) -> int:
+    return value - (1 << bits) if value >> (bits - 1) & 1 else value
+
+
 _FLOATS = {"INF": "inf", "QNAN": "nan", "SNAN": "nan"}
-_VALUE = re.compile(r"(?P<register>U?R(?:\d+|Z))|c\[0x0\]\[(?P<constant>[^]]*)\]")
+_VALUE = re.compile(
+    r"(?P<sign>[-~]?)(?P<absolute>\|?)"
+    r"(?:(?P<register>U?R(?:\d+|Z))|c\[0x0\]\[(?P<constant>[^]]*)\])\|?(?P<suffix>[.\w]*)\|?"
+)
 _PART = re.compile(r"(U?R(?:\d+|Z))((?:\.\w+)*)|(-?0x[0-9a-f]+)")
+
+
+def _inside(brackets: str) -> tuple[int, tuple[tuple[int, str], ...]]:
+    """The offset of an address, and the registers that are added to it."""
+    parts = _PART.findall(brackets)
+    registers = tuple((_register(name), suffix) for name, suffix, _ in parts if name)
+    return sum(int(offset, 16) for _, _, offset in parts if offset), registers
 
 
 def _operand(text: str) -> Operand:
     text = text.strip().replace(".reuse", "")
-    body, negated, inverted = text, False, False
-    if re.fullmatch(r"[!]?U?P(\d|T)", text):
+    if re.fullmatch(r"!?U?P(\d|T)", text):
         return Operand("predicate", text, _predicate(text.lstrip("!")), negated=text[0] == "!")
     if re.fullmatch(r"-?0x[0-9a-f]+", text):
         return Operand("immediate", text, int(text, 16) & M64)
-    number = re.fullmatch(r"([+-]?)(INF|QNAN|SNAN|[\d.]+(?:e[+-]?\d+)?)", text)
-    if number:
-        value = float(number[1] + _FLOATS.get(number[2], number[2]))
+    if real := re.fullmatch(r"([+-]?)(INF|QNAN|SNAN|[\d.]+(?:e[+-]?\d+)?)", text):
+        value = float(real[1] + _FLOATS.get(real[2], real[2]))
         return Operand("immediate", text, bits_of(value))
-    if "[" in text and not re.match(r"^[-~|]*c\[", text):
-        parts = _PART.findall(text[text.rindex("[") :])
-        registers = tuple((_register(name), suffix) for name, suffix, _ in parts if name)
-        offset = sum(int(offset, 16) for _, _, offset in parts if offset)
-        return Operand("address", text, offset, parts=registers)
-    if body[0] in "-~":
-        negated, inverted, body = body[0] == "-", body[0] == "~", body[1:]
-    absolute, body = body[0] == "|", body.replace("|", "")
-    match = _VALUE.match(body)
-    if match and match["register"]:
-        number_, suffix = _register(match["register"]), body[match.end() :]
-        return Operand("register", text, number_, negated, inverted, absolute, suffix)
-    if match:
-        inside = _PART.findall(match["constant"])
-        registers = tuple((_register(name), "") for name, _, _ in inside if name)
-        offset = sum(int(offset, 16) for _, _, offset in inside if offset)
+    if match := _VALUE.fullmatch(text):
+        kind = "register" if match["register"] else "constant"
+        number, parts = _inside(match["constant"] or "")
+        if match["register"]:
+            number = _register(match["register"])
+        sign, absolute = match["sign"], bool(match["absolute"])
         return Operand(
-            "constant", text, offset, negated, inverted, absolute, body[match.end() :], registers
+            kind, text, number, "-" in sign, "~" in sign, absolute, match["suffix"], parts
         )
+    if text.endswith("]"):
+        offset, parts = _inside(text[text.rindex("[") :])
+        return Operand("address", text, offset, parts=parts)
     return Operand("other", text)
 
 
@@ -162,8 +167,20 @@ def _reads(i: Instruction) -> Iterator[int]:
         yield from (number for number, _ in operand.parts)
         if operand.kind == "register" and operand.number < ZERO:
             pair = "64" in operand.suffix or "F32x2" in operand.suffix
-            count = i.words if i.name in _STORES else 2 if pair else 1
-            yield from range(operand.number, operand.number + count)
+            yield from range(operand.number, operand.number + max(i.words, 2 if pair else 1))
+
+
+class _Code(dict[int, Instruction]):
+    """By address; what is never reached is never taken apart."""
+
+    def __init__(self, lines: Iterable[tuple[int, str]]) -> None:
+        self._lines = dict(lines)
+
+    def __missing__(self, address: int) -> Instruction:
+        if address not in self._lines:
+            raise Unknown(f"{address:#x} is outside of the code")
+        self[address] = _instruction(address, self._lines[address])
+        return self[address]
 
 
 @dataclass
@@ -178,8 +195,8 @@ class Program:
     lines: list[tuple[int, str]]
 
     @functools.cached_property
-    def code(self) -> dict[int, Instruction]:
-        return {address: _instruction(address, text) for address, text in self.lines}
+    def code(self) -> Mapping[int, Instruction]:
+        return _Code(self.lines)
 
     @functools.cached_property
     def opcodes(self) -> Counter[str]:
