@@ -10,18 +10,21 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from sass import Program, programs
 
 ROOT = Path(__file__).parents[2]
 CUDA = ROOT / "cuda"
 KEPT = ROOT / "build" / "codegen"  # so that a second run compiles what has changed
 DTYPES = ("float32", "float16", "bfloat16")
 SOURCES = (  # the long ones first
-    *(f"instances_{dtype}.cu" for dtype in DTYPES),
+    *(f"instances_{dtype}.cu" for dtype in reversed(DTYPES)),
     "instances_backward_any.cu",
     *(f"instances_backward_{dtype}.cu" for dtype in DTYPES),
     "launch_backward.cu",
@@ -29,7 +32,11 @@ SOURCES = (  # the long ones first
     "launch.cu",
     "device.cu",
 )
-ARCHS = ("sm_80", "sm_90")  # without clusters and with them
+# WHOLE has every source compiled for it.  The others have those of bfloat16, whose kernels take the
+# most registers: everything for all of them would take five times as long.
+ARCHS = ("sm_75", "sm_80", "sm_90", "sm_100", "sm_120")
+WHOLE = "sm_90"
+EVERYWHERE = ("instances_bfloat16.cu", "instances_backward_bfloat16.cu")
 STEPS = ("whole", "statistics", "apply")  # in the order of Step
 
 # What CMakeLists.txt asks for, and what a Release build adds.
@@ -62,7 +69,11 @@ class Kernel:
     ptx: Counter[str] = field(default_factory=Counter)  # opcodes
     ptx_order: list[str] = field(default_factory=list)
     local_in_ptx: bool = False
-    sass: Counter[str] = field(default_factory=Counter)  # empty where there is no cuobjdump
+    program: Program | None = None  # where there is a cuobjdump
+
+    @property
+    def sass(self) -> Counter[str]:
+        return self.program.opcodes if self.program else Counter()
 
     def __str__(self) -> str:
         i = self.instance
@@ -200,19 +211,18 @@ def _numbers(pattern: str, text: str) -> int:
 
 
 class Compiled(NamedTuple):
-    """What ptxas says of each kernel, the PTX, and the SASS where there is a cuobjdump."""
+    """What ptxas says of each kernel, the PTX, and the machine code where there is a cuobjdump."""
 
     said: list[str]
     ptx: str
-    sass: str
+    programs: list[tuple[Any, ...]]  # the fields of each Program
 
 
-def _compile(source: str, folder: Path) -> dict[str, Compiled]:
-    """By architecture; one nvcc for all reads the host's side once.  Fails with its complaints."""
+def _compile(source: str, arch: str, folder: Path) -> Compiled:
+    """Fails with the compiler's complaints."""
     folder.mkdir()
-    out = folder / "kernels.o"
     done = subprocess.run(
-        [*_command(), f"--keep-dir={folder}", "-c", str(CUDA / source), "-o", str(out)],
+        [*_command(arch), f"--keep-dir={folder}", "-c", str(CUDA / source), "-o", "kernels.o"],
         capture_output=True,
         text=True,
         check=False,
@@ -222,52 +232,62 @@ def _compile(source: str, folder: Path) -> dict[str, Compiled]:
     complaints = [line[:200] for line in said.splitlines() if re.search(r"error|warning", line)]
     complaint = "\n".join(complaints[:10]) or f"nvcc ended with {done.returncode}"
     fine = done.returncode == 0 and not complaints
-    assert fine, f"{source}:\n{complaint}"
+    assert fine, f"{source} for {arch}:\n{complaint}"
+    made = (folder / source).with_suffix(".cubin")
+    has_kernels = "Compiling entry function" in said
+    found = programs(made, disassembled(made)) if has_kernels and find("cuobjdump") else {}
     entries = said.split("Compiling entry function ")[1:]
-    made = {}
-    for arch in ARCHS:
-        ptx = (folder / source).with_suffix(f".compute_{arch[3:]}.ptx").read_text()
-        sass = ""
-        if cuobjdump := find("cuobjdump"):
-            command = [cuobjdump, "-sass", "-arch", arch, str(out)]
-            sass = subprocess.check_output(command, text=True)
-        said_of_arch = [text for text in entries if f"' for '{arch}'\n" in text]
-        made[arch] = Compiled(said_of_arch, ptx, sass)
-    assert sum(len(one.said) for one in made.values()) == len(entries)
-    return made
+    ptx = made.with_suffix(".ptx").read_text()
+    return Compiled(entries, ptx, [astuple(program) for program in found.values()])
 
 
-def _command() -> list[str]:
+def _command(arch: str) -> list[str]:
     nvcc = find("nvcc")
     assert nvcc
-    codes = [f"--generate-code=arch=compute_{arch[3:]},code=[{arch}]" for arch in ARCHS]
-    return [nvcc, *codes, *FLAGS, *ANSWERS]
+    return [nvcc, f"--generate-code=arch=compute_{arch[3:]},code=[{arch}]", *FLAGS, *ANSWERS]
 
 
-def _compiled(source: str, folder: Path) -> dict[str, Compiled]:
+def _compiled(source: str, arch: str, folder: Path) -> Compiled:
     """What `_compile` made before of the same files with the same tools, or makes now."""
-    kept = KEPT / f"{source}.{_key(source)}.json"
+    contents = (CUDA / source).read_text()
+    kept = KEPT / f"{source}.{arch}.{key(source, contents, *_command(arch))}.json"
     if not kept.exists():
-        made = _compile(source, folder)
-        for old in KEPT.glob(f"{source}.*"):
+        made = _compile(source, arch, folder / f"{source}.{arch}")
+        for old in KEPT.glob(f"{source}.{arch}.*"):
             old.unlink()
         kept.with_suffix(".new").write_text(json.dumps(made))
         kept.with_suffix(".new").rename(kept)
-    return {arch: Compiled(*made) for arch, made in json.loads(kept.read_text()).items()}
+    return Compiled(*json.loads(kept.read_text()))
 
 
-def _key(source: str) -> str:
-    """A hash of all that the outcome depends on: the source, what it may include, and the tools."""
+def compile_text(source: str, arch: int) -> dict[str, Program]:
+    """The kernels of a source that is no file, by symbol."""
+    kept = KEPT / f"text.{key(str(arch), source, *FLAGS)}.json"
+    if not kept.exists():
+        KEPT.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            cubin = Path(folder) / "kernels.cubin"
+            cubin.with_suffix(".cu").write_text(source)
+            command = [find("nvcc") or "nvcc", *FLAGS, f"-arch=sm_{arch}", "-cubin"]
+            command += ["-o", str(cubin), str(cubin.with_suffix(".cu"))]
+            subprocess.run(command, check=True)
+            made = programs(cubin, disassembled(cubin))
+        unfinished = kept.with_suffix(f".{os.getpid()}")
+        unfinished.write_text(json.dumps([astuple(program) for program in made.values()]))
+        unfinished.rename(kept)
+    return {fields[0]: Program(*fields) for fields in json.loads(kept.read_text())}
+
+
+def key(*parts: str) -> str:
+    """A hash of all that an outcome depends on: `parts`, what sources include, and the tools."""
     headers = (*CUDA.glob("*.cuh"), *CUDA.glob("*.h"), *(ROOT / "cpp").glob("*.h"))
-    files = [CUDA / source, *sorted(headers)]
-    version = subprocess.check_output([_command()[0], "--version"])
-    parts = [version, repr((_command(), find("cuobjdump"))).encode()]
-    parts += [path.name.encode() + path.read_bytes() for path in files]
-    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+    version = subprocess.check_output([find("nvcc") or "nvcc", "--version"])
+    known = [version, repr((parts, find("cuobjdump"))).encode()]
+    known += [path.name.encode() + path.read_bytes() for path in sorted(headers)]
+    return hashlib.sha256(b"".join(known)).hexdigest()[:16]
 
 
 _PTX_OPCODE = re.compile(r"^[\s{]*(?:@!?%p\d+\s+)?([a-z][\w.:]*)[\s;]", re.MULTILINE)
-_SASS_OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
 
 
 def _kernels(dtype: str, arch: str, made: Compiled) -> list[Kernel]:
@@ -289,21 +309,28 @@ def _kernels(dtype: str, arch: str, made: Compiled) -> list[Kernel]:
         kernel.ptx_order = _PTX_OPCODE.findall(text)
         kernel.ptx = Counter(kernel.ptx_order)
         kernel.local_in_ptx = ".local" in text
-    for text in made.sass.split("Function : ")[1:]:
-        kernels[text.split()[0]].sass = Counter(_SASS_OPCODE.findall(text))
+    for program in (Program(*fields) for fields in made.programs):
+        kernels[program.symbol].program = program
     return list(kernels.values())
 
 
-def compile_all(folder: Path, jobs: int = 2) -> list[Kernel]:
-    """Every instance, for each of ARCHS; of several processes, one compiles and the others wait."""
+def compile_all(folder: Path, workers: int = 2) -> list[Kernel]:
+    """Every instance, for WHOLE, and some for all of ARCHS; of several processes, one compiles and
+    the others wait.
+    """
+    jobs = [
+        (source, arch)
+        for source in SOURCES
+        for arch in ARCHS
+        if arch == WHOLE or source in EVERYWHERE
+    ]
     KEPT.mkdir(parents=True, exist_ok=True)
-    with (KEPT / "lock").open("w") as lock, ThreadPoolExecutor(jobs) as pool:
+    with (KEPT / "lock").open("w") as lock, ThreadPoolExecutor(workers) as pool:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        compiled = list(pool.map(lambda source: _compiled(source, folder / source), SOURCES))
+        compiled = list(pool.map(lambda job: _compiled(*job, folder), jobs))
     kernels: list[Kernel] = []
-    for source, made in zip(SOURCES, compiled, strict=True):
+    for (source, arch), made in zip(jobs, compiled, strict=True):
         if source not in ("launch.cu", "device.cu"):
             name = source.removesuffix(".cu").removeprefix("instances_")
-            for arch in ARCHS:
-                kernels += _kernels(name, arch, made[arch])
+            kernels += _kernels(name, arch, made)
     return kernels

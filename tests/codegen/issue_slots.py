@@ -11,21 +11,15 @@ Only the kernels that are asked for are compiled, and kept in build/codegen for 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import hashlib
-import json
-import subprocess
-import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import NamedTuple
 
-from compiled_kernels import CUDA, FLAGS, KEPT, ROOT, disassembled, find
+from compiled_kernels import CUDA, compile_text
 from launches import KernelLaunch, Planned, planned
 from machine import Thread
-from sass import Program, programs
+from sass import Program
 
 WARP = 32
 MANY = 1 << 17  # rows that fill every device
@@ -139,47 +133,31 @@ def count(case: Case, planned_: Planned, kernel: KernelLaunch, program: Program)
 
 def compile_kernels(kernels: Iterable[KernelLaunch], arch: int) -> dict[str, Program]:
     """Those alone, by symbol, by two compilers side by side."""
-    names = {kernel.symbol: kernel.declaration for kernel in kernels if kernel.symbol}
-    halves = [sorted(names)[k::2] for k in range(2)]
+    names = {kernel.symbol: kernel.declaration for kernel in kernels}
+    includes = "".join(f'#include "{path}"\n' for path in sorted(CUDA.glob("*.cuh")))
+
+    def compiled(symbols: list[str]) -> dict[str, Program]:
+        # What the sources of the build instantiate, from the same headers.
+        asked_for = "".join(f"template __global__ {names[symbol]};\n" for symbol in symbols)
+        return compile_text(includes + asked_for, arch) if symbols else {}
+
     with ThreadPoolExecutor(2) as pool:
-        of_half = pool.map(lambda half: _compiled(arch, [names[symbol] for symbol in half]), halves)
-        found = {symbol: program for half in of_half for symbol, program in half.items()}
+        halves = pool.map(compiled, [sorted(names)[k::2] for k in range(2)])
+        found = {symbol: program for half in halves for symbol, program in half.items()}
     missing = names.keys() - found.keys()
     assert not missing, f"nvcc gives other names to {missing}"
     return found
 
 
-def _compiled(arch: int, declarations: list[str]) -> dict[str, Program]:
-    headers = sorted((*CUDA.glob("*.cuh"), *CUDA.glob("*.h"), *(ROOT / "cpp").glob("*.h")))
-    # Kernels are what the sources of the build instantiate, from the same headers.
-    source = "".join(
-        f'#include "{CUDA / path.name}"\n' for path in headers if path.suffix == ".cuh"
-    )
-    source += "".join(f"template __global__ {declaration};\n" for declaration in declarations)
-    contents = b"".join(path.name.encode() + path.read_bytes() for path in headers)
-    key = hashlib.sha256(contents + repr((FLAGS, arch, source)).encode()).hexdigest()[:16]
-    kept = KEPT / f"counted.{key}.json"
-    if not kept.exists():
-        KEPT.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
-            cubin = Path(folder) / "kernels.cubin"
-            cubin.with_suffix(".cu").write_text(source)
-            command = [find("nvcc") or "nvcc", *FLAGS, f"-arch=sm_{arch}", "-cubin"]
-            command += ["-o", str(cubin), str(cubin.with_suffix(".cu"))]
-            subprocess.run(command, check=True)
-            made = programs(cubin, disassembled(cubin)) if declarations else {}
-        kept.write_text(json.dumps([dataclasses.astuple(program) for program in made.values()]))
-    return {fields[0]: Program(*fields) for fields in json.loads(kept.read_text())}
-
-
-def counts(cases: Iterable[Case], arch: int) -> list[Count]:
-    """Of each case its first launch, in the order of the cases."""
-    cases = list(cases)
+def counts(
+    cases: Sequence[Case], arch: int, compiled: dict[str, Program] | None = None
+) -> list[Count]:
+    """Of each case its first launch; compiles the kernels, if they are not given."""
     plans = planned(arch, [case.call for case in cases])
     kernels = [plan.launches[0] for plan in plans]
-    compiled = compile_kernels(kernels, arch)
+    of_symbol = compile_kernels(kernels, arch) if compiled is None else compiled
     return [
-        count(case, plan, kernel, compiled[kernel.symbol])
+        count(case, plan, kernel, of_symbol[kernel.symbol])
         for case, plan, kernel in zip(cases, plans, kernels, strict=True)
     ]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from sass import M32, M64, ZERO, Instruction, Operand, Program, Unknown, bits_of, float_of, signed
-from semantics import SEMANTICS
+from semantics import SEMANTICS, check_known
 
 SHARED_WINDOW = 0xFF  # the upper half of generic addresses into shared memory
 INSTRUCTION_BYTES = 16
@@ -31,6 +31,7 @@ class Event(NamedTuple):
     kind: str  # load, use, store, or what SYNCHRONISES calls it
     tensor: str = ""  # of what is loaded, used or stored
     bytes: int = 0
+    offset: int = 0  # of the bytes, in the tensor
     value: int = 0  # the first word of what is stored
     load: int = -1  # of a use: when the load was issued
 
@@ -88,7 +89,7 @@ class Thread:
         self.constants = _constants(self.program, self.launch)
         self.registers = [0] * (ZERO + 4)
         self.predicates = [False] * 15 + [True]
-        self.shared: dict[int, int] = {}
+        self.own: dict[tuple[str, int], int] = {}  # what it has put into shared and local memory
         self.loads: dict[int, Event] = {}  # by register, until it is used
         self.issued = 0
         rest, x = divmod(self.thread, self.launch.block[0])
@@ -105,6 +106,8 @@ class Thread:
             i = code[address]
             if self.issued == self.limit:
                 raise Unknown(f"{self.program.symbol}: {self.limit} instructions, and no end")
+            if not self.executed[address]:
+                check_known(i, self.program.symbol)
             on = i.guard is None or self.holds(i.guard)
             self.trace.append((i, on))
             for register in i.reads if self.loads else ():
@@ -118,19 +121,20 @@ class Thread:
         return self
 
     def _used(self, load: Event) -> None:
-        self.events.append(Event(self.issued, "use", load.tensor, load.bytes, load=load.at))
+        self.events.append(load._replace(at=self.issued, kind="use", load=load.at))
         self.loads = {r: other for r, other in self.loads.items() if other is not load}
 
-    def saw(self, kind: str, tensor: str = "", size: int = 0, value: int = 0) -> Event:
-        self.events.append(Event(self.issued, kind, tensor, size, value))
-        return self.events[-1]
+    def saw(self, kind: str) -> None:
+        self.events.append(Event(self.issued, kind))
 
-    def tensor_at(self, address: int) -> str:
+    def saw_access(self, kind: str, address: int, size: int, value: int = 0) -> Event:
+        tensor, offset = self.tensors.get(address >> 40), address & ((1 << 40) - 1)
         if address >> 32 == SHARED_WINDOW:
-            return "shared"
-        if address >> 40 not in self.tensors:
+            tensor = "shared"
+        if tensor is None:
             raise Unknown(f"address {address:#x} is in no tensor")
-        return self.tensors[address >> 40]
+        self.events.append(Event(self.issued, kind, tensor, size, offset, value))
+        return self.events[-1]
 
     # What operands stand for.
 
@@ -140,13 +144,13 @@ class Thread:
     def raw(self, o: Operand, words: int = 1) -> int:
         """The bits of an operand, without the sign or the complement it is taken with."""
         if o.kind == "register":
-            value = self.registers[o.number]
-            return value if words == 1 else value | self.registers[o.number + 1] << 32
+            if words == 1:
+                return self.registers[o.number]
+            return sum(self.registers[o.number + k] << 32 * k for k in range(words))
         if o.kind == "immediate":
-            return o.number & M32 if words == 1 else o.number
+            return o.number & ((1 << 32 * words) - 1)
         if o.kind == "constant":
-            value = self.constant(o) & M32
-            return value if words == 1 else value | (self.constant(o, 4) & M32) << 32
+            return sum((self.constant(o, 4 * k) & M32) << 32 * k for k in range(words))
         raise Unknown(f"operand {o.text}")
 
     def integer(self, o: Operand, words: int = 1) -> int:
@@ -174,13 +178,13 @@ class Thread:
             raise Unknown(f"{o.text}: nothing is known of constant {at:#x} ({self.program.arch})")
         return self.constants[at & ~3] >> 8 * (at & 3)
 
-    def address(self, o: Operand) -> int:
+    def address(self, o: Operand, is_wide: bool = True) -> int:
         address = o.number
         for register, suffix in o.parts:
             address += self.registers[register]
-            if "U32" not in suffix:
+            if is_wide and "U32" not in suffix:
                 address += self.registers[register + 1] << 32
-        return address & M64
+        return address & (M64 if is_wide else M32)
 
     def put(self, o: Operand | None, value: int, words: int = 1) -> None:
         if o is None or o.number >= ZERO:

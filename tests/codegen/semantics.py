@@ -19,27 +19,27 @@ Semantics = Callable[["Thread", Instruction], "int | None"]
 ONES = 0x3F803F80  # what memory holds: 1 and 1 as bfloat16, and about 1 as float32
 
 
-class _Table(dict[str, Semantics]):
-    def __missing__(self, name: str) -> Semantics:
-        def unknown(t: Thread, i: Instruction) -> None:
-            raise Unknown(f"unknown instruction {i.text!r} at {i.address:#x} of {t.program.symbol}")
-
-        return unknown
+SEMANTICS: dict[str, Semantics] = {}
+_FLAGS: dict[str, frozenset[str]] = {}  # that it may have; what others mean is not known
 
 
-SEMANTICS = _Table()
-
-
-def opcode(*names: str) -> Callable[[Semantics], Semantics]:
+def opcode(*names: str, flags: str = "") -> Callable[[Semantics], Semantics]:
     def enter(semantics: Semantics) -> Semantics:
-        SEMANTICS.update(dict.fromkeys(names, semantics))
+        for name in names:
+            SEMANTICS[name], _FLAGS[name] = semantics, frozenset(flags.split())
         return semantics
 
     return enter
 
 
-@opcode("NOP", "BSSY", "BSYNC", "BREAK", "BMOV", "WARPSYNC", "YIELD", "DEPBAR")
-@opcode("MEMBAR", "ERRBAR", "CGAERRBAR", "CCTL", "FENCE")
+def check_known(i: Instruction, symbol: str) -> None:
+    if i.name not in SEMANTICS or not i.flags <= _FLAGS[i.name]:
+        raise Unknown(f"unknown instruction {i.text!r} at {i.address:#x} of {symbol}")
+
+
+@opcode("NOP", "ERRBAR", "CGAERRBAR", "YIELD")
+@opcode("BSSY", "BSYNC", "BMOV", "WARPSYNC", flags="RECONVERGENT 32 CLEAR ALL")
+@opcode("MEMBAR", "CCTL", flags="ALL GPU SC CTA IVALL")
 def _nothing(t: Thread, i: Instruction) -> None:
     pass
 
@@ -53,7 +53,7 @@ SYNCHRONISES = {
 }
 
 
-@opcode(*SYNCHRONISES)
+@opcode(*SYNCHRONISES, flags="SYNC DEFER_BLOCKING")
 def _synchronise(t: Thread, i: Instruction) -> None:
     t.saw(SYNCHRONISES[i.name])
 
@@ -63,31 +63,31 @@ def _exit(t: Thread, i: Instruction) -> int | None:
     return -1 if all(map(t.holds, i.given)) else None
 
 
-@opcode("BRA")
+@opcode("BRA", flags="U DIV")
 def _branch(t: Thread, i: Instruction) -> int | None:
     if "DIV" in i.flags:  # taken where lanes differ
         return None
     return i.values[-1].number if all(map(t.holds, i.given)) else None
 
 
-@opcode("CALL")
+@opcode("CALL", flags="REL NOINC")
 def _call(t: Thread, i: Instruction) -> int:
     if "REL" not in i.flags:
         raise Unknown(f"{i.text}: a call into other code")
     return i.values[-1].number
 
 
-@opcode("RET")
+@opcode("RET", flags="REL NODEC")
 def _return(t: Thread, i: Instruction) -> int:
     return t.integer(i.values[0]) + i.values[-1].number
 
 
-@opcode("MOV", "UMOV", "R2UR")
+@opcode("MOV", "UMOV", "R2UR", flags="64")
 def _move(t: Thread, i: Instruction) -> None:
     t.put(i.to, t.integer(i.values[0], i.words), i.words)
 
 
-@opcode("S2R", "S2UR", "CS2R")
+@opcode("S2R", "S2UR", "CS2R", flags="32")
 def _special(t: Thread, i: Instruction) -> None:
     name = i.values[0].text
     if name not in t.special:
@@ -95,7 +95,7 @@ def _special(t: Thread, i: Instruction) -> None:
     t.put(i.to, t.special[name], 2 if i.name == "CS2R" and "32" not in i.flags else 1)
 
 
-@opcode("LDC", "ULDC", "LDCU")
+@opcode("LDC", "ULDC", "LDCU", flags="64 128 U8 S8 U16 S16")
 def _load_constant(t: Thread, i: Instruction) -> None:
     words = [t.constant(i.values[0], 4 * k) for k in range(i.words)]
     for flag, bits in (("8", 8), ("16", 16)):
@@ -111,42 +111,38 @@ def _bytes(i: Instruction) -> int:
     return 4 * i.words if i.words > 1 else narrow
 
 
-@opcode("LDG", "LD")
+@opcode("LDG", "LD", flags="E SYS 64 128 U8 U16 CONSTANT STRONG GPU")
 def _load(t: Thread, i: Instruction) -> None:
-    address = t.address(i.values[0])
-    load = t.saw("load", t.tensor_at(address), _bytes(i))
+    load = t.saw_access("load", t.address(i.values[0]), _bytes(i))
     ones = ONES if _bytes(i) >= 4 else ONES & ((1 << 8 * _bytes(i)) - 1)
     t.put(i.to, sum(ones << 32 * k for k in range(i.words)), i.words)
     if i.to and i.to.number < ZERO:
         t.loads |= dict.fromkeys(range(i.to.number, i.to.number + i.words), load)
 
 
-@opcode("STG", "ST")
+@opcode("STG", "ST", flags="E SYS 64 128 U8 U16 EF STRONG GPU")
 def _store(t: Thread, i: Instruction) -> None:
-    tensor = t.tensor_at(t.address(i.values[0]))
-    t.saw("store", tensor, _bytes(i), t.integer(i.values[1]))
+    t.saw_access("store", t.address(i.values[0]), _bytes(i), t.raw(i.values[1]))
 
 
-def _shared_address(t: Thread, o: Operand) -> int:
-    return (o.number + sum(t.registers[r] for r, _ in o.parts)) & M32
+# Shared and local memory: by the letter of each, and the address in it.
 
 
-@opcode("LDS")
-def _load_shared(t: Thread, i: Instruction) -> None:
-    at = _shared_address(t, i.values[0])
-    words = [t.shared.get(at + 4 * k, bits_of(1.0)) for k in range(i.words)]
+@opcode("LDS", "LDL", flags="U LU 64 128")
+def _load_own(t: Thread, i: Instruction) -> None:
+    at = t.address(i.values[0], is_wide=False)
+    words = [t.own.get((i.name[2], at + 4 * k), bits_of(1.0)) for k in range(i.words)]
     t.put(i.to, sum(word << 32 * k for k, word in enumerate(words)), i.words)
 
 
-@opcode("STS")
-def _store_shared(t: Thread, i: Instruction) -> None:
-    at = _shared_address(t, i.values[0])
-    number = i.values[1].number
-    for k in range(i.words):
-        t.shared[at + 4 * k] = t.registers[number + k]
+@opcode("STS", "STL", flags="64 128")
+def _store_own(t: Thread, i: Instruction) -> None:
+    at = t.address(i.values[0], is_wide=False)
+    value = t.raw(i.values[1], i.words)
+    t.own |= {(i.name[2], at + 4 * k): value >> 32 * k & M32 for k in range(i.words)}
 
 
-@opcode("SHFL")
+@opcode("SHFL", flags="BFLY IDX UP DOWN")
 def _shuffle(t: Thread, i: Instruction) -> None:
     t.put(i.to, t.integer(i.values[0]))
     t.decide(i.sets[0], True)
@@ -155,7 +151,7 @@ def _shuffle(t: Thread, i: Instruction) -> None:
 # Integers.
 
 
-@opcode("IMAD", "UIMAD")
+@opcode("IMAD", "UIMAD", flags="HI IADD MOV SHL U32 WIDE X")
 def _multiply_add(t: Thread, i: Instruction) -> None:
     is_wide = "WIDE" in i.flags
     a, b = t.integer(i.values[0]), t.integer(i.values[1])
@@ -170,7 +166,7 @@ def _multiply_add(t: Thread, i: Instruction) -> None:
         t.decide(o, sum_ >> 64 != 0)
 
 
-@opcode("IADD3", "UIADD3", "IADD", "UIADD", "VIADD", "UVIADD")
+@opcode("IADD3", "UIADD3", "IADD", "UIADD", "VIADD", "UVIADD", flags="64 X")
 def _add(t: Thread, i: Instruction) -> None:
     bits = 64 if "64" in i.flags else 32
     total, carries = 0, []
@@ -187,7 +183,7 @@ def _add(t: Thread, i: Instruction) -> None:
         t.decide(o, any(carries) if only_one else carries[k])
 
 
-@opcode("LEA", "ULEA")
+@opcode("LEA", "ULEA", flags="HI SX32 X")
 def _shift_add(t: Thread, i: Instruction) -> None:
     a, b, shift = t.integer(i.values[0]), t.addend(i.values[1]), i.values[-1].number
     if "SX32" in i.flags:
@@ -201,7 +197,7 @@ def _shift_add(t: Thread, i: Instruction) -> None:
         t.decide(o, total >> 32 != 0)
 
 
-@opcode("SHF", "USHF")
+@opcode("SHF", "USHF", flags="HI L R S32 S64 U32 U64 W")
 def _shift(t: Thread, i: Instruction) -> None:
     low, shift, high = map(t.integer, i.values)
     is_signed = bool(i.flags & {"S32", "S64"})
@@ -218,7 +214,7 @@ def _shift(t: Thread, i: Instruction) -> None:
     t.put(i.to, result & M32)
 
 
-@opcode("LOP3", "ULOP3")
+@opcode("LOP3", "ULOP3", flags="LUT")
 def _logic(t: Thread, i: Instruction) -> None:
     a, b, c = map(t.integer, i.values[:3])
     result = 0
@@ -232,8 +228,6 @@ def _logic(t: Thread, i: Instruction) -> None:
 
 @opcode("PRMT", "UPRMT")
 def _permute(t: Thread, i: Instruction) -> None:
-    if i.flags:
-        raise Unknown(i.text)
     a, select, b = map(t.integer, i.values)
     result = 0
     for k in range(4):
@@ -243,7 +237,7 @@ def _permute(t: Thread, i: Instruction) -> None:
     t.put(i.to, result)
 
 
-@opcode("SGXT", "USGXT")
+@opcode("SGXT", "USGXT", flags="U32")
 def _extend(t: Thread, i: Instruction) -> None:
     bits = t.integer(i.values[1])
     low = t.integer(i.values[0]) & ((1 << bits) - 1)
@@ -255,13 +249,14 @@ def _absolute(t: Thread, i: Instruction) -> None:
     t.put(i.to, abs(signed(t.integer(i.values[0]))))
 
 
-@opcode("SEL", "USEL", "FSEL")
+@opcode("SEL", "USEL", "FSEL", flags="64")
 def _select(t: Thread, i: Instruction) -> None:
     o = i.values[0] if t.holds(i.given[0]) else i.values[1]
-    t.put(i.to, bits_of(t.real(o)) if i.name == "FSEL" else t.integer(o))
+    is_real = i.name == "FSEL"
+    t.put(i.to, bits_of(t.real(o)) if is_real else t.integer(o, i.words), i.words)
 
 
-@opcode("IMNMX", "UIMNMX", "VIMNMX", "UVIMNMX", "VIADDMNMX")
+@opcode("IMNMX", "UIMNMX", "VIMNMX", "UVIMNMX", "VIADDMNMX", flags="S32 U32 S64 U64")
 def _least_or_most(t: Thread, i: Instruction) -> None:
     bits = 64 if i.flags & {"S64", "U64"} else 32
     values = [t.integer(o, bits // 32) for o in i.values]
@@ -292,7 +287,7 @@ def _combine(t: Thread, i: Instruction, result: bool) -> None:
             t.decide(o, value != other if "XOR" in i.flags else value and other)
 
 
-@opcode("ISETP", "UISETP")
+@opcode("ISETP", "UISETP", flags="EQ NE LT LE GT GE AND OR XOR EX S64 U32 U64")
 def _compare(t: Thread, i: Instruction) -> None:
     bits = 64 if i.flags & {"S64", "U64"} else 32
     a, b = (t.integer(o, bits // 32) for o in i.values)
@@ -303,7 +298,7 @@ def _compare(t: Thread, i: Instruction) -> None:
     _combine(t, i, t.holds(i.given[1]) if low_words_decide else _COMPARE[test](a, b))
 
 
-@opcode("PLOP3", "UPLOP3")
+@opcode("PLOP3", "UPLOP3", flags="LUT")
 def _logic_of_predicates(t: Thread, i: Instruction) -> None:
     *_, a, b, c, first, second = i.operands
     index = 4 * t.holds(a) + 2 * t.holds(b) + t.holds(c)
@@ -337,7 +332,7 @@ def _register_to_predicates(t: Thread, i: Instruction) -> None:
 # Floats.
 
 
-@opcode("FADD", "FMUL", "FFMA")
+@opcode("FADD", "FMUL", "FFMA", flags="FTZ RM RP RZ")  # to the nearest: near enough
 def _arithmetic(t: Thread, i: Instruction) -> None:
     a, b, *c = map(t.real, i.values)
     t.put_real(i.to, a + b if i.name == "FADD" else a * b if i.name == "FMUL" else a * b + c[0])
@@ -356,12 +351,12 @@ def _arithmetic_of_pairs(t: Thread, i: Instruction) -> None:
     t.put(i.to, bits_of(results[0]) | bits_of(results[1]) << 32, 2)
 
 
-@opcode("FMNMX")
+@opcode("FMNMX", flags="NAN FTZ")
 def _least_or_most_real(t: Thread, i: Instruction) -> None:
     t.put_real(i.to, (min if t.holds(i.given[0]) else max)(map(t.real, i.values)))
 
 
-@opcode("FSETP")
+@opcode("FSETP", flags="AND OR XOR FTZ NAN NUM EQ NE LT LE GT GE EQU NEU LTU LEU GTU GEU")
 def _compare_reals(t: Thread, i: Instruction) -> None:
     a, b = map(t.real, i.values)
     unordered = math.isnan(a) or math.isnan(b)
@@ -378,7 +373,7 @@ def _check_division(t: Thread, i: Instruction) -> None:
     t.decide(i.sets[0], not (0 < of < 255 and 0 < by < 253) or not -125 < of - by < 126)
 
 
-@opcode("MUFU")
+@opcode("MUFU", flags="RCP RSQ SQRT EX2")
 def _special_function(t: Thread, i: Instruction) -> None:
     a = t.real(i.values[0])
     if "RCP" in i.flags:
@@ -387,14 +382,12 @@ def _special_function(t: Thread, i: Instruction) -> None:
         result = a**-0.5 if a > 0 else math.inf if a == 0 else math.nan
     elif "SQRT" in i.flags:
         result = a**0.5 if a >= 0 else math.nan
-    elif "EX2" in i.flags:
-        result = 2.0 ** min(a, 200.0)
     else:
-        raise Unknown(i.text)
+        result = 2.0 ** min(a, 200.0)
     t.put_real(i.to, result)
 
 
-@opcode("I2F", "UI2F", "I2FP", "UI2FP")
+@opcode("I2F", "UI2F", "I2FP", "UI2FP", flags="F32 S32 U32 S64 U64 RP")
 def _real_of_integer(t: Thread, i: Instruction) -> None:
     bits = 64 if i.flags & {"S64", "U64"} else 32
     value = t.integer(i.values[0], bits // 32)
@@ -406,7 +399,7 @@ def _real_of_integer(t: Thread, i: Instruction) -> None:
     t.put(i.to, word)
 
 
-@opcode("F2I", "UF2I")
+@opcode("F2I", "UF2I", flags="FTZ NTZ TRUNC U32")
 def _integer_of_real(t: Thread, i: Instruction) -> None:
     a = t.real(i.values[0])
     least, most = (0, M32) if "U32" in i.flags else (-(1 << 31), (1 << 31) - 1)
@@ -431,10 +424,8 @@ def _half_of(value: float, flags: frozenset[str]) -> int:
         return 0x7C00 if value > 0 else 0xFC00
 
 
-@opcode("F2F", "F2FP")
+@opcode("F2F", "F2FP", flags="BF16 F16 F32 PACK_AB")
 def _narrow(t: Thread, i: Instruction) -> None:
-    if "F32" in i.flags and "F64" in i.flags:
-        raise Unknown(i.text)
     halves = [_half_of(t.real(o), i.flags) for o in i.values]
     t.put(i.to, halves[0] if len(halves) == 1 else halves[0] << 16 | halves[1])
 
@@ -448,7 +439,7 @@ def _halves(t: Thread, o: Operand, flags: frozenset[str]) -> tuple[float, float]
     return sign * both[low], sign * both[high]
 
 
-@opcode("HADD2", "HMUL2", "HFMA2")
+@opcode("HADD2", "HMUL2", "HFMA2", flags="F32 MMA BF16 BF16_V2")
 def _arithmetic_of_halves(t: Thread, i: Instruction) -> None:
     operands: list[tuple[float, float]] = []
     immediates: list[float] = []  # high and low, as float32
