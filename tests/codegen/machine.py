@@ -80,10 +80,13 @@ class Thread:
     block: int = 0
     tensors: dict[int, str] = field(default_factory=dict)  # address / 2^40: name
     limit: int = 200_000  # instructions
+    traced: bool = False
 
     executed: Counter[int] = field(default_factory=Counter)  # by address
     events: list[Event] = field(default_factory=list)
-    trace: list[tuple[Instruction, bool]] = field(default_factory=list)  # whether the guard held
+    trace: list[tuple[Instruction, bool]] = field(
+        default_factory=list
+    )  # and whether its guard held
 
     def __post_init__(self) -> None:
         self.constants = _constants(self.program, self.launch)
@@ -109,7 +112,8 @@ class Thread:
             if not self.executed[address]:
                 check_known(i, self.program.symbol)
             on = i.guard is None or self.holds(i.guard)
-            self.trace.append((i, on))
+            if self.traced:
+                self.trace.append((i, on))
             for register in i.reads if self.loads else ():
                 if register in self.loads:
                     self._used(self.loads[register])

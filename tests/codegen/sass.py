@@ -219,7 +219,8 @@ def programs(cubin: Path, disassembled: str) -> dict[str, Program]:
         symbol = text.split(maxsplit=1)[0]
         lines = re.findall(r"^\s+/\*([0-9a-f]{4,6})\*/\s+(.*?)\s*;", text, re.MULTILINE)
         attributes = dict(_attributes(sections[f".nv.info.{symbol}"].data))
-        _, offset, size = struct.unpack("<IHH", attributes[_PARAMETERS])
+        # A kernel without parameters says nothing of them.
+        _, offset, size = struct.unpack("<IHH", attributes.get(_PARAMETERS, bytes(8)))
         found[symbol] = Program(
             symbol,
             int(arch[1]),

@@ -119,7 +119,7 @@ def run(
     words = (OUT, IN, A, B, n, m, x, y, flag, b"\xff" * 7)
     launch = Launch(struct.pack("<QQqqiiffB7s", *words), **shape)
     program = compile_text(KERNELS, arch)[name]
-    return Thread(program, launch, thread, at, {1: "out", 2: "in"}, limit).run()
+    return Thread(program, launch, thread, at, {1: "out", 2: "in"}, limit, traced=True).run()
 
 
 def stored(thread: Thread) -> dict[int, int]:

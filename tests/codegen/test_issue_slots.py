@@ -1,0 +1,148 @@
+"""What kernels issue for a call, counted by executing their machine code."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from collections.abc import Iterator
+
+import pytest
+from compiled_kernels import ARCHS, DTYPES, WHOLE, Kernel, find
+from issue_slots import BF16, CASES, FP32, MANY, Count, counts, late_loads
+from launches import Call, Planned, planned
+from machine import Thread
+from sass import Program
+
+pytestmark = [
+    pytest.mark.skipif(
+        os.environ.get("NORMKIT_TEST_CODEGEN") == "0", reason="NORMKIT_TEST_CODEGEN=0 says so"
+    ),
+    pytest.mark.skipif(
+        find("nvcc") is None or find("cuobjdump") is None, reason="there is no nvcc, or cuobjdump"
+    ),
+]
+
+
+def number(arch: str) -> int:
+    return int(arch.removeprefix("sm_"))
+
+
+def programs(kernels: list[Kernel], arch: str) -> dict[str, Program]:
+    found = [k.program for k in kernels if k.arch == arch and k.program]
+    return {program.symbol: program for program in found}
+
+
+@pytest.fixture(scope="module")
+def counted(kernels: list[Kernel]) -> list[Count]:
+    return counts(CASES, number(WHOLE), programs(kernels, WHOLE))
+
+
+def test_kernels_issue_no_more_than_their_limit(counted: list[Count]) -> None:
+    over = [
+        f"{c.case.name}: {c.issued:.1f} > {c.case.most}" for c in counted if c.issued > c.case.most
+    ]
+    assert over == []
+
+
+# Of what all architectures have machine code for.
+ELSEWHERE = {
+    "sm_75": {"rms 8192": 261, "rms 4096": 285, "heads 128": 389},
+    "sm_80": {"rms 8192": 177, "rms 4096": 202, "heads 128": 303},
+    "sm_100": {"rms 8192": 153, "rms 4096": 180, "heads 128": 266},
+    "sm_120": {"rms 8192": 148, "rms 4096": 173, "heads 128": 254},
+}
+
+
+def test_no_architecture_issues_more_than_its_limit(kernels: list[Kernel]) -> None:
+    assert {WHOLE, *ELSEWHERE} == set(ARCHS)
+    over = []
+    for arch, limits in ELSEWHERE.items():
+        cases = [case for case in CASES if case.name in limits]
+        for c in counts(cases, number(arch), programs(kernels, arch)):
+            if c.issued > limits[c.case.name]:
+                over.append(f"{arch} {c.case.name}: {c.issued:.1f}")
+    assert over == []
+
+
+def test_rows_in_registers_are_read_once_and_written_once(counted: list[Count]) -> None:
+    def bytes_of(thread: Thread, kind: str, tensor: str) -> dict[int, int]:
+        events = [e for e in thread.events if (e.kind, e.tensor) == (kind, tensor)]
+        found = {e.offset: e.bytes for e in events}
+        assert len(found) == len(events), f"{kind} of {tensor} twice"
+        return found
+
+    for c in counted:
+        if c.case.backward or not in_registers(c.planned):
+            continue
+        sizes = {dtype: 4 if dtype == FP32 else 2 for dtype in DTYPES}
+        launch = c.planned.launches[0].launch
+        rows = c.case.rows * launch.cluster / launch.grid[0]
+        for thread in c.threads:
+            read = sum(bytes_of(thread, "load", "x").values()) / sizes[c.case.x]
+            out = c.case.out or c.case.x
+            assert read == sum(bytes_of(thread, "store", "out").values()) / sizes[out]
+            if c.case.residual:
+                for kind, tensor in (("load", "residual"), ("store", "residual_out")):
+                    moved = sum(bytes_of(thread, kind, tensor).values())
+                    assert read == moved / sizes[c.case.residual], (c.case.name, tensor)
+            # All threads have as many columns as each other where those are a power of two.
+            if c.case.n & (c.case.n - 1) == 0 and c.case.rows == MANY:
+                assert read * launch.block[0] * launch.cluster == c.case.n * rows, c.case.name
+
+
+# The order of loads, in every kernel that keeps its rows in registers.
+
+
+def in_registers(plan: Planned) -> bool:
+    assert plan.plan.startswith(("row in registers", "row read again")), plan.plan
+    return plan.plan.startswith("row in registers")
+
+
+def calls() -> Iterator[Call]:
+    """So many that each kernel is reached by one of them."""
+    lengths = (64, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 1 << 18)
+    for x, layer, adds, n, odd, other_weight, rows in itertools.product(
+        DTYPES, (0, 1), (False, True), lengths, (0, 1), (False, True), (1, MANY)
+    ):
+        weight = (BF16 if x == FP32 else FP32) if other_weight else x
+        call = {"n": n + odd, "rows": rows, "x": x, "weight": weight, "out": x, "layer": layer}
+        sum_ = {"residual": x, "residual_out": x, "round_sum": 1} if adds else {}
+        yield {**call, **sum_}
+
+
+def kind(call: Call, plan: Planned) -> str:
+    """A kernel in words, without the dtype of x."""
+    match = re.search(r"(\d+) lanes with up to (\d) packs?, (\d+) to a block of (\d+)", plan.plan)
+    assert match, plan.plan
+    lanes, packs, rows, threads = map(int, match.groups())
+    words = ["add" if "residual" in call else "", "layer" if call["layer"] else "rms"]
+    words += [f"{packs}x{rows * lanes // threads}", "cluster" if "clusters" in plan.plan else ""]
+    words += ["any" if "any dtypes" in plan.plan else ""]
+    return " ".join(filter(None, words))
+
+
+# Loads of x, residual and weight that may come after the first use of another, by kind of kernel;
+# none where it is not named.  A load that is used before the next one is issued has its latency to
+# itself.
+LATE: dict[str, int] = {}
+
+
+def test_loads_are_in_flight_before_the_first_use(kernels: list[Kernel]) -> None:
+    compiled = programs(kernels, WHOLE)
+    asked_for = list(calls())
+    most: dict[str, int] = {}
+    reached, seen = set(), set()
+    for call, plan in zip(asked_for, planned(number(WHOLE), asked_for), strict=True):
+        kernel = plan.launches[0]
+        reached.add(kernel.symbol)
+        if not in_registers(plan) or (kernel.symbol, call["weight"]) in seen:
+            continue
+        seen.add((kernel.symbol, call["weight"]))
+        block = kernel.launch.grid[0] // 2 if call["rows"] == MANY else 0
+        thread = Thread(compiled[kernel.symbol], kernel.launch, 0, block, plan.tensors).run()
+        assert sum(e.kind == "load" for e in thread.events) >= 2, kind(call, plan)
+        most[kind(call, plan)] = max(most.get(kind(call, plan), 0), late_loads(thread))
+    of_dtypes = [k for k in kernels if k.arch == WHOLE and k.dtype in DTYPES]
+    assert reached == {k.program.symbol for k in of_dtypes if k.program}
+    assert {k: n for k, n in most.items() if n > LATE.get(k, 0)} == {}
