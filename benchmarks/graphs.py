@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import hashlib
-import os
 import re
-import shutil
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar
 
+import nvcc
 import torch
 from torch import Tensor
 from torch.utils.benchmark import Measurement
@@ -27,8 +24,7 @@ from torch.utils.benchmark.utils.common import TaskSpec
 from normkit._bench import Comparison
 
 DEVICE = "cuda"
-SOURCE = Path(__file__).with_name("gpu_baselines.cu")
-BUILD = Path(__file__).resolve().parents[1] / "build" / "benchmarks"
+Read = TypeVar("Read")
 
 # Between two uses of a buffer this many times the second-level cache has passed through it.
 COLD_L2S = 3
@@ -127,6 +123,17 @@ def warm_up(graph: Graph, seconds: float = 0.1) -> None:
         torch.cuda.synchronize()
 
 
+def under_load(graph: Graph, read: Callable[[], Read]) -> Read:
+    """What `read` returns while the device replays: at rest its clocks are others."""
+    with ThreadPoolExecutor(1) as pool:
+        graph.cuda_graph.replay()
+        reading = pool.submit(read)
+        while not reading.done():
+            graph.cuda_graph.replay()
+            torch.cuda.synchronize()
+    return reading.result()
+
+
 class Launch(NamedTuple):
     """How a kernel is launched."""
 
@@ -155,16 +162,8 @@ class Baselines:
     """The library of gpu_baselines.cu, launching on torch's current stream."""
 
     def __init__(self) -> None:
-        arch = "sm_{}{}".format(*torch.cuda.get_device_capability())
-        digest = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:12]
-        path = BUILD / f"gpu_baselines-{arch}-{digest}.so"
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
-            compiler = shutil.which("nvcc") or f"{home}/bin/nvcc"
-            options = ["-O3", "-std=c++17", f"-arch={arch}", "-shared", "-Xcompiler", "-fPIC"]
-            subprocess.run([compiler, *options, "-o", path, SOURCE], check=True)
-        self._library = ctypes.CDLL(str(path))
+        arch = nvcc.ARCH.format(*torch.cuda.get_device_capability())
+        self._library = ctypes.CDLL(str(nvcc.compiled(nvcc.BASELINES, arch)))
         # Read to drive out of the cache what is in it: nothing has to be written back then.
         words = COLD_L2S * properties().L2_cache_size // 4
         self._zeros = torch.zeros(words, dtype=torch.int32, device=DEVICE)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
+NAME = "compute-sanitizer"
+NVCC = Path(__file__).parents[2] / "benchmarks" / "nvcc.py"
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 FOUND = 99
 SECONDS = 300
@@ -31,16 +34,11 @@ class Finished(NamedTuple):
     output: str
 
 
-def _program(name: str, *more: str) -> str | None:
-    homes = [os.environ[k] for k in ("CUDA_HOME", "CUDA_PATH") if k in os.environ]
-    folders = [Path(home) / "bin" for home in (*homes, "/usr/local/cuda")]
-    places = [*map(str, folders), *more]
-    return shutil.which(name) or shutil.which(name, path=os.pathsep.join(places))
-
-
 @pytest.fixture(scope="session")
 def sanitizer() -> str:
-    found = _program("compute-sanitizer", "/usr/local/cuda/compute-sanitizer")
+    homes = [os.environ[k] for k in ("CUDA_HOME", "CUDA_PATH") if k in os.environ]
+    places = [f"{home}/{at}" for home in (*homes, "/usr/local/cuda") for at in ("bin", NAME)]
+    found = shutil.which(NAME) or shutil.which(NAME, path=os.pathsep.join(places))
     if found is None:
         pytest.skip("compute-sanitizer is not installed")
     return found
@@ -77,14 +75,18 @@ def _started(commands: dict[str, subprocess.Popen[str]]) -> Iterator[dict]:
 
 
 @pytest.fixture(scope="session")
-def controls(sanitizer: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict]:
-    nvcc = _program("nvcc")
-    if nvcc is None:
-        pytest.skip("nvcc, which compiles the positive controls, is not installed")
-    broken = str(tmp_path_factory.mktemp("broken") / "broken")
-    arch = "sm_{}{}".format(*torch.cuda.get_device_capability())
-    command = [nvcc, f"-arch={arch}", "-lineinfo", "-o", broken, str(HERE / "broken.cu")]
-    subprocess.run(command, check=True, timeout=120)
+def controls(sanitizer: str) -> Iterator[dict]:
+    if not NVCC.exists():
+        pytest.skip("the benchmarks, which know how to compile, are not part of this tree")
+    nvcc = runpy.run_path(str(NVCC))
+    try:
+        broken = str(
+            nvcc["compiled"](
+                nvcc["BROKEN"], nvcc["ARCH"].format(*torch.cuda.get_device_capability())
+            )
+        )
+    except FileNotFoundError as error:
+        pytest.skip(f"the positive controls cannot be compiled: {error}")
     yield from _started({tool: _start(sanitizer, tool, broken, tool) for tool in TOOLS})
 
 
