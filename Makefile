@@ -16,7 +16,7 @@ sources := pyproject.toml CMakeLists.txt $(shell find cmake cpp cuda -type f)
 emu_sources := $(shell find cpp cuda tests/emu -type f)
 cpp_files = $(shell find cpp cuda tests benchmarks -name '*.h' -o -name '*.hpp' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test emu emu-plain emu-asan emu-tsan mutants bench gpu gpu-build gpu-conformance gpu-tests gpu-bench gpu-tune fuzz families
+.PHONY: help demo test emu emu-plain emu-asan emu-tsan mutants bench gpu gpu-wheels gpu-check gpu-bench fuzz families
 .PHONY: lint docs wheel clean FORCE
 
 help:
@@ -25,6 +25,7 @@ help:
 	@echo 'make emu     every plan of the CUDA kernels on the CPU: plain, with ASan and UBSan, with TSan'
 	@echo 'make mutants prove that broken CUDA kernels are caught'
 	@echo 'make gpu     build, test and time on the CUDA device of this machine (GPU_PYTHON=python3)'
+	@echo 'make gpu-wheels  all that `make gpu-check` and `make gpu-bench` need on a machine that compiles nothing'
 	@echo 'make bench   time the ops against torch and a plain copy; writes benchmarks/results/'
 	@echo 'make fuzz    random calls, and the tests over random inputs, with many more of them'
 	@echo 'make families  measure what the norms of every architecture compute; writes src/normkit/_families.json'
@@ -83,35 +84,29 @@ build/emu-tsan/.built: $(VENV)/.test $(emu_sources)
 	$(VENV)/bin/cmake --build $(@D) --target sweep test_emulator
 	@touch $@
 
-# One whose torch has CUDA.
+# One whose torch has CUDA.  GPU_STEPS: more arguments, --out and --seconds.
 GPU_PYTHON ?= python3
-GPU_BENCH ?=
+GPU_STEPS ?=
 
-# A part that fails does not keep the others from running: time on a device is scarce.
 gpu:
-	@$(GPU_PYTHON) -c 'import torch'
-	@if $(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
-	  $(MAKE) --keep-going gpu-conformance gpu-tests gpu-bench; \
-	else echo 'make gpu: skipped, the torch of $(GPU_PYTHON) finds no CUDA device'; fi
+	$(GPU_PYTHON) tests/gpu/steps.py build check more bench --seconds 7200 $(GPU_STEPS)
 
-gpu-build:
-	NORMKIT_CUDA=ON CUDAARCHS=$$($(GPU_PYTHON) -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())') \
-	  $(GPU_PYTHON) -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation --editable .
+# Each takes less than eight minutes: time on a device is scarce.
+gpu-check gpu-bench:
+	$(GPU_PYTHON) tests/gpu/steps.py $(@:gpu-%=%) $(GPU_STEPS)
 
-gpu-conformance: gpu-build
-	NORMKIT_TEST_BACKENDS=cuda $(GPU_PYTHON) -m pytest -q tests/conformance
+# For a machine without network, and with this Python; torch and numpy are there.
+GPU_ARCH ?= 90
+GPU_PYTHON_VERSION ?= 3.12
+gpu_requires := nanobind-backend safetensors nvidia-ml-py rich typer hypothesis pytest pytest-xdist
 
-gpu-tests: gpu-build
-	NORMKIT_TEST_BACKENDS=cuda $(GPU_PYTHON) -m pytest -q --durations=10 tests/gpu tests/torch_integration tests/compat tests/test_triton.py
-
-gpu-bench: gpu-build
-	$(GPU_PYTHON) benchmarks/gpu.py $(GPU_BENCH)
-	NORMKIT_PDL=0 $(GPU_PYTHON) benchmarks/gpu.py --parts latency
-	$(GPU_PYTHON) benchmarks/backward.py --device cuda
-	$(GPU_PYTHON) benchmarks/host.py --device cuda --rows 1 --n 4096
-
-gpu-tune: gpu-build
-	$(GPU_PYTHON) benchmarks/tune.py
+gpu-wheels:
+	mkdir -p build/gpu && rm -f build/gpu/*.whl
+	NORMKIT_CUDA=ON CUDAARCHS=$(GPU_ARCH) $(PYTHON) -m pip wheel -q --no-deps --wheel-dir build/gpu \
+	  -Cbuild-dir=build/gpu-wheel .
+	$(PYTHON) -m pip download -q --only-binary=:all: --python-version $(GPU_PYTHON_VERSION) --dest build/gpu $(gpu_requires)
+	$(PYTHON) benchmarks/nvcc.py --arch sm_$(GPU_ARCH)
+	git describe --always --dirty --abbrev=12 --exclude='*' > build/gpu/commit
 
 bench: $(VENV)/.test
 	$(python) benchmarks/cpu.py

@@ -69,9 +69,9 @@ HEADLINES = [
     *_cases(ADD, (16384, 8192), (32768, 4096), (16384, 16384), rivals=True),
     *_cases(HEADS, (32768, 40, 128), (32768, 40, 64), rivals=True),
     *_cases(LAYER, (16384, 8192), rivals=True),
-    *_cases(ADD, (8192, 65536)),
-    *_cases(RMS, (16384, 5120), (16384, 2880)),
+    *_cases(RMS, (131072, 512), (65536, 1024), (16384, 5120), (16384, 2880), (16384, 2560)),
     *_cases(RMS, (16384, 8192), weight="float32"),
+    *_cases(ADD, (8192, 65536)),
 ]
 THROUGHPUT = [
     *HEADLINES,

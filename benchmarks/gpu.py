@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ from typing import Any, NamedTuple
 import cases
 import graphs
 import machine
+import predictions
 import report
 import torch
 from cases import LATENCY, THROUGHPUT, Call, Case, Names
@@ -38,6 +40,7 @@ Result = dict[str, Any]
 Jobs = Iterator[tuple[str, Callable[[], Result]]]
 LARGE_BYTES = 256 << 20  # below this, what a launch costs shows even in a plain copy
 PARTS, EMPTY = ("latency", "throughput"), "empty kernel"
+PDL = "NORMKIT_PDL"  # 0: the norms' launches do not overlap
 
 
 def launch_of(case: Case, names: Names) -> Launch:
@@ -102,11 +105,16 @@ def in_graphs(run: Run, part: str, case: Case, *, hot: bool, more: Any = ()) -> 
     floor = COPY if part == "throughput" else EMPTY
     only = {floor: compared.measurements[best]}
     only |= {name: compared.measurements[name] for name in captured if name not in floors}
-    how = f" {'hot' if hot else 'cold'}, {'PDL' if launch.programmatic else 'no PDL'}"
+    how = f" {PDL}=0" if os.environ.get(PDL) == "0" else ""
+    if part == "latency":
+        how = f" {'hot' if hot else 'cold'}, {'PDL' if launch.programmatic else 'no PDL'}"
     named = {"part": part, "op": case.op, "dtype": case.dtype, "shape": case.label.split()[0]}
-    named |= {"label": case.label + how * (part == "latency"), "hot": hot, "bytes": case.moved}
+    named |= {"label": case.label + how, "hot": hot, "bytes": case.moved}
     told = {"elements": math.prod(case.shape), "calls": len(turns), "flushed": flushed}
     told |= {"best": best, "launch": launch._asdict()}
+    if part == "throughput":
+        told["predicted"] = predictions.fraction(case, properties().name)
+    told["device"] = graphs.under_load(captured[NORMKIT], machine.gpu_state)
     cells = _bench.cells_of(Comparison(only), floor)
     return named | told | {"without": without, "floor": floor, "candidates": cells}
 
@@ -132,13 +140,15 @@ def jobs(args: argparse.Namespace) -> Jobs:
             yield where, partial(in_graphs, run, part, case, hot=hot)
 
 
-def measure(jobs: Jobs, path: Path, seconds: float, commit: str | None = None) -> bool:
+def measure(jobs: Jobs, path: Path, seconds: float) -> bool:
     """Measure and keep what is found; False where the device cannot go on."""
     old = json.loads(path.read_text())["results"] if path.exists() else []
     failed: dict[str, str] = {}
     kept = {"machine": machine.gpu(), "results": old, "failed": failed}
-    stamp = _bench.run_stamp() | ({"commit": commit} if commit else {})
-    end = time.monotonic() + seconds
+    expected = ((c, predictions.fraction(c, kept["machine"]["gpu"])) for c in THROUGHPUT)
+    kept["predicted"] = {f"{c.op} {c.label}": value for c, value in expected if value}
+    _bench.write_json(path, kept)  # before anything is measured
+    stamp, end = _bench.run_stamp(), time.monotonic() + seconds
     for where, job in jobs:
         if time.monotonic() > end:
             failed["time"] = f"{1 + sum(1 for _ in jobs)} cases left out after {seconds:.0f} s"
@@ -147,7 +157,6 @@ def measure(jobs: Jobs, path: Path, seconds: float, commit: str | None = None) -
         try:
             with torch.no_grad():
                 new = job() | stamp
-            new["device"] = machine.gpu_state()  # at once, while the clocks are up
             kept["results"] = report.merge(kept["results"], new)
         except Exception as error:
             failed[where] = cases.first_line(error)
@@ -169,10 +178,15 @@ def show(path: Path, aims: report.Aims) -> None:
     reasons = [*(r["without"] for r in results), kept["failed"]]
     lines = {f"{what}: {why}" for found in reasons for what, why in found.items()}
     text += "\n\n" + report.bullets("Failed or left out:", sorted(lines))
+    if compared := predictions.outcome(results):
+        text += f"\n\nFractions of a copy's speed:\n\n{compared}"
     path.with_suffix(".md").write_text(text + "\n")
-    if large := [r for r in results if r["part"] == "throughput"]:
-        _bench.plot(large, f"normkit on {kept['machine']['gpu']}", path.with_suffix(".png"))
     print(f"{text}\n\n{path}")
+    if large := [r for r in results if r["part"] == "throughput"]:
+        try:
+            _bench.plot(large, f"normkit on {kept['machine']['gpu']}", path.with_suffix(".png"))
+        except ModuleNotFoundError as error:  # matplotlib
+            print(f"not drawn: {error}; --report {path} draws it elsewhere", file=sys.stderr)
 
 
 def main() -> int:
@@ -181,7 +195,6 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seconds", type=float, default=90.0, help="start no case after")
     parser.add_argument("--compile", action="store_true", help="time torch.compile too")
-    parser.add_argument("--commit", help="of the sources, where they are no git checkout")
     parser.add_argument("--out", type=Path, default=machine.RESULTS)
     parser.add_argument("--report", type=Path, metavar="JSON", help="only print and draw this")
     args = parser.parse_args()
@@ -196,7 +209,7 @@ def main() -> int:
         print(f"the CUDA kernels cannot be used: {cuda.reason}", file=sys.stderr)
         return 1
     path = machine.results_path("gpu", machine.gpu(), args.out)
-    alive = measure(jobs(args), path, args.seconds, args.commit)
+    alive = measure(jobs(args), path, args.seconds)
     show(path, aims)
     return 0 if alive else 1
 

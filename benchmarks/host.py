@@ -1,7 +1,7 @@
 """What does a call cost on the host, before any kernel matters?
 
     python benchmarks/host.py               # tensors of 4x64, two minutes
-    python benchmarks/host.py --rows 1 --n 4096 --device cuda      # not run yet
+    python benchmarks/host.py --rows 1 --n 4096 --device cuda      # has not run yet
 
 Prints the time of a call, on one thread, and keeps it in results/host-<machine>.json, in
 nanoseconds.
@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import graphs
 import torch
 import torch.nn.functional as F
 from graphs import Baselines, Launch
@@ -65,13 +66,14 @@ def operands(rows: int, n: int, grad: bool, device: str) -> dict[str, Any]:
     return names | {k: torch.compile(f, fullgraph=True) for k, f in functions.items()}
 
 
-def measure(line: str, rows: int, n: int, rounds: int, device: str) -> _bench.Comparison:
+def measure(line: str, rows: int, n: int, rounds: int, on_gpu: bool) -> _bench.Comparison:
     """The calls of a line, an empty loop, and on a GPU the launch of an empty kernel."""
     grad = "grad" in line or "backward" in line
+    device = graphs.DEVICE if on_gpu else "cpu"
     with torch.device(device):
         names = operands(rows, n, grad, device)
     code = CALLS[line] | {"empty loop": "pass"}
-    if device == "cuda":
+    if on_gpu:
         code |= {BARE: "launch()"}
         names["launch"] = partial(Baselines().launch, Launch(rows, 128, 1, True), LAUNCHES)
     shown = partial(Timer, num_threads=torch.get_num_threads(), label="a call on the host")
@@ -89,14 +91,15 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     _bench.pin_heap(1)
     torch.set_num_threads(1)
     found, measured = {}, list[Measurement]()
-    for line in CALLS:
+    for line in [line for line in CALLS if not (args.no_compile and "compiled" in line)]:
         print(line, file=sys.stderr)
-        compared = measure(line, args.rows, args.n, args.rounds, args.device)
+        compared = measure(line, args.rows, args.n, args.rounds, args.device == "cuda")
         measured += compared.measurements.values()
         times = {name: compared.us(name) * 1e3 for name in compared.measurements}
         found[line] = {"ns": times, **_bench.retakes(compared)}

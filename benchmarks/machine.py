@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import re
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,32 +34,54 @@ def gpu() -> dict[str, Any]:
     capability = f"{properties.major}.{properties.minor}"
     found = {"gpu": properties.name, "capability": capability, "cuda": torch.version.cuda}
     found |= {"sms": properties.multi_processor_count, "l2_bytes": properties.L2_cache_size}
-    return found | {"memory_bytes": properties.total_memory, "os": platform.platform()}
+    found |= {"memory_bytes": properties.total_memory, "os": platform.platform()}
+    return found | {"driver": gpu_state().get("driver")}
+
+
+# Name: NVML's function and the clock it is asked for, and what nvidia-smi calls the same.
+READINGS = {
+    "sm_mhz": ("nvmlDeviceGetClockInfo", "NVML_CLOCK_SM", "clocks.sm"),
+    "sm_mhz_most": ("nvmlDeviceGetMaxClockInfo", "NVML_CLOCK_SM", "clocks.max.sm"),
+    "memory_mhz": ("nvmlDeviceGetClockInfo", "NVML_CLOCK_MEM", "clocks.mem"),
+    "milliwatts": ("nvmlDeviceGetPowerUsage", "", "power.draw"),
+    "milliwatts_most": ("nvmlDeviceGetEnforcedPowerLimit", "", "enforced.power.limit"),
+    "celsius": ("nvmlDeviceGetTemperature", "NVML_TEMPERATURE_GPU", "temperature.gpu"),
+}
 
 
 def gpu_state() -> dict[str, Any]:
-    """Clocks, power and temperature just now; in place of what is not known, why."""
-    try:
-        import pynvml as nvml
-
-        nvml.nvmlInit()
-        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-        card = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}")
-    except Exception as error:  # no package, no driver, a device that NVML does not know
-        return {"nvml": f"{type(error).__name__}: {error}"}
-    asked = {
-        "driver": (nvml.nvmlSystemGetDriverVersion,),
-        "sm_mhz": (nvml.nvmlDeviceGetClockInfo, card, nvml.NVML_CLOCK_SM),
-        "sm_mhz_most": (nvml.nvmlDeviceGetMaxClockInfo, card, nvml.NVML_CLOCK_SM),
-        "memory_mhz": (nvml.nvmlDeviceGetClockInfo, card, nvml.NVML_CLOCK_MEM),
-        "milliwatts": (nvml.nvmlDeviceGetPowerUsage, card),
-        "milliwatts_most": (nvml.nvmlDeviceGetEnforcedPowerLimit, card),
-        "celsius": (nvml.nvmlDeviceGetTemperature, card, nvml.NVML_TEMPERATURE_GPU),
-    }
-    state: dict[str, Any] = {}
-    for name, (ask, *arguments) in asked.items():
+    """Driver, clocks, power and temperature just now; in place of what is not known, why."""
+    uuid, why = f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}", {}
+    for name, read in {"nvml": _by_nvml, "nvidia-smi": _by_smi}.items():
         try:
-            state[name] = ask(*arguments)
+            return read(uuid) | why
+        except Exception as error:  # no package, no program, a device that it does not know
+            why[name] = f"{type(error).__name__}: {error}"
+    return why
+
+
+def _by_nvml(uuid: str) -> dict[str, Any]:
+    import pynvml as nvml
+
+    nvml.nvmlInit()
+    card = nvml.nvmlDeviceGetHandleByUUID(uuid)
+    state: dict[str, Any] = {"driver": nvml.nvmlSystemGetDriverVersion()}
+    for name, (function, clock, _) in READINGS.items():
+        which = [getattr(nvml, clock)] if clock else []
+        try:
+            state[name] = getattr(nvml, function)(card, *which)
         except nvml.NVMLError as error:
             state[name] = str(error)
+    return state
+
+
+def _by_smi(uuid: str) -> dict[str, Any]:
+    fields = ["driver_version", *(field for _, _, field in READINGS.values())]
+    command = ["nvidia-smi", f"--id={uuid}", f"--query-gpu={','.join(fields)}"]
+    command.append("--format=csv,noheader,nounits")
+    values = subprocess.check_output(command, text=True, timeout=20).strip().split(", ")
+    state: dict[str, Any] = dict(zip(["driver", *READINGS], values, strict=True))
+    for name in READINGS:
+        with contextlib.suppress(ValueError):  # "[N/A]"
+            state[name] = round(float(state[name]) * (1000 if name.startswith("milli") else 1))
     return state

@@ -1,69 +1,31 @@
-"""Each script of benchmarks/ runs from end to end, on little work; a GPU is played by the host."""
+"""The benchmarks of a CPU run from end to end, and what decides on a GPU is as it should be."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import normkit
+from benchmark_scripts import Runner, same_threads, scripts
 from normkit import _bench
 from normkit._bench import COPY, NORMKIT, TORCH
-from normkit._serving import backends
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-if not BENCHMARKS.is_dir():
-    pytest.skip("the benchmarks are not part of this tree", allow_module_level=True)
-
-sys.path.insert(0, str(BENCHMARKS))
-try:
-    NAMES = (
-        "backward",
-        "cases",
-        "cpu",
-        "gpu",
-        "graphs",
-        "host",
-        "machine",
-        "readme",
-        "report",
-        "tune",
-    )
-    scripts = SimpleNamespace(**{name: importlib.import_module(name) for name in NAMES})
-finally:
-    sys.path.remove(str(BENCHMARKS))
-    sys.modules.pop("gpu", None)  # tests/gpu is another one
-cases, gpu, graphs, tune = scripts.cases, scripts.gpu, scripts.graphs, scripts.tune
+cases, graphs = scripts.cases, scripts.graphs
 Case = cases.Case
 MIB, GIB = 1 << 20, 1 << 30
 L2 = 60 * MIB
-needs_extension = pytest.mark.skipif(
-    not normkit.backends()["cpu"].usable, reason="needs the extension"
-)
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> Any:
-    """Runs a script with arguments; returns what it prints, and the JSON that it keeps."""
-    monkeypatch.setattr(_bench, "pin_heap", lambda threads: None)
-    threads = torch.get_num_threads()
-
-    def call(name: str, *arguments: str) -> tuple[str, Any]:
-        monkeypatch.setattr(sys, "argv", [name, *arguments, "--out", str(tmp_path)])
-        assert not getattr(scripts, name).main()
-        kept = [json.loads(path.read_text()) for path in tmp_path.glob(f"{name}-*.json")]
-        return capsys.readouterr().out, kept[0] if kept else None
-
-    yield call
-    torch.set_num_threads(threads)
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> Iterator[Runner]:
+    with same_threads():
+        yield Runner(monkeypatch, tmp_path, capsys)
 
 
 # --------------------------------------------------------------------------------------------- CPU
@@ -240,183 +202,28 @@ def test_each_case_comes_once_and_the_headlines_come_first() -> None:
     assert Case("add_rms_norm", "float32", (16, 64)).moved == 4 * 16 * 64 * 4
 
 
-# ----------------------------------------------------------------------------------- GPU: dry runs
+def test_the_predictions_of_the_docs_are_those_of_the_instructions() -> None:
+    docs = scripts.nvcc.ROOT / "docs" / "benchmarks.md"
+    assert scripts.predictions.forecast() in docs.read_text()
 
 
-class Event:
-    now = 0.0
-
-    def __init__(self, enable_timing: bool) -> None:
-        self.at = 0.0
-
-    def record(self) -> None:
-        Event.now += 1.0
-        self.at = Event.now
-
-    def elapsed_time(self, end: Event) -> float:
-        return end.at - self.at
+def test_a_prediction_is_what_the_issue_slots_leave() -> None:
+    """At 4.3 TB/s, 528 instructions a clock at 1.98 GHz: 249 while a copy moves 1024 bytes."""
+    predictions = scripts.predictions
+    case = Case("head_norm", "bfloat16", (32768, 40, 128))
+    counted = predictions.INSTRUCTIONS["head_norm 128"]
+    assert predictions.fraction(case, "NVIDIA H200") == pytest.approx(0.8 * 249 / counted, rel=1e-3)
+    assert predictions.fraction(case._replace(dtype="float32"), "NVIDIA H200") is None
+    assert predictions.fraction(case, "NVIDIA A100") is None
+    adding = Case("add_rms_norm", "bfloat16", (16384, 8192))
+    assert predictions.fraction(adding, "NVIDIA H100") == 1
 
 
-class Baselines:
-    flushes = 0
-
-    def copy(self, shape: Any, programmatic: bool, *pairs: Any) -> None:
-        assert programmatic
-        for source, target in pairs:
-            target.copy_(source)
-
-    def flush(self) -> None:
-        Baselines.flushes += 1
-
-    def launch(self, launch: Any, count: int = 1) -> None:
-        assert launch.threads == 128
-
-
-@pytest.fixture
-def host(monkeypatch: Any) -> None:
-    """Has the benchmarks take the host for a device."""
-    properties = SimpleNamespace(name="host", major=9, minor=0, multi_processor_count=4)
-    properties.L2_cache_size, properties.total_memory = 1 << 20, 1 << 24
-    cuda = {
-        "current_device": lambda: 0,
-        "get_device_properties": lambda device: properties,
-        "get_device_capability": lambda: (9, 0),
-        "is_available": lambda: True,
-        "synchronize": lambda: None,
-        "mem_get_info": lambda: (1 << 24, 1 << 24),
-        "empty_cache": lambda: None,
-        "Event": Event,
-    }
-    for name, value in cuda.items():
-        monkeypatch.setattr(torch.cuda, name, value)
-    plan = "32 lanes, 4 to a block of 128, programmatic launch"
-    asked = SimpleNamespace(backend="cuda", plan=plan, reason="")
-    monkeypatch.setattr(normkit, "explain", lambda *args, **options: asked)
-    usable = SimpleNamespace(usable=True, reason="")
-    monkeypatch.setattr(normkit, "backends", lambda: {"cuda": usable, "cpu": usable})
-    monkeypatch.setattr(graphs, "DEVICE", "cpu")
-    monkeypatch.setattr(graphs, "warm_up", lambda graph: graph.cuda_graph.replay())
-    monkeypatch.setattr(tune, "DEVICE", "cpu")
-
-    def capture(calls: list[Any]) -> Any:
-        replay = SimpleNamespace(replay=lambda: [call() for call in calls])
-        return graphs.Graph(replay, len(calls), None)
-
-    monkeypatch.setattr(gpu, "capture", capture)
-    for module in (gpu, tune, graphs):
-        monkeypatch.setattr(module, "Baselines", Baselines)
-
-
-LITTLE = [
-    Case("rms_norm", "float32", (4, 64)),
-    Case("add_rms_norm", "bfloat16", (2, 64), weight="float32"),
-    Case("head_norm", "bfloat16", (2, 4, 16), "strided"),
-]
-TOO_LARGE = Case("rms_norm", "float32", (4096, 4096))
-
-
-@pytest.mark.filterwarnings("ignore:Mismatch dtype")  # torch's, of a float32 weight
-@pytest.mark.usefixtures("host")
-def test_gpu_measures_keeps_and_reports(run: Any, monkeypatch: Any, tmp_path: Path) -> None:
-    monkeypatch.setattr(gpu, "LATENCY", LITTLE)
-    monkeypatch.setattr(gpu, "THROUGHPUT", [*LITTLE, TOO_LARGE])
-    out, kept = run("gpu", "--rounds", "2", "--commit", "abc")
-    results = kept["results"]
-    assert kept["machine"]["gpu"] == "host"
-    assert set(kept["failed"]) == {"throughput rms_norm float32 4096x4096, cold"}, kept["failed"]
-    assert [(r["part"], r["floor"]) for r in results] == (
-        [("latency", "empty kernel")] * 6 + [("throughput", COPY)] * 3
-    )
-    assert {r["commit"] for r in results} == {"abc"}
-    assert results[0]["label"] == "4x64 hot, PDL"
-    assert results[0]["launch"] == {"blocks": 1, "threads": 128, "cluster": 1, "programmatic": True}
-    assert set(results[-1]["candidates"]) == {COPY, NORMKIT, TORCH}
-    assert "nvml" in results[0]["device"]
-    assert Baselines.flushes > 0
-    for text in ("| rms_norm", "2x64 float32 weight cold, PDL", "2x4x16 strided", "128 MiB"):
-        assert text in out
-    (path,) = tmp_path.glob("gpu-*.json")
-    assert path.with_suffix(".png").exists()
-    assert path.with_suffix(".md").exists()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    again, _ = run("gpu", "--report", str(path))
-    assert again == out
-
-
-@pytest.mark.usefixtures("host")
-def test_gpu_stops_where_the_device_fails_or_time_is_up(run: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(gpu, "LATENCY", LITTLE)
-    _, kept = run("gpu", "--parts", "latency", "--seconds", "-1")
-    assert kept["failed"] == {"time": "6 cases left out after -1 s"}
-
-    def broken() -> None:
-        raise RuntimeError("an illegal memory access was encountered")
-
-    monkeypatch.setattr(torch.cuda, "synchronize", broken)
-    assert not gpu.measure(iter([("a case", broken)] * 2), Path(sys.argv[-1]) / "x.json", 9.0)
-
-
-@needs_extension
-@pytest.mark.usefixtures("host")
-def test_tune_times_variants_next_to_the_default(
-    run: Any, monkeypatch: Any, tmp_path: Path
-) -> None:
-    built = Path(normkit._C.__file__)
-    for name in (tune.AGAIN, "packs-4"):
-        (tmp_path / name / "normkit").mkdir(parents=True)
-        (tmp_path / name / "normkit" / built.name).write_bytes(built.read_bytes())
-    monkeypatch.setattr(tune, "BUILD", tmp_path)
-    monkeypatch.setattr(tune, "LATENCY", LITTLE[:1])
-    monkeypatch.setattr(tune, "HEADLINES", LITTLE[2:])
-    monkeypatch.setitem(tune.VARIANTS, "packs-4", tune.Variant("PACKS", 4))
-    out, kept = run("tune", "--no-build", "--variants", "packs-4", "--rounds", "2")
-    assert not kept["failed"]
-    names = {"empty kernel", NORMKIT, TORCH, tune.AGAIN, "packs-4"}
-    assert set(kept["results"][0]["candidates"]) == names
-    assert not any(r["without"] for r in kept["results"])
-    assert "times as fast as packs-4" in out
-
-
-@needs_extension
-def test_another_copy_of_the_extension_can_run_the_norms(tmp_path: Path) -> None:
-    copy = tmp_path / Path(normkit._C.__file__).name
-    copy.write_bytes(Path(normkit._C.__file__).read_bytes())
-    module = tune.load(copy)
-    assert module.__file__ == str(copy)
-    x = torch.randn(3, 64)
-    with tune.serving(module):
-        assert backends._C is module
-        y = normkit.rms_norm(x)
-    assert torch.equal(y, normkit.rms_norm(x))
-    assert backends._C is normkit._C
-
-
-def test_each_variant_concerns_a_case_and_a_macro_of_the_sources(monkeypatch: Any) -> None:
-    root = BENCHMARKS.parent
-    text = "".join(p.read_text() for p in [*root.glob("cpp/*.h"), *root.glob("cuda/*.cuh")])
-    for name, variant in tune.VARIANTS.items():
-        assert any(map(variant.concerns, (*cases.LATENCY, *cases.HEADLINES))), name
-        assert f"#ifndef NORMKIT_TUNE_{variant.macro}" in text, name
-
-
-def test_the_macro_of_a_variant_reaches_both_compilers(monkeypatch: Any, tmp_path: Path) -> None:
-    ran: list[Any] = []
-
-    def pip(command: Any, env: dict[str, str], **options: Any) -> Any:
-        ran.append((command, env))
-        return SimpleNamespace(stdout="", stderr="", returncode=0)
-
-    monkeypatch.setattr(subprocess, "run", pip)
-    monkeypatch.setattr(tune, "BUILD", tmp_path)
-    tune.build("packs-4", "90")
-    ((command, environment),) = ran
-    assert environment["CXXFLAGS"] == environment["CUDAFLAGS"] == "-DNORMKIT_TUNE_PACKS=4"
-    assert (environment["CUDAARCHS"], environment["NORMKIT_CUDA"]) == ("90", "ON")
-    assert tmp_path / "packs-4" in command
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("script", [("gpu",), ("tune", "--no-build")])
-def test_without_a_gpu_it_says_so_and_ends_well(script: Any, run: Any, capsys: Any) -> None:
-    out, kept = run(*script)
-    assert (out, kept) == ("", None)
+def test_every_prediction_belongs_to_a_case_that_is_measured_and_matters() -> None:
+    measured = {scripts.predictions.name_of(case) for case in cases.HEADLINES}
+    assert set(scripts.predictions.INSTRUCTIONS) <= measured
+    shapes = {(case.op, case.shape, case.weight) for case in cases.HEADLINES}
+    for shape, weight in (((16384, 5120), ""), ((16384, 2880), ""), ((16384, 2560), "")):
+        assert ("rms_norm", shape, weight) in shapes
+    assert ("rms_norm", (16384, 8192), "float32") in shapes
+    assert any(case.weight == "float32" for case in cases.LATENCY)

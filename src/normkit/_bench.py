@@ -312,7 +312,9 @@ def run_stamp() -> dict[str, str | None]:
 
 
 def commit() -> str | None:
-    """The commit of the sources that run, or None when they are not a git checkout of normkit."""
+    """The commit of the sources that run: NORMKIT_COMMIT, or of their git checkout; else None."""
+    if told := os.environ.get("NORMKIT_COMMIT"):  # of a wheel that was built elsewhere
+        return told
     root = Path(__file__).resolve().parents[2]
     # An environment inside some other repository must not name its commit.
     if not (root / ".git").exists() or shutil.which("git") is None:
