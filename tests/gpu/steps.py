@@ -113,7 +113,16 @@ def parts(out: Path) -> dict[str, list[Step]]:
         found["bench"].append(Step("other builds", 100, tune))
     if ncu := profiler():
         out.mkdir(parents=True, exist_ok=True)
-        command = [ncu, "--csv", "--page", "raw", "--clock-control", "none", "--force-overwrite"]
+        command = [
+            ncu,
+            "--csv",
+            "--page",
+            "raw",
+            "--print-units",
+            "base",
+            "--clock-control",
+            "none",
+        ]
         command += ["--kernel-name", "regex:.*row_norm_kernel.*", "--metrics", ",".join(COUNTERS)]
         command += ["--log-file", str(out / "counters.csv"), *python("benchmarks/counters.py")]
         found["bench"].append(Step("counters", 80, command, needed=False))
