@@ -20,8 +20,8 @@ struct Device {
 // How the tensors of a call may be reached.
 enum class Access : uint8_t {
   kUniform,  // all have x's dtype, and whole packs of x, 16 bytes, can be moved at once
-  kMixed,    // whole packs of x and of what goes with them, in dtypes that the kernels know together
-  kAny,      // anything else: element by element where need be
+  kMixed,  // whole packs of x and of what goes with them, in dtypes that the kernels know together
+  kAny,    // anything else: element by element where need be
 };
 
 struct Plan {
@@ -58,16 +58,15 @@ constexpr int64_t power_of_two_from(int64_t a) {
 constexpr int64_t at_least(int64_t a, int64_t low) { return a < low ? low : a; }
 constexpr int64_t at_most(int64_t a, int64_t high) { return a > high ? high : a; }
 
-// The sums of longer rows have no fixed number of addends, and float32 needs all the registers there
-// are for these.
+// The sums of longer rows have no fixed number of addends, and float32 needs all the registers
+// there are for these.
 constexpr int64_t kMostColumns = int64_t{kMostLanes} * kMostPacks<false> * 4;
 constexpr int kLongPack = 8;  // columns that a thread takes at a time of a longer row
 
 // The blocks that share a row of so many packs.
 constexpr int blocks_per_row(int64_t packs, const Device& device) {
   int cluster = 1;
-  while (device.clusters && cluster < kMaxCluster &&
-         packs > cluster * kMostPacksOfBlock)
+  while (device.clusters && cluster < kMaxCluster && packs > cluster * kMostPacksOfBlock)
     cluster *= 2;
   return cluster;
 }

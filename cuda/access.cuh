@@ -63,9 +63,7 @@ struct Wide {
   }
   // One value in the place of an operand that is absent, whose dtype then is float32 or T.
   static __device__ __forceinline__ Operand filled(float value, DType dtype) {
-    Values values;
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) values.v[i] = value;
+    const Values values = normkit::cuda::filled<kSize>(value);
     Operand operand{};
     operand.bits = packed<T>(values);
     if (kMixed && is_float32(dtype)) {
@@ -132,8 +130,7 @@ struct Wide {
     }
   }
   template <class S>
-  static __device__ __forceinline__ void store_narrow(char* to, bool wanted,
-                                                      const Values& values) {
+  static __device__ __forceinline__ void store_narrow(char* to, bool wanted, const Values& values) {
     S item[kSize];
 #pragma unroll
     for (int i = 0; i < kSize; i += 2) narrow(values.v[i], values.v[i + 1], item + i);

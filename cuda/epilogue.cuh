@@ -9,7 +9,7 @@ namespace normkit::cuda {
 enum class Load { kWithX, kBeforeSum, kBetweenSums, kAtStore };
 
 // What packs in flight may take of a thread's registers, next to addresses and arithmetic.
-constexpr int kPackRegisters = 72;
+constexpr int kPackRegisters = 84;
 
 // y = xhat * (weight + offset) + bias; weight and bias may be absent.
 template <class Row, Statistic kStatistic>
@@ -29,7 +29,8 @@ struct Affine {
   static constexpr Load kBias = !kExpectsBias ? Load::kAtStore
                                 : Row::kLoadRegisters + 2 * kOperand <= kPackRegisters
                                     ? Load::kWithX
-                                    : Load::kBetweenSums;
+                                : Row::kAdds && Access::kMixed ? Load::kAtStore
+                                                               : Load::kBetweenSums;
 
   const RowNormArgs& a;
   const char *weight_at[kMaps], *bias_at[kMaps];
@@ -54,7 +55,6 @@ struct Affine {
   __device__ __forceinline__ void finish(Row& row, const float (&mean)[kRows],
                                          const float (&rstd)[kRows]) {
     branch_if(!a.weight.data, [&] { fill(weight, a.weight.dtype, 1.f); });
-    if constexpr (kExpectsBias) branch_if(!a.bias.data, [&] { fill(bias, a.bias.dtype, -0.f); });  // v + -0 is v
     bool plain = !a.options.round_before_weight && a.options.weight_offset == 0.f;
     if constexpr (Access::kMixed)
       plain = plain && a.weight.dtype == DType::kFloat32 &&
@@ -114,6 +114,8 @@ struct Affine {
     constexpr bool kWide = Variant::kPlain && Access::kMixed;
     const auto dtype_of = [](const LaunchAffine& of) { return kWide ? DType::kFloat32 : of.dtype; };
     if constexpr (Variant::kBias && kBias == Load::kAtStore) load(row, a.bias, bias_at, bias);
+    if constexpr (kExpectsBias)
+      branch_if(!a.bias.data, [&] { fill(bias, a.bias.dtype, -0.f); });  // v + -0 is v
     if constexpr (!Variant::kShared) branch_if(share(a), [&] { spread(weight), spread(bias); });
     Row::for_packs([&](int r, int p) {
       const int m = Variant::kShared ? 0 : r;

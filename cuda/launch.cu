@@ -1,14 +1,14 @@
 #include <stdexcept>
 
+#include "args.cuh"
 #include "device.h"
 #include "launch.h"
 #include "launches.h"
-#include "args.cuh"
 
 namespace normkit::cuda {
 
 template <class T>
-Kernel kernel_of(Statistic statistic, bool adds, const Plan& plan);  // instances_*.cu
+Kernel kernel_of(Statistic statistic, bool adds, const Plan& plan);    // instances_*.cu
 Kernel streamed_kernel_of(Statistic statistic, bool adds, Step step);  // instances_streamed.cu
 
 namespace {

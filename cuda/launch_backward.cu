@@ -134,9 +134,8 @@ BackwardKernel kernel_for(const RowNormBackward& norm, const BackwardPlan& plan)
   if (norm.split.step != Step::kWhole) return split_backward_kernel(norm.split.step);
   if (plan.packs == 0) return long_row_backward(norm.statistic);
   if (!plan.uniform)
-    return norm.x.dtype == DType::kFloat32
-               ? backward_kernel_of<Any<4>>(norm.statistic, plan.packs)
-               : backward_kernel_of<Any<8>>(norm.statistic, plan.packs);
+    return norm.x.dtype == DType::kFloat32 ? backward_kernel_of<Any<4>>(norm.statistic, plan.packs)
+                                           : backward_kernel_of<Any<8>>(norm.statistic, plan.packs);
   switch (norm.x.dtype) {
     case DType::kFloat32:
       return backward_kernel_of<Uniform<float>>(norm.statistic, plan.packs);

@@ -28,6 +28,14 @@ struct Floats {
   float v[kSize];
 };
 
+template <int kSize>
+__device__ __forceinline__ Floats<kSize> filled(float v) {
+  Floats<kSize> f;
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) f.v[i] = v;
+  return f;
+}
+
 __device__ __forceinline__ float widen(float v) { return v; }
 __device__ __forceinline__ float widen(Half v) { return __half2float(v); }
 __device__ __forceinline__ float widen(BFloat16 v) { return __bfloat162float(v); }
@@ -213,14 +221,15 @@ struct Any {
   static __device__ __forceinline__ Pack load_narrow(const RowAt& row, Index column, Index end) {
     uint16_t item[kSize] = {};
     load_items<Narrow>(row, column, end, item);
-    Half half[kSize];
-    memcpy(static_cast<void*>(half), item, sizeof item);
     Pack pack;
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) {
-      const float as_bfloat16 = float_of_bits(uint32_t{item[i]} << 16);
-      pack.v[i] = row.dtype == DType::kFloat16 ? widen(half[i]) : as_bfloat16;
-    }
+    for (int i = 0; i < kSize; ++i) pack.v[i] = float_of_bits(uint32_t{item[i]} << 16);
+    branch_if(row.dtype == DType::kFloat16, [&] {
+      Half half[kSize];
+      memcpy(static_cast<void*>(half), item, sizeof item);
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) pack.v[i] = widen(half[i]);
+    });
     return pack;
   }
   template <class T>

@@ -170,8 +170,9 @@ __device__ __forceinline__ void store_if(void* to, bool wanted, const uint2& v) 
       : "memory");
 }
 
-// f() where a condition holds that is the same for the whole grid.  A loop of one turn or none stays
-// a branch; of an `if` ptxas makes instructions that are issued for nothing, and that take registers.
+// f() where a condition holds that is the same for the whole grid.  A loop of one turn or none
+// stays a branch; of an `if` ptxas makes instructions that are issued for nothing, and that take
+// registers.
 template <class F>
 __device__ __forceinline__ void branch_if(bool condition, const F& f) {
 #pragma unroll 1

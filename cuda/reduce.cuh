@@ -136,9 +136,8 @@ __device__ __forceinline__ float fold_group(const float* of_group) {
   } else {
     constexpr int kHalf = kWarp / 2;
     const float* of_lane = of_group + (lane / kHalf * kWarp + lane % kHalf) * kWarps;
-    const float sum =
-        fold_lanes<kHalf>(fold_warps<kWarps>(of_lane) + fold_warps<kWarps>(of_lane + kHalf * kWarps),
-                          kHalf);
+    const float sum = fold_lanes<kHalf>(
+        fold_warps<kWarps>(of_lane) + fold_warps<kWarps>(of_lane + kHalf * kWarps), kHalf);
     return sum + shuffle_xor(sum, kHalf);
   }
 }

@@ -18,8 +18,8 @@ __device__ __forceinline__ Sums<kSize / 4> sums_of(const Floats<kSize>& x, float
   return sums;
 }
 
-// `groups` groups of lanes a block, kRows rows a group, kPacks packs a lane; or a row for the blocks
-// of a cluster.  A lane has columns in all of its packs, but for the last one of some lanes.
+// `groups` groups of lanes a block, kRows rows a group, kPacks packs a lane; or a row for the
+// blocks of a cluster.  A lane has columns in all of its packs, but for the last one of some lanes.
 template <class T, class AccessTo, bool kAddsResidual, int kPacksOfLane, int kRowsOfLane>
 struct Row {
   using Access = AccessTo;
@@ -27,7 +27,8 @@ struct Row {
   static constexpr int kPacks = kPacksOfLane, kRows = kRowsOfLane;
   static constexpr int kSize = Access::kSize, kQuads = kSize / 4;
   // Registers that packs of x, and of the residual with it, take until they are added.
-  static constexpr int kLoadRegisters = kPacks * kRows * (4 + (kAdds ? Access::kOperandRegisters : 0));
+  static constexpr int kLoadRegisters =
+      kPacks * kRows * (4 + (kAdds ? Access::kOperandRegisters : 0));
   using Values = typename Access::Values;
   using Operand = typename Access::Operand;
   // A block has more than half of the packs it may, or fewer blocks would share a row.

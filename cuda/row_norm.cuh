@@ -1,15 +1,21 @@
-// The forward row norm of rows that stay in registers: one family for every op, statistic, dtype and
-// length of row.
+// The forward row norm of rows that stay in registers: one family for every op, statistic, dtype
+// and length of row.
 #pragma once
 #include "epilogue.cuh"
 
 namespace normkit::cuda {
 
-// Threads of a block, and blocks that a processor is to have room for.
+// Threads of a block at most, and blocks of so many that a processor is to have room for: 128
+// registers a thread, but 80 for up to four packs of x alone and 96 for four rows, which have less
+// in flight each, so that more of them are needed.
+template <bool kMixed>
 constexpr int most_threads(int packs, int rows) {
-  return rows > 1 ? kThreads : packs > 4 ? kMostLanes : kMaxLanes;
+  return rows > 1 ? kThreads : packs > kMostPacks<kMixed> / 2 ? kMostLanes : kMaxLanes;
 }
-constexpr int fewest_blocks(int rows) { return rows > 1 ? 5 : 1; }
+template <bool kMixed>
+constexpr int fewest_blocks(int packs, int rows, bool adds) {
+  return rows > 1 ? 5 : packs > kMostPacks<kMixed> / 2 ? 1 : kMixed || adds ? 2 : 3;
+}
 
 // As it multiplies.
 template <class Access>
@@ -20,7 +26,8 @@ __device__ __forceinline__ float rstd_of(const RowNormArgs& a, float squares) {
 }
 
 template <class T, Statistic kStatistic, bool kAdds, class Access, int kPacks, int kRows>
-__global__ void __launch_bounds__(most_threads(kPacks, kRows), fewest_blocks(kRows))
+__global__ void __launch_bounds__(most_threads<Access::kMixed>(kPacks, kRows),
+                                  fewest_blocks<Access::kMixed>(kPacks, kRows, kAdds))
     row_norm_kernel(RowNormArgs a) {
   using RowOf = Row<T, Access, kAdds, kPacks, kRows>;
   using Storage = typename RowOf::Storage;
@@ -37,8 +44,7 @@ __global__ void __launch_bounds__(most_threads(kPacks, kRows), fewest_blocks(kRo
   affine.template load<Load::kBeforeSum>(row);
   float mean[kRows] = {}, rstd[kRows];
   if constexpr (kStatistic == Statistic::kLayer) {
-    row.template reduce<false>(
-        mean, sum_storage, [&](float sum) { return mean_of(a, sum); }, mean);
+    row.template reduce<false>(mean, sum_storage, [&](float sum) { return mean_of(a, sum); }, mean);
     affine.template load<Load::kBetweenSums>(row);
   }
   row.template reduce<true>(

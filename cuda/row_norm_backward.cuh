@@ -32,14 +32,6 @@ struct Terms {
   Floats<kSize> xhat, grad_y, g;
 };
 
-template <int kSize>
-__device__ __forceinline__ Floats<kSize> filled(float v) {
-  Floats<kSize> f;
-#pragma unroll
-  for (int i = 0; i < kSize; ++i) f.v[i] = v;
-  return f;
-}
-
 // x: what was normalised, or the output.  bias is for undoing the latter.
 template <Statistic kStatistic, class Access>
 __device__ __forceinline__ Terms<Access::kSize> terms_of(const RowNormBackwardArgs& a,

@@ -1,28 +1,25 @@
-// The forward row norm of rows that are read again for each pass: those beyond every register, those
-// that cannot be reached in whole packs, and parts of a row.
+// The forward row norm of rows that are read again for each pass: those beyond every register,
+// those that cannot be reached in whole packs, and parts of a row.
 #pragma once
 #include "args.cuh"
 #include "pack.cuh"
 
 namespace normkit::cuda {
 
-// What is normalised: x, or the sum x + residual, which is also what residual_out gets.
-template <bool kAdds, int kSize>
-__device__ __forceinline__ void add_residual(const RowNormArgs& a, Floats<kSize>& x,
-                                             Floats<kSize>& residual) {
+template <int kSize>
+__device__ __forceinline__ void clamp_infinities(const RowNormArgs& a, DType dtype,
+                                                 Floats<kSize>& v) {
+  branch_if(a.options.clamp_inf && dtype == DType::kFloat16, [&] {
 #pragma unroll
-  for (int i = 0; i < kSize; ++i) {
-    float v = x.v[i];
-    if (a.options.clamp_inf && a.x.dtype == DType::kFloat16) v = clamp_half(v);
-    if constexpr (kAdds) {
-      const float sum = v + residual.v[i];
-      residual.v[i] = round_to(a.residual.dtype, sum);
-      v = a.options.round_sum ? residual.v[i] : sum;
-      if (a.options.round_sum && a.options.clamp_inf && a.residual.dtype == DType::kFloat16)
-        v = clamp_half(v);
-    }
-    x.v[i] = v;
-  }
+    for (int i = 0; i < kSize; ++i) v.v[i] = clamp_half(v.v[i]);
+  });
+}
+
+template <int kSize>
+__device__ __forceinline__ void round_all(DType dtype, Floats<kSize>& v) {
+  if (dtype == DType::kFloat32) return;
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) v.v[i] = round_to(dtype, v.v[i]);
 }
 
 // The statistic of some columns, of which `count` are in the row; the others are zeros, and would
@@ -64,31 +61,49 @@ __global__ void __launch_bounds__(kMostLanes, 1) streamed_row_norm_kernel(RowNor
   const RowAt weight_row = place.of(a.weight), bias_row = place.of(a.bias);
   wait_for_previous_kernel();
 
-  const auto column_of = [&](int64_t turn) { return (turn * lanes + lane) * kSize; };
-  // What is normalised of these columns, and what residual_out gets.
-  const auto values_of = [&](int64_t column, Values& added) {
+  // What is normalised of these columns: x, or the sum x + residual, which residual_out gets too.
+  const auto values_of = [&](int64_t column, Values& sum) {
     Values v = Access::load(x_row, column, end);
-    if constexpr (kAdds) added = Access::load(residual_row, column, end);
-    add_residual<kAdds>(a, v, added);
+    clamp_infinities(a, a.x.dtype, v);
+    if constexpr (kAdds) {
+      const Values residual = Access::load(residual_row, column, end);
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) v.v[i] += residual.v[i];
+      sum = v;
+      round_all(a.residual.dtype, sum);
+      if (a.options.round_sum) {
+        v = sum;
+        clamp_infinities(a, a.residual.dtype, v);
+      }
+    }
     return v;
   };
   const auto sum_of_row = [&](auto squares, float mean, Storage& storage) {
-    const auto sums_at = [&](int64_t column) {
-      if (column >= end) return Sums<kQuads>{};
-      Values added{};
-      const int count = end - column < kSize ? static_cast<int>(end - column) : kSize;
-      return sums_of<decltype(squares)::value>(values_of(column, added), mean, count);
-    };
+    constexpr bool kSquares = decltype(squares)::value;
     TreeSums<kQuads> tree;
     LongSums<kQuads> any_length;
-    const int64_t packs = a.turns ? a.turns : (a.n + kSize - 1) / kSize / lanes + 1;
-    int64_t turn = 0;
-    for (int64_t before = 0; before < packs; ++before) {
-      const Sums<kQuads> sums = sums_at(column_of(turn));
-      if (a.turns)
-        tree.add(static_cast<int>(before), sums), turn = next_turn(static_cast<int>(turn), a.turns);
-      else
-        any_length.add(sums), ++turn;
+    int64_t column = lane * kSize;
+    const uint32_t packs = a.turns ? a.turns : static_cast<uint32_t>(a.n / (lanes * kSize)) + 1;
+    int turn = 0;
+#pragma unroll 1
+    for (uint32_t before = 0; before < packs; ++before) {
+      Sums<kQuads> sums{};
+      if (column < end) {
+        Values sum;
+        const Values v = values_of(column, sum);
+        if (mean == 0.f || column + kSize <= end)  // without a mean, zeros do not count
+          sums = sums_of<kSquares>(v, mean, kSize);
+        else
+          sums = sums_of<kSquares>(v, mean, static_cast<int>(end - column));
+      }
+      if (a.turns) {
+        tree.add(before, sums);
+        turn = next_turn(turn, a.turns);
+        column = (turn * lanes + lane) * kSize;
+      } else {
+        any_length.add(sums);
+        column += lanes * kSize;
+      }
     }
     // By value: for a choice between the two the compiler puts both into local memory.
     Sums<kQuads> sum;
@@ -116,19 +131,19 @@ __global__ void __launch_bounds__(kMostLanes, 1) streamed_row_norm_kernel(RowNor
     if (a.options.round_rstd) rstd = round_to(a.normalised, rstd);
     let_next_kernel_start();
     if (lane == 0 && live) save<kStatistic>(a, row, mean, rstd);
-    for (int64_t column = column_of(0); column < end; column += int64_t{lanes} * kSize) {
-      Values added{}, weight{}, bias{};
-      Values v = values_of(column, added);
-      if constexpr (kAdds) Access::store(place.of(a.residual_out, a.dims), column, end, added);
+#pragma unroll 1
+    for (int64_t column = lane * kSize; column < end; column += lanes * kSize) {
+      Values sum, weight = filled<kSize>(1.f), bias = filled<kSize>(-0.f);  // v + -0 is v
+      Values v = values_of(column, sum);
+      if constexpr (kAdds) Access::store(place.of(a.residual_out, a.dims), column, end, sum);
       if (a.weight.data) weight = Access::load(weight_row, column, end);
       if (a.bias.data) bias = Access::load(bias_row, column, end);
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) {
-        float xhat = (v.v[i] - mean) * rstd;
-        if (a.options.round_before_weight) xhat = round_to(a.normalised, xhat);
-        const float w = a.weight.data ? weight.v[i] + a.options.weight_offset : 1.f;
-        v.v[i] = a.bias.data ? fmaf(xhat, w, bias.v[i]) : xhat * w;
-      }
+      for (int i = 0; i < kSize; ++i) v.v[i] = (v.v[i] - mean) * rstd;
+      branch_if(a.options.round_before_weight, [&] { round_all(a.normalised, v); });
+#pragma unroll
+      for (int i = 0; i < kSize; ++i)
+        v.v[i] = fmaf(v.v[i], weight.v[i] + a.options.weight_offset, bias.v[i]);
       Access::store(place.of(a.out, a.dims), column, end, v);
     }
   }
