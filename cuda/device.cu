@@ -1,12 +1,15 @@
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdlib>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
 
 #include "device.h"
+#include "driver.h"
 
 namespace normkit::cuda {
 namespace {
@@ -33,28 +36,55 @@ bool programmatic_launch_is_wanted() {
   return !value || std::string(value) != "0";
 }
 
+constexpr int kArchitectures[] = {__CUDA_ARCH_LIST__};  // of this build: 900 for 9.0
+
+// Whether this build has code for such a device, or may have: the list does not say what there is
+// as PTX, of which the driver makes code for all that came later.
+bool may_have_kernels(int capability) {
+  return capability >= *std::min_element(std::begin(kArchitectures), std::end(kArchitectures));
+}
+
+// Needs no context, and makes none.
+CUresult read_properties(const Driver& driver, int index, KnownDevice& found, int& capability) {
+  char name[256];
+  int major = 0, minor = 0;
+  CUresult error = driver.device_name(name, sizeof(name), index);
+  const auto read = [&](int& value, CUdevice_attribute attribute) {
+    if (!error) error = driver.device_attribute(&value, attribute, index);
+  };
+  read(major, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR);
+  read(minor, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR);
+  read(found.processors, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT);
+  if (error) {
+    found.unusable = driver.text(error);
+    return error;
+  }
+  capability = 100 * major + 10 * minor;
+  found.name = std::string(name) + " (" + std::to_string(major) + "." + std::to_string(minor) + ")";
+  return error;
+}
+
+std::string no_kernels_for(const KnownDevice& device) {
+  return "this build has no kernels for " + device.name;
+}
+
 KnownDevice ask(int index) {
   KnownDevice found{};
+  int capability = 0;
+  if (read_properties(driver(), index, found, capability)) return found;
   const DeviceGuard guard(index);
-  cudaDeviceProp properties;
-  cudaError_t error = cudaGetDeviceProperties(&properties, index);
-  if (error == cudaSuccess) {
-    const std::string capability =
-        std::to_string(properties.major) + "." + std::to_string(properties.minor);
-    found.name = std::string(properties.name) + " (" + capability + ")";
-    found.processors = properties.multiProcessorCount;
-    cudaFuncAttributes attributes;
-    error = cudaFuncGetAttributes(&attributes, probe);
-    if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
-      found.unusable =
-          "this build has no kernels for " + found.name + ": " + cudaGetErrorString(error);
-    } else if (error == cudaSuccess && attributes.ptxVersion >= 90) {
-      // Kernels built for less do not wait for the previous one, whatever device they run on.
-      found.programmatic = programmatic_launch_is_wanted();
-      found.clusters = runs_clusters();
-    }
+  const RelaxedCapture relaxed;  // the first query loads code
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, probe);
+  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
+    found.unusable = no_kernels_for(found) + ": " + cudaGetErrorString(error);
+  } else if (error != cudaSuccess) {
+    found.unusable = cudaGetErrorString(error);
+  } else if (attributes.ptxVersion >= 90) {
+    // Kernels built for less do not wait for the previous one, whatever device they run on.
+    found.programmatic = programmatic_launch_is_wanted();
+    found.clusters = runs_clusters();
   }
-  if (error != cudaSuccess && found.unusable.empty()) found.unusable = cudaGetErrorString(error);
   cudaGetLastError();  // clears our error, which the next caller would see
   return found;
 }
@@ -96,16 +126,13 @@ const KnownDevice& device(int index) {
   return *known;
 }
 
-DeviceGuard::DeviceGuard(int index) {
-  int current = -1;
-  if (cudaGetDevice(&current) != cudaSuccess || current == index) return;
-  const cudaError_t error = cudaSetDevice(index);
-  if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
-  before_ = current;
-}
-
-DeviceGuard::~DeviceGuard() {
-  if (before_ >= 0) cudaSetDevice(before_);
+KnownDevice glance_at(int index) {
+  if (driver().is_in_use(index)) return device(index);
+  KnownDevice found{};
+  int capability = 0;
+  if (read_properties(driver(), index, found, capability)) return found;
+  if (!may_have_kernels(capability)) found.unusable = no_kernels_for(found);
+  return found;
 }
 
 void let_wait(int index, void* later, void* earlier) {

@@ -21,16 +21,25 @@ struct KnownDevice : Device {
 // Asked of the driver at the first call for this index, and kept.
 const KnownDevice& device(int index);
 
-// Makes a device the current one, for as long as this lives.
+// The same for a list of devices, on each of which it would make a context: where the process has
+// none, only the name, and whether this build has nothing for such a device.
+KnownDevice glance_at(int index);
+
+class Driver;
+
+// Makes a device the current one of this thread, for as long as this lives, by way of the thread's
+// stack of contexts: to set the device back, as the runtime has it, makes a context on the one that
+// was current in name only, as device 0 is for a thread that has never set any.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int index);
+  DeviceGuard(int index, Driver& driver);
   ~DeviceGuard();
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
 
  private:
-  int before_ = -1;  // -1: nothing to restore
+  const Driver* pushed_ = nullptr;  // null: the device was current
 };
 
 // What is put into the stream `later` from now on waits for what `earlier` has.  Both are

@@ -102,7 +102,7 @@ nb::object cuda_devices() {
 #if defined(NORMKIT_HAS_CUDA)
   const cuda::Devices devices = cuda::devices();
   for (int i = 0; i < devices.count; ++i) {
-    const cuda::KnownDevice& known = cuda::device(i);
+    const cuda::KnownDevice known = cuda::glance_at(i);
     found.append(nb::make_tuple(known.name.c_str(), known.unusable.c_str()));
   }
   return nb::make_tuple(found, devices.message.c_str());

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+
+import first_calls
 import pytest
 import torch
 from gpu_support import OPS, call, inputs_on
 
 import normkit
+import starting
 from conformance.support import Op
 
 
@@ -54,3 +58,30 @@ def test_tensors_on_two_devices_are_refused(second: torch.device) -> None:
 def test_tensors_on_the_host_and_the_device_are_refused() -> None:
     with pytest.raises(ValueError, match="weight"):
         normkit.rms_norm(torch.ones(2, 8, device="cuda"), torch.ones(8))
+
+
+def test_a_process_that_uses_the_second_device_has_no_context_on_the_first(
+    second: torch.device,
+) -> None:
+    assert starting.run(first_calls.use_the_second_device_only) == 0
+
+
+def test_a_thread_without_a_context_has_none_afterwards() -> None:
+    x = torch.randn(5, 4096, device="cuda")
+    y, expected = torch.zeros_like(x), normkit.rms_norm(x)
+    torch.cuda.synchronize()
+    found: list[bool] = []
+
+    def work() -> None:
+        with normkit.use_backend("cuda"):
+            found.append(first_calls.has_context())
+            normkit.rms_norm(x, out=y)
+            found.append(first_calls.has_context())
+            torch.cuda.synchronize(x.device)
+            found.append(first_calls.has_context())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [False, False, True]
+    assert torch.equal(y, expected)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import first_calls
 import pytest
 import torch
 from gpu_support import OPS, SIZES, call, inputs_on, tensors_of, warm_up
 
 import normkit
+import starting
 from conformance.support import Op, assert_same_results
 from normkit.testing import Inputs
 
@@ -86,6 +88,13 @@ def test_a_captured_chain_replays_as_it_was_made() -> None:
         graph.replay()
         for got, expected in zip(captured, chain(new), strict=True):
             assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("loading", ["LAZY", "EAGER"])
+@pytest.mark.parametrize("mode", ["global", "thread_local", "relaxed"])
+def test_the_first_calls_of_a_process_can_be_captured(mode: str, loading: str) -> None:
+    """Asking for the device and loading a kernel are nothing that a capture has to record."""
+    assert starting.run(first_calls.capture, mode, loading) == 0
 
 
 def test_nothing_is_allocated_beyond_the_outputs() -> None:
