@@ -50,12 +50,14 @@ emu: $(VENV)/.test
 
 emu-plain: build/emu/.built
 	build/emu/sweep 1
+	build/emu/test_memo
 	build/emu/test_emulator
 	build/emu/test_driver
 	build/emu/test_cpu_affine
 
 emu-asan: build/emu-asan/.built
 	build/emu-asan/sweep 2 0 4
+	build/emu-asan/test_memo
 	build/emu-asan/test_emulator
 	build/emu-asan/test_driver
 	build/emu-asan/test_cpu_affine
@@ -74,12 +76,12 @@ emu_cmake = $(VENV)/bin/cmake -S tests/emu -B $(@D) -GNinja -DPython_EXECUTABLE=
 
 build/emu/.built: $(VENV)/.test $(emu_sources)
 	$(emu_cmake)
-	$(VENV)/bin/cmake --build $(@D) --target _C sweep test_emulator test_driver test_cpu_affine
+	$(VENV)/bin/cmake --build $(@D) --target _C sweep test_memo test_emulator test_driver test_cpu_affine
 	@touch $@
 
 build/emu-asan/.built: $(VENV)/.test $(emu_sources)
 	$(emu_cmake) -DNORMKIT_SANITIZE=address,undefined
-	$(VENV)/bin/cmake --build $(@D) --target sweep test_emulator test_driver test_cpu_affine
+	$(VENV)/bin/cmake --build $(@D) --target sweep test_memo test_emulator test_driver test_cpu_affine
 	@touch $@
 
 build/emu-tsan/.built: $(VENV)/.test $(emu_sources)

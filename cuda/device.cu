@@ -55,6 +55,7 @@ CUresult read_properties(const Driver& driver, int index, KnownDevice& found, in
   read(major, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR);
   read(minor, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR);
   read(found.processors, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT);
+  found.index = index;
   if (error) {
     found.unusable = driver.text(error);
     return error;
@@ -133,6 +134,29 @@ KnownDevice glance_at(int index) {
   if (read_properties(driver(), index, found, capability)) return found;
   if (!may_have_kernels(capability)) found.unusable = no_kernels_for(found);
   return found;
+}
+
+// The runtime has registered the kernel, and gives a handle that is of no context.  To ask what it
+// is in the current one loads it there.
+CUfunction load_kernel(const void* kernel, int device) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, CUfunction> all;
+  const std::lock_guard lock(mutex);
+  CUfunction& known = all[{kernel, device}];
+  if (known) return known;
+  const RelaxedCapture relaxed;
+  cudaKernel_t found;
+  const cudaError_t error = cudaGetKernel(&found, kernel);
+  if (error != cudaSuccess) {
+    cudaGetLastError();  // or the next caller would see it as its own
+    throw std::runtime_error(std::string("the kernel could not be found: ") +
+                             cudaGetErrorString(error));
+  }
+  CUfunction here;
+  if (const CUresult error = driver().load_kernel(&here, found))
+    throw std::runtime_error(std::string("the kernel could not be loaded: ") +
+                             driver().text(error));
+  return known = reinterpret_cast<CUfunction>(found);
 }
 
 void let_wait(int index, void* later, void* earlier) {

@@ -16,6 +16,7 @@ Devices devices();
 struct KnownDevice : Device {
   std::string name;      // and compute capability
   std::string unusable;  // why no kernel runs here; empty if they do
+  int index = 0;
 };
 
 // Asked of the driver at the first call for this index, and kept.

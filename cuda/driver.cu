@@ -32,16 +32,46 @@ void find_all(Driver& found) {
   NORMKIT_FIND(found.push, cuCtxPushCurrent);
   NORMKIT_FIND(found.pop, cuCtxPopCurrent);
   NORMKIT_FIND(found.exchange_capture_mode, cuThreadExchangeStreamCaptureMode);
+  NORMKIT_FIND(found.load_kernel, cuKernelGetFunction);
+  NORMKIT_FIND(found.launch, cuLaunchKernelEx);
   if (const CUresult error = found.init(0)) throw std::runtime_error(found.text(error));
 }
 
 }  // namespace
 
-std::string Driver::text(CUresult error) const {
+const char* Driver::text(CUresult error) const {
   const char* text = nullptr;
-  if (error_text(error, &text) != CUDA_SUCCESS || !text)
-    return "CUDA error " + std::to_string(static_cast<int>(error));
-  return text;
+  error_text(error, &text);
+  return text ? text : "unrecognized error code";  // as the runtime says
+}
+
+const char* Driver::launch_kernel(CUfunction kernel, const LaunchConfig& config,
+                                  const void* argument) const {
+  CUlaunchAttribute attributes[2];
+  CUlaunchConfig how{};
+  how.gridDimX = config.grid.x;
+  how.gridDimY = config.grid.y;
+  how.gridDimZ = config.grid.z;
+  how.blockDimX = config.block.x;
+  how.blockDimY = config.block.y;
+  how.blockDimZ = config.block.z;
+  how.sharedMemBytes = config.dynamic_smem;
+  how.hStream = static_cast<CUstream>(config.stream);
+  how.attrs = attributes;
+  if (config.cluster > 1) {
+    CUlaunchAttribute& attribute = attributes[how.numAttrs++];
+    attribute.id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+    attribute.value.clusterDim.x = config.cluster;
+    attribute.value.clusterDim.y = attribute.value.clusterDim.z = 1;
+  }
+  if (config.programmatic) {
+    CUlaunchAttribute& attribute = attributes[how.numAttrs++];
+    attribute.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+    attribute.value.programmaticStreamSerializationAllowed = 1;
+  }
+  void* arguments[] = {const_cast<void*>(argument)};
+  const CUresult error = launch(&how, kernel, arguments, nullptr);
+  return error ? text(error) : nullptr;
 }
 
 bool Driver::is_in_use(int index) const {

@@ -5,7 +5,8 @@
 
 #include <map>
 #include <mutex>
-#include <string>
+
+#include "launch_config.h"
 
 namespace normkit::cuda {
 
@@ -23,11 +24,18 @@ class Driver {
   decltype(&::cuCtxPushCurrent) push = nullptr;
   decltype(&::cuCtxPopCurrent) pop = nullptr;
   decltype(&::cuThreadExchangeStreamCaptureMode) exchange_capture_mode = nullptr;
+  decltype(&::cuKernelGetFunction) load_kernel = nullptr;
+  decltype(&::cuLaunchKernelEx) launch = nullptr;
 
-  std::string text(CUresult error) const;
+  const char* text(CUresult error) const;
 
   // Whether the process has a primary context on this device: the one of the runtime and of torch.
   bool is_in_use(int index) const;
+
+  // Null, or CUDA's text for why the kernel, which has one parameter, could not be launched.  This
+  // is what the runtime does too, once it has found the kernel.
+  const char* launch_kernel(CUfunction kernel, const LaunchConfig& config,
+                            const void* argument) const;
 
   // Kept from the first call for a device on, since a context that is looked up anew costs a lock
   // of the driver each time.  Throws std::runtime_error with CUDA's text.
@@ -40,6 +48,12 @@ class Driver {
 
 // That of this machine.  Throws std::runtime_error where there is none.
 Driver& driver();
+
+// A kernel's handle, which is good on every device and for cuLaunchKernelEx only: that looks for
+// the context of the stream it launches into, and for the current one where there is no stream. The
+// first time, its code is loaded into the current context, which is one of the device.  Throws
+// std::runtime_error with CUDA's text.
+CUfunction load_kernel(const void* kernel, int device);
 
 // While this lives, this thread may do what a capture forbids for not being recorded, as memory
 // that is allocated or code that is loaded.  Only for what a replay need not repeat.  Not by the

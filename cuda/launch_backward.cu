@@ -147,16 +147,16 @@ BackwardKernel kernel_for(const RowNormBackward& norm, const BackwardPlan& plan)
 }
 
 template <class Args>
-void launch(void (*kernel)(Args), const Args& args, dim3 blocks, int threads, const Device& on,
+void launch(void (*kernel)(Args), const Args& args, dim3 blocks, int threads, const KnownDevice& on,
             void* stream) {
   const LaunchConfig config{blocks, dim3(static_cast<unsigned>(threads)), 0, 1, on.programmatic,
                             stream};
-  if (const char* error = NORMKIT_LAUNCH(kernel, config, args))
+  if (const char* error = NORMKIT_LAUNCH(loaded(kernel, on.index), config, args))
     throw std::runtime_error(std::string("the kernel could not be launched: ") + error);
 }
 
 void fold_partial_sums(const RowNormBackward& norm, const BackwardPlan& plan,
-                       const Workspace& space, float* memory, const Device& on, void* stream) {
+                       const Workspace& space, float* memory, const KnownDevice& on, void* stream) {
   FoldArgs a{};
   a.n = norm.n;
   a.column_blocks = static_cast<uint32_t>(divide_up(norm.n, kFoldColumns));
@@ -203,7 +203,7 @@ int64_t backward_workspace(const RowNormBackward& norm, int index) {
 
 void row_norm_backward(const RowNormBackward& norm, int index, void* stream, void* workspace) {
   const DeviceGuard guard(index);
-  const Device& on = device(index);
+  const KnownDevice& on = device(index);
   const BackwardPlan plan = plan_of(norm, on);
   const Workspace space(norm, plan);
   const bool rows_wanted =

@@ -119,14 +119,19 @@ Norm drop_first_dimension(const Norm& norm, int64_t index) {
   return part;
 }
 
+template <class Norm>
+bool is_one_launch(const Norm& norm) {
+  return norm.outer_dims <= kLaunchDims && norm.rows <= kMaxLaunchRows;
+}
+
 // f(part) for parts that one launch can do.
 template <class Norm, class F>
 void for_launches(const Norm& norm, const F& f) {
+  if (is_one_launch(norm)) return f(norm);
   if (norm.outer_dims > kLaunchDims) {
     for (int64_t i = 0; i < norm.outer_size[0]; ++i) for_launches(drop_first_dimension(norm, i), f);
     return;
   }
-  if (norm.rows <= kMaxLaunchRows) return f(norm);
   const int64_t size = norm.outer_size[0], inside = norm.rows / size;
   if (inside > kMaxLaunchRows) {
     for (int64_t i = 0; i < size; ++i) for_launches(drop_first_dimension(norm, i), f);

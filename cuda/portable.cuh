@@ -8,6 +8,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+
+#include "driver.h"
 #else
 #include "emu.hpp"
 #endif
@@ -17,19 +19,20 @@
 #include <cstring>
 #include <utility>
 
-// Null, or why the kernel could not be launched.  A kernel with commas goes in parentheses.
-//   NORMKIT_LAUNCH(kernel, config, arguments...)
+#include "launch_config.h"
+
+// Null, or why the kernel could not be launched.
+//   NORMKIT_LAUNCH(loaded(kernel, device), config, argument)
 #define NORMKIT_LAUNCH(kernel, ...) ::normkit::cuda::launch_kernel(kernel, __VA_ARGS__)
 
 namespace normkit::cuda {
 
-struct LaunchConfig {
-  dim3 grid, block;
-  unsigned dynamic_smem;
-  unsigned cluster;   // blocks along x that reach each other's shared memory; 1: none
-  bool programmatic;  // may start before the kernel ahead of it in the stream has ended
-  void* stream;
-};
+// Whether blocks of this processor can reach each other's shared memory.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kHasClusters = false;
+#else
+constexpr bool kHasClusters = true;
+#endif
 
 }  // namespace normkit::cuda
 
@@ -45,39 +48,22 @@ struct LaunchConfig {
 
 namespace normkit::cuda {
 
-// Whether blocks of this processor can reach each other's shared memory.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr bool kHasClusters = false;
-#else
-constexpr bool kHasClusters = true;
-#endif
+// A kernel that can be launched; it keeps the type of its one parameter.
+template <class Parameter>
+struct Loaded {
+  CUfunction function;
+};
 
-template <class... Parameters, class... Arguments>
-const char* launch_kernel(void (*kernel)(Parameters...), const LaunchConfig& config,
-                          Arguments&&... arguments) {
-  cudaLaunchAttribute attributes[2];
-  cudaLaunchConfig_t launch{};
-  launch.gridDim = config.grid;
-  launch.blockDim = config.block;
-  launch.dynamicSmemBytes = config.dynamic_smem;
-  launch.stream = static_cast<cudaStream_t>(config.stream);
-  launch.attrs = attributes;
-  if (config.cluster > 1) {
-    cudaLaunchAttribute& attribute = attributes[launch.numAttrs++];
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = config.cluster;
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  }
-  if (config.programmatic) {
-    cudaLaunchAttribute& attribute = attributes[launch.numAttrs++];
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-  }
-  const cudaError_t error =
-      cudaLaunchKernelEx(&launch, kernel, std::forward<Arguments>(arguments)...);
-  if (error == cudaSuccess) return nullptr;
-  cudaGetLastError();  // or the next caller would see it as its own
-  return cudaGetErrorString(error);
+// The current context is one of the device.
+template <class Parameter>
+Loaded<Parameter> loaded(void (*kernel)(Parameter), int device) {
+  return {load_kernel(reinterpret_cast<const void*>(kernel), device)};
+}
+
+template <class Parameter>
+const char* launch_kernel(Loaded<Parameter> kernel, const LaunchConfig& config,
+                          const Parameter& argument) {
+  return driver().launch_kernel(kernel.function, config, &argument);
 }
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
@@ -200,12 +186,12 @@ __device__ __forceinline__ void keep(uint4& v) {
 
 namespace normkit::cuda {
 
-// Whether blocks of this processor can reach each other's shared memory.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr bool kHasClusters = false;
-#else
-constexpr bool kHasClusters = true;
-#endif
+template <class Parameter>
+using Loaded = void (*)(Parameter);
+template <class Parameter>
+Loaded<Parameter> loaded(void (*kernel)(Parameter), int) {
+  return kernel;
+}
 
 template <class... Parameters, class... Arguments>
 const char* launch_kernel(void (*kernel)(Parameters...), const LaunchConfig& config,

@@ -1,5 +1,6 @@
-// How a call gets to its tensors' device, against a driver that is played here: two devices, a
-// stack of contexts for each thread, and a list of the devices that have a primary context.
+// How a call gets to its tensors' device, and a kernel to the driver, against a driver that is
+// played here: two devices, a stack of contexts for each thread, and a list of the devices that
+// have a primary context.
 //
 // What matters most is what does not happen: a context that the process would not have without us.
 #include <cstdint>
@@ -83,6 +84,20 @@ CUresult exchange_capture_mode(CUstreamCaptureMode* mode) {
   return CUDA_SUCCESS;
 }
 
+struct Launched {
+  CUlaunchConfig config;
+  std::vector<CUlaunchAttribute> attributes;
+  CUfunction kernel;
+  const void* argument;
+} launched;
+CUresult launch_fails;
+
+CUresult launch(const CUlaunchConfig* config, CUfunction kernel, void** arguments, void** extra) {
+  if (extra) return CUDA_ERROR_INVALID_VALUE;
+  launched = {*config, {config->attrs, config->attrs + config->numAttrs}, kernel, arguments[0]};
+  return launch_fails;
+}
+
 // The same devices as a process has them that uses those given.
 struct Machine : Driver {
   explicit Machine(std::set<int> devices, std::vector<CUcontext> current = {}) {
@@ -93,10 +108,11 @@ struct Machine : Driver {
     Driver::push = ::push;
     Driver::pop = ::pop;
     Driver::exchange_capture_mode = ::exchange_capture_mode;
+    Driver::launch = ::launch;
     in_use = std::move(devices);
     contexts = std::move(current);
     retained = queries = changes = exchanges = 0;
-    retain_fails = push_fails = exchange_fails = CUDA_SUCCESS;
+    retain_fails = push_fails = exchange_fails = launch_fails = CUDA_SUCCESS;
     capture_mode = CU_STREAM_CAPTURE_MODE_GLOBAL;
   }
 };
@@ -188,8 +204,8 @@ void test_nothing_stays_behind_an_error() {
   retain_fails = CUDA_SUCCESS;
   push_fails = CUDA_ERROR_INVALID_CONTEXT;
   expect(error_of([&] { const DeviceGuard guard(0, machine); }) ==
-             "CUDA device 0 could not be made the current one: CUDA error 201",
-         "so is one that cannot be pushed, with its number where CUDA has no text");
+             "CUDA device 0 could not be made the current one: unrecognized error code",
+         "so is one that cannot be pushed, also where CUDA has no text");
   expect(changes == 0 && is_current(primary_of(1)), "and nothing is popped");
   push_fails = CUDA_SUCCESS;
   expect(error_of([&] {
@@ -235,6 +251,40 @@ void test_a_device_in_use_is_told_from_others() {
   expect(machine.is_in_use(1) && !machine.is_in_use(0), "a device in use is told from others");
 }
 
+void test_a_launch_says_what_the_plan_says() {
+  const Machine machine({0}, {primary_of(0)});
+  const auto kernel = reinterpret_cast<CUfunction>(0x77);
+  const int argument = 7;
+  const auto run = [&](unsigned cluster, bool programmatic) {
+    void* const stream = reinterpret_cast<void*>(0x88);
+    return machine.launch_kernel(
+        kernel, {dim3(12, 3, 2), dim3(64, 5, 4), 48, cluster, programmatic, stream}, &argument);
+  };
+  expect(!run(1, false), "a launch that worked says nothing");
+  const CUlaunchConfig& how = launched.config;
+  expect(how.gridDimX == 12 && how.gridDimY == 3 && how.gridDimZ == 2, "blocks");
+  expect(how.blockDimX == 64 && how.blockDimY == 5 && how.blockDimZ == 4, "threads");
+  expect(how.sharedMemBytes == 48 && how.hStream == reinterpret_cast<CUstream>(0x88),
+         "shared memory and stream");
+  expect(launched.kernel == kernel && launched.argument == &argument, "kernel and argument");
+  expect(launched.attributes.empty(), "no attributes");
+  run(4, false);
+  expect(launched.attributes.size() == 1, "one attribute for clusters");
+  const auto& cluster = launched.attributes[0].value.clusterDim;
+  expect(launched.attributes[0].id == CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION && cluster.x == 4 &&
+             cluster.y == 1 && cluster.z == 1,
+         "clusters along x");
+  run(1, true);
+  expect(launched.attributes.size() == 1 &&
+             launched.attributes[0].id == CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION &&
+             launched.attributes[0].value.programmaticStreamSerializationAllowed == 1,
+         "one attribute for programmatic launches");
+  run(2, true);
+  expect(launched.attributes.size() == 2, "both");
+  launch_fails = CUDA_ERROR_OUT_OF_MEMORY;
+  expect(run(1, false) == std::string("out of memory"), "a launch that failed says why");
+}
+
 }  // namespace
 
 int main(int, char** argv) {
@@ -247,6 +297,7 @@ int main(int, char** argv) {
   test_a_context_that_was_replaced_meanwhile_is_the_one_popped();
   test_captures_are_relaxed_meanwhile_only();
   test_a_device_in_use_is_told_from_others();
+  test_a_launch_says_what_the_plan_says();
   std::printf("%s: %d failures\n", argv[0], failures);
   return failures != 0;
 }
