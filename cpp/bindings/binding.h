@@ -43,9 +43,11 @@ inline bool ask(const Function& f, PyObject* argument = nullptr) {
   return call(f, argument).ptr() == Py_True;
 }
 
-// torch.empty_like(like, dtype=dtype), but packed.  torch.empty_like sorts equal strides by size
-// and keeps gaps in dimensions of size 1; asking it for another order costs 0.3 us, so it is asked
-// only where `like` is not packed itself.
+// torch.empty_like(like, dtype=dtype), but packed.  DLPack's allocator would take 160 ns less, but
+// what it makes is memory of a stranger to torch: its storage cannot be resized, and
+// record_stream() does nothing, so that another stream could read what has been freed.
+// torch.empty_like sorts equal strides by size and keeps gaps in dimensions of size 1; asking it
+// for another order costs 0.3 us, so it is asked only where `like` is not packed itself.
 inline nb::object empty_like(const Tensor& like, DType dtype) {
   const bool packed = is_packed(like);
   PyObject* made;

@@ -109,6 +109,15 @@ def test_outputs_that_are_not_given_are_packed(
             assert made is None or made.stride() == packed_strides(shape)
 
 
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_outputs_are_memory_of_torch(backend: Any, op: Op) -> None:
+    """Storage.resize_, which FSDP calls, and record_stream are for no other memory."""
+    for out_dtype in (None, torch.float16):
+        result = run(backend, op, inputs_for(op, 3, 64, torch.bfloat16), out_dtype=out_dtype)
+        for made in (result.y, result.residual_out):
+            assert made is None or made.untyped_storage().resizable()
+
+
 @pytest.mark.parametrize(("shape", "strides"), SHAPES_AND_STRIDES, ids=str)
 @pytest.mark.parametrize("op", OPS, ids=str)
 def test_gradients_are_packed(
