@@ -10,6 +10,7 @@ template <class T, bool kMixedDtypes>
 struct Wide {
   static constexpr int kSize = kPackSize<T>;
   static constexpr bool kMixed = kMixedDtypes;
+  static constexpr DType kDTypeOfX = kDType<T>;
   using Values = Floats<kSize>;
   static constexpr int kOperandRegisters = !kMixed ? 4 : kSize == 8 ? 8 : 6;
 
@@ -61,14 +62,16 @@ struct Wide {
       return values;
     }
   }
-  // One value in the place of an operand that is absent, whose dtype then is float32 or T.
-  static __device__ __forceinline__ Operand filled(float value, DType dtype) {
+  // One value in the place of an operand that is absent, and then counts as float32 where dtypes
+  // are mixed.
+  static __device__ __forceinline__ Operand filled(float value) {
     const Values values = normkit::cuda::filled<kSize>(value);
     Operand operand{};
-    operand.bits = packed<T>(values);
-    if (kMixed && is_float32(dtype)) {
-      memcpy(&operand.bits, values.v, 16);
+    if constexpr (kMixed) {
+      memcpy(&operand.bits, values.v, sizeof operand.bits);
       operand.rest = operand.bits;
+    } else {
+      operand.bits = packed<T>(values);
     }
     return operand;
   }

@@ -1,4 +1,6 @@
-// From what was normalised to what is stored.
+// From what was normalised to what is stored.  An epilogue is made before the wait for the kernel
+// ahead, and says where its operands are; load<Load>(row) asks for those of that time; and finish()
+// stores every row.
 #pragma once
 #include "row.cuh"
 
@@ -52,32 +54,42 @@ struct Affine {
 
   // Stores y of every row.  What is usual has code of its own, in which nothing is issued for what
   // is not asked for.
-  __device__ __forceinline__ void finish(Row& row, const float (&mean)[kRows],
+  __device__ __forceinline__ void finish(const Row& row, const float (&mean)[kRows],
                                          const float (&rstd)[kRows]) {
-    branch_if(!a.weight.data, [&] { fill(weight, a.weight.dtype, 1.f); });
-    bool plain = !a.options.round_before_weight && a.options.weight_offset == 0.f;
-    if constexpr (Access::kMixed)
-      plain = plain && a.weight.dtype == DType::kFloat32 &&
-              (!kExpectsBias || a.bias.dtype == DType::kFloat32);
+    branch_if(!a.weight.data, [&] { fill(weight, 1.f); });
+    const bool plain = !a.options.round_before_weight && a.options.weight_offset == 0.f;
     if (!kExpectsBias && a.bias.data)
-      finish<Variant<false, true, kMaps == 1>>(row, mean, rstd);
-    else if (!plain)
-      finish<Variant<false, kExpectsBias, kMaps == 1>>(row, mean, rstd);
-    else if (share(a))
-      finish<Variant<true, kExpectsBias, true>>(row, mean, rstd);
-    else if constexpr (kMaps > 1)
-      finish<Variant<true, kExpectsBias, false>>(row, mean, rstd);
+      finish<Variant<Maps::kAny, true, kMaps == 1>>(row, mean, rstd);
+    else if (plain && share(a) && are_of(kUsual))
+      finish<Variant<Maps::kUsual, kExpectsBias, true>>(row, mean, rstd);
+    else if (plain && Access::kMixed && Access::kDTypeOfX != kUsual && are_of(Access::kDTypeOfX))
+      finish<Variant<Maps::kOfX, kExpectsBias, true>>(row, mean, rstd);
+    else if (plain && kMaps > 1)
+      finish<Variant<Maps::kUsual, kExpectsBias, false>>(row, mean, rstd);
+    else
+      finish<Variant<Maps::kAny, kExpectsBias, kMaps == 1>>(row, mean, rstd);
   }
 
  private:
-  template <bool kIsPlain, bool kHasBias, bool kIsShared>
+  // What code is made for: the weight multiplies as it is, without an offset, and nothing is
+  // rounded before it; weight and bias are of the dtype that is usual with this access, or of x's.
+  enum class Maps { kAny, kUsual, kOfX };
+  static constexpr DType kUsual = Access::kMixed ? DType::kFloat32 : Access::kDTypeOfX;
+  template <Maps kMapsOf, bool kHasBias, bool kIsShared>
   struct Variant {
-    // The weight multiplies as it is; it is of float32 where dtypes are mixed.
-    static constexpr bool kPlain = kIsPlain;
+    static constexpr bool kPlain = kMapsOf != Maps::kAny;
     static constexpr bool kBias = kHasBias;
     static constexpr bool kShared = kIsShared;  // one weight is that of all rows
+    static __device__ __forceinline__ DType dtype(const LaunchAffine& of) {
+      return kMapsOf == Maps::kAny     ? of.dtype
+             : kMapsOf == Maps::kUsual ? kUsual
+                                       : Access::kDTypeOfX;
+    }
   };
 
+  __device__ __forceinline__ bool are_of(DType dtype) const {
+    return !Access::kMixed || (a.weight.dtype == dtype && (!kExpectsBias || a.bias.dtype == dtype));
+  }
   static __device__ __forceinline__ bool share(const RowNormArgs& a) {
     return kMaps == 1 || a.heads.value == 1;
   }
@@ -93,14 +105,12 @@ struct Affine {
         to[m][p] = Access::load(at[m] + row.offset(p, from.dtype), from.dtype, wanted);
       }
   }
-  static __device__ __forceinline__ void fill(Operand (&operands)[kMaps][kPacks], DType dtype,
-                                              float value) {
+  static __device__ __forceinline__ void fill(Operand (&operands)[kMaps][kPacks], float value) {
 #pragma unroll
     for (int m = 0; m < kMaps; ++m)
 #pragma unroll
-      for (int p = 0; p < kPacks; ++p) operands[m][p] = Access::filled(value, dtype);
+      for (int p = 0; p < kPacks; ++p) operands[m][p] = Access::filled(value);
   }
-
   static __device__ __forceinline__ void spread(Operand (&operands)[kMaps][kPacks]) {
 #pragma unroll
     for (int m = 1; m < kMaps; ++m)
@@ -109,30 +119,25 @@ struct Affine {
   }
 
   template <class Variant>
-  __device__ __forceinline__ void finish(Row& row, const float (&mean)[kRows],
+  __device__ __forceinline__ void finish(const Row& row, const float (&mean)[kRows],
                                          const float (&rstd)[kRows]) {
-    constexpr bool kWide = Variant::kPlain && Access::kMixed;
-    const auto dtype_of = [](const LaunchAffine& of) { return kWide ? DType::kFloat32 : of.dtype; };
     if constexpr (Variant::kBias && kBias == Load::kAtStore) load(row, a.bias, bias_at, bias);
-    if constexpr (kExpectsBias)
-      branch_if(!a.bias.data, [&] { fill(bias, a.bias.dtype, -0.f); });  // v + -0 is v
+    if constexpr (kExpectsBias) branch_if(!a.bias.data, [&] { fill(bias, -0.f); });  // v + -0 is v
     if constexpr (!Variant::kShared) branch_if(share(a), [&] { spread(weight), spread(bias); });
     Row::for_packs([&](int r, int p) {
       const int m = Variant::kShared ? 0 : r;
-      Values v = Access::floats(row.x[r][p]);
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) v.v[i] = (v.v[i] - mean[r]) * rstd[r];
+      Values v = row.normalised(r, p, mean[r], rstd[r]);
       if constexpr (!Variant::kPlain)
         branch_if(a.options.round_before_weight, [&] { v = Access::rounded(v, a.normalised); });
-      const Values w = Access::floats(weight[m][p], dtype_of(a.weight));
+      const Values w = Access::floats(weight[m][p], Variant::dtype(a.weight));
       Values b{};
-      if constexpr (Variant::kBias) b = Access::floats(bias[m][p], dtype_of(a.bias));
+      if constexpr (Variant::kBias) b = Access::floats(bias[m][p], Variant::dtype(a.bias));
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {
         const float factor = Variant::kPlain ? w.v[i] : w.v[i] + a.options.weight_offset;
         v.v[i] = Variant::kBias ? fmaf(v.v[i], factor, b.v[i]) : v.v[i] * factor;
       }
-      Access::store(row.out_at[r] + row.offset(p, a.out.dtype), a.out.dtype, row.has(r, p), v);
+      row.store(r, p, v);
     });
   }
 };

@@ -53,7 +53,7 @@ LaunchRows launch_rows(const Norm& norm, const RowsOf& from, int64_t pack) {
 
 template <class Norm>
 LaunchAffine launch_affine(const Norm& norm, const Affine& from, int64_t pack) {
-  return {from.data, from.groups > 1 ? from.stride : 0, from.dtype,
+  return {from.data, from.groups > 1 ? from.stride : 0, from.data ? from.dtype : DType::kFloat32,
           from.data && is_wide(norm, from, pack)};
 }
 

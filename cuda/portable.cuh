@@ -157,12 +157,15 @@ __device__ __forceinline__ void store_if(void* to, bool wanted, const uint2& v) 
 }
 
 // f() where a condition holds that is the same for the whole grid.  A loop of one turn or none
-// stays a branch; of an `if` ptxas makes instructions that are issued for nothing, and that take
-// registers.
+// stays a branch, where the compiler may not see that its body changes nothing in a second turn; of
+// an `if`, ptxas makes instructions that are issued for nothing, and that take registers.
 template <class F>
 __device__ __forceinline__ void branch_if(bool condition, const F& f) {
 #pragma unroll 1
-  for (int turn = 0; turn < static_cast<int>(condition); ++turn) f();
+  for (int turn = 0; turn < static_cast<int>(condition); ++turn) {
+    asm volatile("");
+    f();
+  }
 }
 
 __device__ __forceinline__ float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }

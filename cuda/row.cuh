@@ -120,6 +120,16 @@ struct Row {
     });
   }
 
+  __device__ __forceinline__ Values normalised(int r, int p, float mean, float rstd) const {
+    Values v = Access::floats(x[r][p]);
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) v.v[i] = (v.v[i] - mean) * rstd;
+    return v;
+  }
+  __device__ __forceinline__ void store(int r, int p, const Values& y) const {
+    Access::store(out_at[r] + offset(p, a.out.dtype), a.out.dtype, has(r, p), y);
+  }
+
   // f(sum) of what each row adds up to, of x or of (x - mean)^2; every lane gets those of its rows.
   template <bool kSquares, class F>
   __device__ __forceinline__ void reduce(const float (&mean)[kRows], Storage& storage, const F& f,
