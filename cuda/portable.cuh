@@ -231,25 +231,20 @@ inline float inverse_square_root(float v) {
 }
 
 // What is not wanted is NaN in every dtype, so that a use of it shows.
-inline uint4 load_if(const void* from, bool wanted) {
-  uint4 v;
+template <class Bits>
+Bits bits_if(const void* from, bool wanted) {
+  Bits v;
   if (wanted)
-    std::memcpy(&v, __builtin_assume_aligned(from, 16), sizeof v);
+    v = *static_cast<const Bits*>(from);
   else
-    std::memset(&v, 0xFF, sizeof v);
+    std::memset(static_cast<void*>(&v), 0xFF, sizeof v);
   return v;
 }
-inline uint2 load_half_if(const void* from, bool wanted) {
-  uint2 v;
-  if (wanted)
-    std::memcpy(&v, __builtin_assume_aligned(from, 8), sizeof v);
-  else
-    std::memset(&v, 0xFF, sizeof v);
-  return v;
-}
+inline uint4 load_if(const void* from, bool wanted) { return bits_if<uint4>(from, wanted); }
+inline uint2 load_half_if(const void* from, bool wanted) { return bits_if<uint2>(from, wanted); }
 template <class Bits>
 void store_if(void* to, bool wanted, const Bits& v) {
-  if (wanted) std::memcpy(__builtin_assume_aligned(to, sizeof v), &v, sizeof v);
+  if (wanted) *static_cast<Bits*>(to) = v;
 }
 
 template <class F>

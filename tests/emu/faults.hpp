@@ -177,9 +177,7 @@ const Fault kFaults[] = {
        }
      }},
     {"misaligned_load", When::kAsan, "misaligned address",
-     [] {
-       one_block([] { load_once(reinterpret_cast<const uint4*>(global_value + threadIdx.x)); }, 32);
-     }},
+     [] { one_block([] { load_if(global_value + threadIdx.x, true); }, 32); }},
     {"race_without_barrier", When::kTsan, "data race",
      [] {
        one_block([] {

@@ -24,7 +24,13 @@ def mutant(name: str, stands_for: str, build: str, file: str, old: str, new: str
 PACK = "cuda/pack.cuh"
 REDUCE = "cuda/reduce.cuh"
 ROWS = "cuda/rows.cuh"
-ROW = "cuda/row_norm.cuh"
+ACCESS = "cuda/access.cuh"
+ARGS = "cuda/args.cuh"
+ROW = "cuda/row.cuh"
+EPILOGUE = "cuda/epilogue.cuh"
+ROW_NORM = "cuda/row_norm.cuh"
+STREAMED = "cuda/streamed_row_norm.cuh"
+LAUNCH = "cuda/launch.cu"
 LAUNCHES = "cuda/launches.h"
 BACKWARD = "cuda/row_norm_backward.cuh"
 PARTIAL = "cuda/partial_sums.cuh"
@@ -32,17 +38,12 @@ SPLIT = "cuda/split.cuh"
 LAUNCH_BACKWARD = "cuda/launch_backward.cu"
 
 WARP_TREE = """\
-  __syncthreads();
-#pragma unroll
-  for (int q = 0; q < kQuads; ++q) {
-    storage.thread[q][threadIdx.x] = v.quad[q];
-    __syncwarp(0xffffffffu);
+    float* const mine = const_cast<float*>(of_group) + lane * kWarps;
+    *mine = fold_warps<kWarps>(mine);
     for (int half = kWarp / 2; half > 0; half /= 2)
-      if (lane < half) storage.thread[q][threadIdx.x] += storage.thread[q][threadIdx.x + half];
+      if (lane < half) *mine += mine[half * kWarps];
     __syncwarp(0xffffffffu);
-    v.quad[q] = storage.thread[q][threadIdx.x - lane];
-  }
-  return fold<kQuads>(v.quad);
+    return *of_group;
 """
 
 FORWARD = (
@@ -51,8 +52,12 @@ FORWARD = (
         "a whole pack is loaded where the row ends inside it",
         ADDRESS,
         PACK,
-        "if (row.wide && column + kSize <= end) {",
-        "if (row.wide && column < end) {",
+        "item)[kSize]) {\n"
+        "    const Item* from = reinterpret_cast<const Item*>(row.data) + column;\n"
+        "    if (row.wide && column + kSize <= end) {",
+        "item)[kSize]) {\n"
+        "    const Item* from = reinterpret_cast<const Item*>(row.data) + column;\n"
+        "    if (row.wide && column < end) {",
     ),
     mutant(
         "alignment-not-checked",
@@ -66,16 +71,16 @@ FORWARD = (
         "storage-used-twice",
         "both reductions through one storage, without a barrier between them",
         THREAD,
-        ROW,
-        "sum[r] = sum_of_row(fold_packs(of_pack), squares_storage);",
-        "sum[r] = sum_of_row(fold_packs(of_pack), sum_storage);",
+        ROW_NORM,
+        "mean, squares_storage,",
+        "mean, kStatistic == Statistic::kLayer ? sum_storage : squares_storage,",
     ),
     mutant(
         "warp-tree-unsynced",
         "a tree over shared memory that trusts a warp to run in step",
         THREAD,
         REDUCE,
-        "  return fold_lanes(v, kWarp);\n",
+        "    return fold_lanes(fold_warps<kWarps>(of_group + lane * kWarps), kWarp);\n",
         WARP_TREE,
     ),
     mutant(
@@ -83,24 +88,27 @@ FORWARD = (
         "other warps' sums are read before they are written",
         THREAD,
         REDUCE,
-        "  __syncthreads();\n  const int lane",
-        "  const int lane",
+        "  __syncthreads();\n"
+        "  if (warps == 4)",
+        "  if (warps == 4)",
     ),
     mutant(
         "barrier-divergent",
         "a barrier that only threads with columns of the row reach",
         PLAIN,
         REDUCE,
-        "  __syncthreads();\n  const int lane",
-        "  if (v.quad[0] != 0.f) __syncthreads();\n  const int lane",
+        "  __syncthreads();\n"
+        "  if (warps == 4)",
+        "  if (v.quad[0] != 0.f) __syncthreads();\n"
+        "  if (warps == 4)",
     ),
     mutant(
         "shared-uninitialised",
         "sums of warps that the group does not have",
         PLAIN,
         REDUCE,
-        "warp * kWarp < lanes ? storage.thread[q][first + warp * kWarp + lane] : 0.f;",
-        "storage.thread[q][(first + warp * kWarp + lane) % kMostLanes];",
+        "  if (warps == 2) return fold_group<kQuads, 2>(of_group);\n",
+        "",
     ),
     mutant(
         "offset-32-bits",
@@ -115,25 +123,25 @@ FORWARD = (
         "a batch of another size gives other bits",
         PLAIN,
         REDUCE,
-        "for (int half = lanes / 2; half > 0; half /= 2)",
-        "for (int half = 1; half < lanes; half *= 2)",
+        "for (int half = kMost / 2; half > 0; half /= 2)",
+        "for (int half = 1; half < kMost; half *= 2)",
     ),
     mutant(
         "mean-lost",
         "LayerNorm without its mean",
         PLAIN,
         ROW,
-        "float v = (x.v[i] - mean) * rstd;",
-        "float v = x.v[i] * rstd;",
+        "v.v[i] = (v.v[i] - mean) * rstd;",
+        "v.v[i] = v.v[i] * rstd;",
     ),
     mutant(
         "offset-in-weight-dtype",
         "1 + weight rounded to bfloat16 (Gemma's norm)",
         PLAIN,
-        ROW,
-        "a.weight.data ? weight.v[i] + a.options.weight_offset : 1.f;",
-        "a.weight.data ? Access::rounded(a.weight.dtype, weight.v[i] + a.options.weight_offset) "
-        ": 1.f;",
+        EPILOGUE,
+        "Variant::kPlain ? w.v[i] : w.v[i] + a.options.weight_offset;",
+        "Variant::kPlain ? w.v[i] : Access::rounded(w.v[i] + a.options.weight_offset, "
+        "a.weight.dtype);",
     ),
     mutant(
         "wrong-head",
@@ -147,32 +155,33 @@ FORWARD = (
         "sum-written-early",
         "residual_out takes the residual's memory before its last read",
         PLAIN,
-        ROW,
-        "      f(column, v, added);\n",
-        "      if constexpr (kAdds)\n"
-        "        Access::store(place.of(a.residual_out, a.dims), column, a.n, added);\n"
-        "      f(column, v, added);\n",
+        STREAMED,
+        "        const Values v = values_of(column, sum);\n",
+        "        const Values v = values_of(column, sum);\n"
+        "        if constexpr (kAdds)\n"
+        "          Access::store(place.of(a.residual_out, a.dims), column, end, sum);\n",
     ),
     mutant(
         "tail-dropped",
         "columns behind the last whole pack are left out",
         PLAIN,
-        ROW,
-        "column < a.n;",
-        "column + kSize <= a.n;",
+        STREAMED,
+        "column < end; column +=",
+        "column + kSize <= end; column +=",
     ),
     Mutant(
         "rounded-after-weight",
         "Llama's rounding before the weight comes after it",
         PLAIN,
-        ROW,
+        EPILOGUE,
         (
-            ("if (a.options.round_before_weight) v = Access::rounded(a.normalised, v);", ""),
+            ("[&] { v = Access::rounded(v, a.normalised); }", "[] {}"),
             (
-                "x.v[i] = a.bias.data ? fmaf(v, w, bias.v[i]) : v * w;",
-                "v *= w;\n"
-                "    if (a.options.round_before_weight) v = Access::rounded(a.normalised, v);\n"
-                "    x.v[i] = a.bias.data ? v + bias.v[i] : v;",
+                "v.v[i] = Variant::kBias ? fmaf(v.v[i], factor, b.v[i]) : v.v[i] * factor;",
+                "v.v[i] *= factor;\n"
+                "        if (a.options.round_before_weight)\n"
+                "          v.v[i] = Access::rounded(v.v[i], a.normalised);\n"
+                "        if (Variant::kBias) v.v[i] += b.v[i];",
             ),
         ),
     ),
@@ -181,8 +190,8 @@ FORWARD = (
         "the norm of another sum than the one in residual_out",
         PLAIN,
         ROW,
-        "v = rounds ? residual.v[i] : sum;",
-        "v = sum;",
+        "x[r][p] = a.options.round_sum ? clamped(rounded, dtype) : v;",
+        "x[r][p] = v;",
     ),
     mutant(
         "peer-before-barrier",
@@ -196,18 +205,18 @@ FORWARD = (
         "peer-gone",
         "a block ends while its peers read its shared memory",
         PLAIN,
-        ROW,
+        ROW_NORM,
         (
-            ("if constexpr (kCluster) cluster_arrive();", ""),
-            ("if constexpr (kCluster) cluster_wait();", ""),
+            ("if (row.has_peers()) cluster_arrive();", ""),
+            ("if (row.has_peers()) cluster_wait();", ""),
         ),
     ),
     mutant(
         "masked-in-variance",
         "columns behind the end count as the mean squared (Triton's where left out)",
         PLAIN,
-        ROW,
-        "else if (count > (Access::kWhole ? 0 : i))",
+        STREAMED,
+        "else if (i < count)",
         "else if (count > -1)",
     ),
     mutant(
@@ -230,33 +239,83 @@ FORWARD = (
         "variance-of-a-sample",
         "n - 1 in the place of n",
         PLAIN,
-        ROW,
-        "inverse_square_root(squares / static_cast<float>(n) + eps)",
-        "inverse_square_root(squares / static_cast<float>(n > 1 ? n - 1 : 1) + eps)",
+        ARGS,
+        "inverse_square_root(mean_of(a, squares) + a.options.eps)",
+        "inverse_square_root(squares / (a.columns > 1 ? a.columns - 1 : 1) + a.options.eps)",
     ),
     mutant(
         "eps-outside",
         "eps added to the root, not under it",
         PLAIN,
-        ROW,
-        "return inverse_square_root(squares / static_cast<float>(n) + eps);",
-        "return 1.f / (sqrtf(squares / static_cast<float>(n)) + eps);",
+        ARGS,
+        "return inverse_square_root(mean_of(a, squares) + a.options.eps);",
+        "return 1.f / (sqrtf(mean_of(a, squares)) + a.options.eps);",
     ),
     mutant(
         "weight-of-first-row",
         "the rows of one thread all take the first one's weight",
         PLAIN,
-        ROW,
-        "Access::load(weight_row[r], column(p), live[r])",
-        "Access::load(weight_row[0], column(p), live[r])",
+        EPILOGUE,
+        "Access::load(at[m] + row.offset",
+        "Access::load(at[0] + row.offset",
     ),
     mutant(
         "rows-behind-the-last",
         "groups without a row work on the first one, in place, again",
         PLAIN,
         ROW,
-        "live[r] = rows[r] < a.rows ? end : 0;",
-        "live[r] = end;",
+        "live[r] = number[r] < a.rows;",
+        "live[r] = true;",
+    ),
+    mutant(
+        "idle-lane-counted",
+        "lanes without columns in the last pack add what their registers hold",
+        PLAIN,
+        ROW,
+        "if (!has_last) of_pack[kPacks - 1].quad[q] = 0.f;",
+        "if (false) of_pack[kPacks - 1].quad[q] = 0.f;",
+    ),
+    mutant(
+        "first-pack-missing",
+        "every pack of a lane is taken to be full",
+        ADDRESS,
+        ROW,
+        "return p < kPacks - 1 || has_last;",
+        "return p < kPacks;",
+    ),
+    mutant(
+        "sum-of-another-row",
+        "of four rows in one thread, two neighbours exchange their sums",
+        PLAIN,
+        REDUCE,
+        "first + r * apart, kWarp);",
+        "first + (r ^ 1) * apart, kWarp);",
+    ),
+    mutant(
+        "streamed-in-other-order",
+        "rows that cannot be reached in whole packs are added up as they come",
+        PLAIN,
+        REDUCE,
+        "  int bit = turns / 2;\n"
+        "  for (; turn & bit; bit /= 2) turn ^= bit;\n"
+        "  return turn | bit;\n",
+        "  return (turn + 1) % turns;\n",
+    ),
+    mutant(
+        "absent-weight-is-undefined",
+        "what a null weight has in its registers",
+        PLAIN,
+        EPILOGUE,
+        "branch_if(!a.weight.data, [&] { fill(weight, 1.f); });",
+        "",
+    ),
+    mutant(
+        "float32-half-loaded",
+        "of a float32 weight beside 16 bits only the first half is loaded",
+        PLAIN,
+        ACCESS,
+        "operand.rest = load_if(from + 16, wanted && is_float32(dtype));",
+        "operand.rest = load_if(from, wanted && is_float32(dtype));",
     ),
     mutant(
         "clamp-swallows-nan",

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mutations import ADDRESS, LAUNCHES, PLAIN, REDUCE, ROW, SPLIT, THREAD, mutant
+from mutations import (
+    ADDRESS,
+    LAUNCH,
+    LAUNCHES,
+    PLAIN,
+    REDUCE,
+    SPLIT,
+    STREAMED,
+    THREAD,
+    mutant,
+)
 
 _BROKEN = (
     mutant(
@@ -12,8 +22,8 @@ _BROKEN = (
         "other warps' squares are read before they are written",
         THREAD,
         REDUCE,
-        "  __syncthreads();\n  const int lane",
-        "  const int lane",
+        "  __syncthreads();\n  if (warps == 4)",
+        "  if (warps == 4)",
     ),
     mutant(
         "parts-sums-unsynced",
@@ -27,8 +37,8 @@ _BROKEN = (
         "parts-saved-by-all",
         "every thread writes a row's statistics",
         THREAD,
-        ROW,
-        "if (threadIdx.x == 0) save_statistics",
+        STREAMED,
+        "if (lane == 0) save_statistics",
         "save_statistics",
     ),
     mutant(
@@ -67,7 +77,7 @@ _BROKEN = (
         "planes-exchanged",
         "means are written where squares are read",
         PLAIN,
-        ROW,
+        STREAMED,
         "{squares, mean};",
         "{mean, squares};",
     ),
@@ -107,9 +117,9 @@ _BROKEN = (
         "columns-of-one-part",
         "the squares of whole rows divided by a part's number of columns",
         PLAIN,
-        ROW,
-        "a.n * a.split.parts : a.n;",
-        "a.n : a.n;",
+        LAUNCH,
+        "norm.n * norm.split.parts : norm.n;",
+        "norm.n : norm.n;",
     ),
     mutant(
         "sum-for-mean",
@@ -121,11 +131,11 @@ _BROKEN = (
     ),
     mutant(
         "parts-not-clamped",
-        "infinities of a float16 are not looked for where a code tells the dtype",
+        "infinities of a float16 are not looked for",
         PLAIN,
-        ROW,
-        "(std::is_same_v<T, Coded> ? a.x.dtype : kDType<T>) == DType::kFloat16;",
-        "(void)a, kDType<T> == DType::kFloat16;",
+        STREAMED,
+        "clamp_infinities(a, a.x.dtype, v);",
+        "",
     ),
 )
 
