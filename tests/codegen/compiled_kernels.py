@@ -275,6 +275,8 @@ def compile_text(source: str, arch: int) -> dict[str, Program]:
         unfinished = kept.with_suffix(f".{os.getpid()}")
         unfinished.write_text(json.dumps([astuple(program) for program in made.values()]))
         unfinished.rename(kept)
+        for old in sorted(KEPT.glob("text.*.json"), key=lambda path: path.stat().st_mtime)[:-100]:
+            old.unlink(missing_ok=True)
     return {fields[0]: Program(*fields) for fields in json.loads(kept.read_text())}
 
 
@@ -282,7 +284,7 @@ def key(*parts: str) -> str:
     """A hash of all that an outcome depends on: `parts`, what sources include, and the tools."""
     headers = (*CUDA.glob("*.cuh"), *CUDA.glob("*.h"), *(ROOT / "cpp").glob("*.h"))
     version = subprocess.check_output([find("nvcc") or "nvcc", "--version"])
-    known = [version, repr((parts, find("cuobjdump"))).encode()]
+    known = [version, repr((parts, find("cuobjdump") is not None)).encode()]
     known += [path.name.encode() + path.read_bytes() for path in sorted(headers)]
     return hashlib.sha256(b"".join(known)).hexdigest()[:16]
 
@@ -327,7 +329,7 @@ def compile_all(folder: Path, workers: int = 2) -> list[Kernel]:
     KEPT.mkdir(parents=True, exist_ok=True)
     with (KEPT / "lock").open("w") as lock, ThreadPoolExecutor(workers) as pool:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        compiled = list(pool.map(lambda job: _compiled(*job, folder), jobs))
+        compiled = list(pool.map(lambda job: _compiled(job[0], job[1], folder), jobs))
     kernels: list[Kernel] = []
     for (source, arch), made in zip(jobs, compiled, strict=True):
         if source not in ("launch.cu", "device.cu"):

@@ -93,10 +93,9 @@ _made: list[Path] = []  # once a process is enough: sources do not change meanwh
 def _program() -> Path:
     if _made:
         return _made[0]
-    sources = [
-        *(path for folder in (CUDA, EMULATOR, HERE) for path in folder.iterdir() if path.is_file()),
-        *(ROOT / "cpp").glob("*.h"),
-    ]
+    folders = (CUDA, EMULATOR, HERE, ROOT / "cpp")
+    kinds = (".cu", ".cuh", ".h", ".hpp", ".cpp")
+    sources = [path for folder in folders for path in folder.iterdir() if path.suffix in kinds]
     text = b"".join(path.name.encode() + path.read_bytes() for path in sorted(sources))
     key = hashlib.sha256(text + repr(FLAGS).encode()).hexdigest()[:16]
     kept = KEPT / f"arguments.{key}"

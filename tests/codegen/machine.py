@@ -41,9 +41,9 @@ class _Bank(NamedTuple):
     block: int
     grid: int
     zeros: tuple[int, ...]  # the stack, and the descriptor of global memory
-    is_cluster: int = -1
-    cluster: int = -1  # blocks along x
-    clusters: int = -1
+    is_cluster: int = -1  # -1: there are no clusters
+    cluster: int = -1  # blocks of one along x
+    clusters: int = -1  # along x
     blocks_of_cluster: int = -1
 
 
@@ -66,6 +66,7 @@ def _constants(program: Program, launch: Launch) -> dict[int, int]:
     words[bank.is_cluster] = int(launch.cluster > 1)
     words[bank.cluster] = words[bank.blocks_of_cluster] = launch.cluster
     words[bank.clusters] = launch.grid[0] // launch.cluster
+    words.pop(-1, None)
     padded = launch.arguments + bytes(-got % 4)
     for k, (word,) in enumerate(struct.iter_unpack("<I", padded)):
         words[program.parameters + 4 * k] = word
@@ -82,13 +83,10 @@ class Thread:
     limit: int = 200_000  # instructions
     traced: bool = False
 
-    executed: Counter[int] = field(default_factory=Counter)  # by address
-    events: list[Event] = field(default_factory=list)
-    trace: list[tuple[Instruction, bool]] = field(
-        default_factory=list
-    )  # and whether its guard held
-
     def __post_init__(self) -> None:
+        self.executed: Counter[int] = Counter()  # by address
+        self.events: list[Event] = []
+        self.trace: list[tuple[Instruction, bool]] = []  # each, and whether its guard held
         self.constants = _constants(self.program, self.launch)
         self.registers = [0] * (ZERO + 4)
         self.predicates = [False] * 15 + [True]

@@ -101,14 +101,16 @@ def in_registers(plan: Planned) -> bool:
 
 def calls() -> Iterator[Call]:
     """So many that each kernel is reached by one of them."""
-    lengths = (64, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 1 << 18)
+    lengths = (1 << 18, 32768, 16384, 8192, 4096, 2048, 1024, 512, 256, 64)  # full threads first
     for x, layer, adds, n, odd, other_weight, rows in itertools.product(
         DTYPES, (0, 1), (False, True), lengths, (0, 1), (False, True), (1, MANY)
     ):
         weight = (BF16 if x == FP32 else FP32) if other_weight else x
-        call = {"n": n + odd, "rows": rows, "x": x, "weight": weight, "out": x, "layer": layer}
-        sum_ = {"residual": x, "residual_out": x, "round_sum": 1} if adds else {}
-        yield {**call, **sum_}
+        call: dict[str, int | str] = {"n": n + odd, "rows": rows, "layer": layer}
+        call |= {"x": x, "weight": weight, "out": x}
+        if adds:
+            call |= {"residual": x, "residual_out": x, "round_sum": 1}
+        yield call
 
 
 def kind(call: Call, plan: Planned) -> str:
@@ -125,7 +127,44 @@ def kind(call: Call, plan: Planned) -> str:
 # Loads of x, residual and weight that may come after the first use of another, by kind of kernel;
 # none where it is not named.  A load that is used before the next one is issued has its latency to
 # itself.
-LATE: dict[str, int] = {}
+LATE = {
+    # Of whole packs: loads of the weight, a branch each, are behind the first use of x.
+    "layer 1x1": 1,
+    "layer 2x1": 2,
+    "layer 4x1": 4,
+    "layer 8x1": 3,
+    "rms 1x1": 1,
+    "rms 2x1": 2,
+    "rms 4x1": 4,
+    "rms 8x1": 5,
+    # Four rows in turns: x of one of them is used before the others' loads.
+    "add layer 1x4": 8,
+    "add rms 1x4": 8,
+    "layer 1x4": 4,
+    "rms 1x4": 4,
+    # The sum with the residual is made, and stored, pack by pack.
+    "add layer 8x1": 23,
+    "add rms 2x1": 2,
+    "add rms 4x1": 2,
+    "add rms 8x1": 23,
+    # Each pack is used as soon as it is there.
+    "add layer 1x1 any": 3,
+    "add layer 8x1 any": 31,
+    "add layer 8x1 cluster": 23,
+    "add layer 8x1 cluster any": 31,
+    "add rms 1x1 any": 3,
+    "add rms 8x1 any": 31,
+    "add rms 8x1 cluster": 23,
+    "add rms 8x1 cluster any": 31,
+    "layer 1x1 any": 2,
+    "layer 8x1 any": 23,
+    "layer 8x1 cluster": 7,
+    "layer 8x1 cluster any": 23,
+    "rms 1x1 any": 2,
+    "rms 8x1 any": 23,
+    "rms 8x1 cluster": 15,
+    "rms 8x1 cluster any": 23,
+}
 
 
 def test_loads_are_in_flight_before_the_first_use(kernels: list[Kernel]) -> None:
@@ -145,4 +184,5 @@ def test_loads_are_in_flight_before_the_first_use(kernels: list[Kernel]) -> None
         most[kind(call, plan)] = max(most.get(kind(call, plan), 0), late_loads(thread))
     of_dtypes = [k for k in kernels if k.arch == WHOLE and k.dtype in DTYPES]
     assert reached == {k.program.symbol for k in of_dtypes if k.program}
-    assert {k: n for k, n in most.items() if n > LATE.get(k, 0)} == {}
+    over = {k: n for k, n in most.items() if n > LATE.get(k, 0)}
+    assert over == {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import struct
 from typing import Any
 
@@ -45,6 +46,9 @@ KERNEL turns_of_a_bool(Args a) {
 #pragma unroll 1
   for (int i = 0; i < a.flag; ++i) sum += a.n;
   a.out[0] = sum;
+}
+KERNEL indexed_argument(const __grid_constant__ Args a) {
+  a.out[0] = static_cast<unsigned>(a.beside[a.n]) & 255;
 }
 KERNEL guarded_load(Args a) {
   float4 v{};
@@ -150,6 +154,16 @@ def test_a_byte_is_loaded_without_those_beside_it(arch: int) -> None:
 
 
 @ARCH
+def test_an_argument_is_found_by_an_index(arch: int) -> None:
+    for n in range(7):
+        words = (OUT, IN, A, B, n, M, 1.0, 1.0, 1, bytes(range(100, 107)))
+        launch = Launch(struct.pack("<QQqqiiffB7s", *words))
+        program = compile_text(KERNELS, arch)["indexed_argument"]
+        assert any(re.search(r"c\[0x0\]\[U?R", line) for _, line in program.lines), "not tried"
+        assert stored(Thread(program, launch, tensors={1: "out"}).run()) == {0: 100 + n}
+
+
+@ARCH
 def test_a_load_counts_where_its_guard_holds(arch: int) -> None:
     def loads(thread: int) -> list[Event]:
         events = run("guarded_load", arch, n=4, thread=thread).events
@@ -210,7 +224,9 @@ def permuted(a: int, b: int, selector: int) -> int:
 
 @ARCH
 def test_integers_are_exact(arch: int) -> None:
-    for a, n, m in ((A, N, M), (-A, -N, M), (0, 0, -1), (B, M, -N), (-1, 1, 31)):
+    # The upper words of B and of the last ones are equal.
+    others = ((B - 1, N, M), (B + 1, N, M), (B + (1 << 31), N, M))
+    for a, n, m in ((A, N, M), (-A, -N, M), (0, 0, -1), (B, M, -N), (-1, 1, 31), *others):
         words = (OUT, IN, a, B, n, m, 1.0, 1.0, 1, b"\xff" * 7)
         program = compile_text(KERNELS, arch)["integers"]
         launch = Launch(struct.pack("<QQqqiiffB7s", *words), block=(128, 1, 1))
@@ -245,7 +261,7 @@ def test_integers_are_exact(arch: int) -> None:
 @ARCH
 def test_a_thread_knows_its_place(arch: int) -> None:
     cluster = 4 if arch >= 90 else 1
-    shape = {"grid": (24, 5, 7), "block": (64, 2, 3), "cluster": cluster}
+    shape: dict[str, Any] = {"grid": (24, 5, 7), "block": (64, 2, 3), "cluster": cluster}
     got = stored(run("place", arch, thread=64 + 9, at=14, **shape))
     want = [14, 9, 1, 64, 2, 3, 24, 5, 7, *((4, 2, 4, 6) if arch >= 90 else ())]
     assert got == dict(enumerate(want))
