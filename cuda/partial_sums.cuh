@@ -61,13 +61,18 @@ template <int kSize>
 __device__ __forceinline__ void add_to_partial(const PartialSums& partial, int64_t at, bool adds,
                                                bool is_first, bool is_last,
                                                const Floats<kSize>& v) {
-  Floats<kSize> sum{}, lost{};
-  if (adds || !is_first) sum = load_sums<kSize>(partial.sum + at);
-  if (!is_first) lost = load_sums<kSize>(partial.lost + at);
+  // Four at a time: more of them beside the sums in the making would spill.
+#pragma unroll 1
+  for (int half = 0; half < kSize / 4; ++half) {
+    Floats<4> sum{}, lost{};
+    if (adds || !is_first) sum = load_sums<4>(partial.sum + at + 4 * half);
+    if (!is_first) lost = load_sums<4>(partial.lost + at + 4 * half);
 #pragma unroll
-  for (int i = 0; i < kSize; ++i) add_to(sum.v[i], lost.v[i], v.v[i]);
-  store_sums(partial.sum + at, sum);
-  if (!is_last) store_sums(partial.lost + at, lost);
+    for (int i = 0; i < 4; ++i)
+      add_to(sum.v[i], lost.v[i], half == 0 ? v.v[i] : v.v[kSize - 4 + i]);
+    store_sums(partial.sum + at + 4 * half, sum);
+    if (!is_last) store_sums(partial.lost + at + 4 * half, lost);
+  }
 }
 
 }  // namespace normkit::cuda

@@ -44,15 +44,17 @@ __device__ __forceinline__ Terms<Access::kSize> terms_of(const RowNormBackwardAr
   t.grad_y = grad_y;
 #pragma unroll
   for (int i = 0; i < Access::kSize; ++i) {
-    const float w = weight.v[i] + a.options.weight_offset;
-    t.g.v[i] = grad_y.v[i] * w;
-    if (!Access::kWhole && a.from_output)
-      t.xhat.v[i] = w == 0.f ? 0.f : (x.v[i] - bias.v[i]) / w;
-    else if constexpr (kStatistic == Statistic::kLayer)
-      t.xhat.v[i] = (x.v[i] - mean) * rstd;
-    else
-      t.xhat.v[i] = x.v[i] * rstd;
+    t.g.v[i] = grad_y.v[i] * (weight.v[i] + a.options.weight_offset);
+    t.xhat.v[i] = kStatistic == Statistic::kLayer ? (x.v[i] - mean) * rstd : x.v[i] * rstd;
   }
+  if constexpr (!Access::kWhole)
+    branch_if(a.from_output, [&] {
+#pragma unroll
+      for (int i = 0; i < Access::kSize; ++i) {
+        const float w = weight.v[i] + a.options.weight_offset;
+        t.xhat.v[i] = w == 0.f ? 0.f : (x.v[i] - bias.v[i]) / w;
+      }
+    });
   return t;
 }
 
@@ -287,7 +289,8 @@ __global__ void __launch_bounds__(kPacks == 1 ? kThreads : kMostLanes,
     sum_over_lanes(means, lanes, sums_storage[walked % 2]);
 #pragma unroll
     for (int s = 0; s < kSums; ++s) means[s] = means[s] / static_cast<float>(a.n);
-#pragma unroll
+    // What is read again is not held either, pack by pack.
+#pragma unroll(kKeeps ? kPacks : 1)
     for (int p = 0; p < kPacks; ++p) {
       if (!has(p)) break;
       if constexpr (!kAddendEarly) addend[0] = load_addend(p);
