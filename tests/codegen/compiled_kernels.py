@@ -28,7 +28,7 @@ SOURCES = (  # the long ones first
     "instances_backward_any.cu",
     *(f"instances_backward_{dtype}.cu" for dtype in DTYPES),
     "launch_backward.cu",
-    "instances_split.cu",
+    "instances_streamed.cu",
     "launch.cu",
     "device.cu",
 )
@@ -46,14 +46,13 @@ ANSWERS = ("-Werror=all-warnings", "--resource-usage", "--keep")
 
 @dataclass(frozen=True)
 class Instance:
-    """The template arguments of a kernel, as `cuda/instances.cuh` writes them but for T."""
+    """The template arguments of a kernel but for T."""
 
     statistic: str
     adds: bool
-    access: str  # Uniform, Any, or "long" for the streaming kernel
+    access: str  # Uniform, Mixed, Any, or "streamed" where a row is read again for each pass
     packs: int = 0
     rows: int = 0
-    cluster: bool = False
     backward: bool = False
     step: str = "whole"  # of a split norm: "statistics" or "apply"
 
@@ -77,8 +76,7 @@ class Kernel:
 
     def __str__(self) -> str:
         i = self.instance
-        kind = i.access + (f" {i.packs}x{i.rows}" if i.packs else "") + " cluster" * i.cluster
-        kind += " backward" * i.backward
+        kind = i.access + (f" {i.packs}x{i.rows}" if i.packs else "") + " backward" * i.backward
         kind += "" if i.step == "whole" else f" {i.step} of parts"
         return f"{self.arch} {self.dtype} {i.statistic}{' adding' * i.adds} {kind}"
 
@@ -111,29 +109,23 @@ def constant(name: str) -> int:
     return int(match[1]) if match[1].isdigit() else constant(match[1])
 
 
+# Of a lane: kMostPacks.
+MOST_MIXED_PACKS, MOST_PACKS = map(
+    int, re.findall(r"kMostPacks = kMixed \? (\d) : (\d);", (ROOT / "cpp/plan.h").read_text())[0]
+)
+
+
 def named_instances() -> set[Instance]:
-    """What `cuda/instances.cuh` names, for both statistics, with a residual and without."""
-    text = (CUDA / "instances.cuh").read_text()
-    numbers = {"kAll": constant("kMaxPacks")}
-    found: set[Instance] = set()
-    for statistic in ("rms", "layer"):
-        for adds in (False, True):
-            assert "return long_row_norm_kernel<T, kStatistic, kAdds>;" in text
-            found.add(Instance(statistic, adds, "long"))
-            for access, packs, rows, cluster in re.findall(
-                r"\brow_norm_kernel<T, kStatistic, kAdds, (U|A), (\w+), (\d), (true|false)>", text
-            ):
-                found.add(
-                    Instance(
-                        statistic,
-                        adds,
-                        {"U": "Uniform", "A": "Any"}[access],
-                        numbers[packs] if packs in numbers else int(packs),
-                        int(rows),
-                        cluster == "true",
-                    )
-                )
-    return found
+    """What `cuda/instances.cuh` chooses from, for both statistics, with a residual and without."""
+    most = {"Uniform": MOST_PACKS, "Mixed": MOST_MIXED_PACKS}
+    return {
+        Instance(statistic, adds, access, packs, rows)
+        for statistic in ("rms", "layer")
+        for adds in (False, True)
+        for access in most
+        for packs, rows in [(1, 4), *((packs, 1) for packs in range(1, most[access] + 1))]
+        if not (rows == 4 and adds and access == "Mixed")  # they are not unrolled
+    }
 
 
 def named_backward_instances(source: str) -> set[Instance]:
@@ -146,7 +138,7 @@ def named_backward_instances(source: str) -> set[Instance]:
         "backward_float16": {("Uniform", packs) for packs in (1, most // 8)},
         "backward_bfloat16": {("Uniform", packs) for packs in (1, most // 8)},
         "backward_any": {("Any4", 1), ("Any4", most // 4), ("Any8", 1), ("Any8", most // 8)}
-        | {("long", 0)},
+        | {("streamed", 0)},
     }[source]
     found = {
         Instance(statistic, False, access, packs, 1 if packs else 0, backward=True)
@@ -158,10 +150,15 @@ def named_backward_instances(source: str) -> set[Instance]:
     return found
 
 
-def named_split_instances() -> set[Instance]:
-    """What `cuda/instances_split.cu` names: each step, forward and backward."""
-    return {
-        Instance("layer", False, "long", backward=backward, step=step)
+def named_streamed_instances() -> set[Instance]:
+    """What `cuda/instances_streamed.cu` names, and each step of split rows."""
+    whole = {
+        Instance(statistic, adds, "streamed")
+        for statistic in ("rms", "layer")
+        for adds in (False, True)
+    }
+    return whole | {
+        Instance("layer", False, "streamed", backward=backward, step=step)
         for backward in (False, True)
         for step in STEPS[1:]
     }
@@ -169,17 +166,15 @@ def named_split_instances() -> set[Instance]:
 
 _STEP = r"(?:LNS_4StepE(?P<step>[012])E)?"
 _MANGLED = re.compile(
-    r"row_norm_kernelI(?:f|6__half|13__nv_bfloat16|NS0_5CodedE)"
+    r"row_norm_kernelI(?:(?:f|6__half|13__nv_bfloat16))?"
     r"LNS_9StatisticE(?P<statistic>[01])ELb(?P<adds>[01])E"
-    r"(?:NS0_\d(?P<access>Uniform|Any)I\w+?E+Li(?P<packs>\d+)ELi(?P<rows>\d+)ELb(?P<cluster>[01])E)?"
-    + _STEP
-    + "E"
+    r"(?:NS0_4WideI\w+?Lb(?P<mixed>[01])E+Li(?P<packs>\d+)ELi(?P<rows>\d+)E)?" + _STEP + "E"
 )
 _MANGLED_BACKWARD = re.compile(
     r"\d\d(?P<kind>row_norm_backward|long_row_backward|long_columns|fold)_kernel"
     r"(?:ILNS_9StatisticE(?P<statistic>[01])E)?"
     + _STEP
-    + r"(?:NS0_\d(?P<access>Uniform|Any)I(?:f|6__half|13__nv_bfloat16)(?:Li(?P<size>\d)E)?E+"
+    + r"(?:NS0_\d(?P<access>Uniform|Any)I(?:f|6__half|13__nv_bfloat16)?(?:Li(?P<size>\d)E)?E+"
     + r"Li(?P<packs>\d)E)?"
 )
 
@@ -187,7 +182,7 @@ _MANGLED_BACKWARD = re.compile(
 def instance_of(mangled: str) -> Instance | None:
     if match := _MANGLED_BACKWARD.search(mangled):
         statistic = ("rms", "layer")[int(match["statistic"])] if match["statistic"] else ""
-        kind = {"fold": "fold", "long_columns": "columns", "long_row_backward": "long"}
+        kind = {"fold": "fold", "long_columns": "columns", "long_row_backward": "streamed"}
         access = kind.get(match["kind"]) or match["access"] + (match["size"] or "")
         packs, step = int(match["packs"] or 0), STEPS[int(match["step"] or 0)]
         return Instance(
@@ -198,10 +193,10 @@ def instance_of(mangled: str) -> Instance | None:
         return None
     statistic = ("rms", "layer")[int(match["statistic"])]
     adds = match["adds"] == "1"
-    if match["access"] is None:
-        return Instance(statistic, adds, "long", step=STEPS[int(match["step"])])
-    packs, rows = int(match["packs"]), int(match["rows"])
-    return Instance(statistic, adds, match["access"], packs, rows, match["cluster"] == "1")
+    if match["packs"] is None:
+        return Instance(statistic, adds, "streamed", step=STEPS[int(match["step"])])
+    access = "Mixed" if match["mixed"] == "1" else "Uniform"
+    return Instance(statistic, adds, access, int(match["packs"]), int(match["rows"]))
 
 
 def _numbers(pattern: str, text: str) -> int:

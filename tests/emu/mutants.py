@@ -28,7 +28,7 @@ from mutations_parts import PARTS
 ROOT = Path(__file__).resolve().parents[2]
 MUTANTS = (*OF_WHOLE_ROWS, *PARTS)
 # What the sweep runs: all of it, or a part where a sanitizer makes it slow.
-SHARE = {PLAIN: ("0", "1"), ADDRESS: ("0", "8"), THREAD: ("0", "8")}
+SHARE = {PLAIN: ("0", "1"), ADDRESS: ("0", "8"), THREAD: ("0", "12")}
 TIME_LIMIT = 300  # seconds for a sweep; an endless loop is no catch
 
 

@@ -326,17 +326,22 @@ void sweep_forward(Sweep& forward) {
           for (const DType other : dtypes) {
             if (clusters)
               for (const int64_t n : kSizes) {
+                if (n > 7 && n % 7 == 0 && x != other)
+                  continue;  // for seven packs, of one dtype only
                 // Few rows, and enough to fill the device of one processor where that is cheap.
                 forward.add(statistic, adds, x, other, n == 7 ? 0 : n % 2 ? 3 : 1, n);
                 forward.add(statistic, adds, x, other,
-                            n <= 32    ? 2100
-                            : n <= 264 ? 300
-                            : n <= 520 ? 67
-                                       : 9,
+                            n <= 32                           ? 2100
+                            : n == 96 || n == 192 || n == 224 ? 67
+                            : n <= 264                        ? 300
+                            : n <= 520                        ? 67
+                                                              : 9,
                             n);
               }
-            for (const int64_t n : kLongSizes)
-              if (x == other || n % 7 == 0) forward.add(statistic, adds, x, other, 1, n);
+            for (const int64_t n : kLongSizes) {
+              if (!clusters && n > 20000 && n < 131072) continue;  // one plan for all of them
+              if (x == other || n == 18432) forward.add(statistic, adds, x, other, 1, n);
+            }
           }
   }
   if (forward.of == 1)
