@@ -18,21 +18,21 @@ from normkit._bench import NORMKIT
 # Issued by a warp for each of its packs, of 16 bytes of x in each thread; packs that padding adds
 # to a row count as instructions of the others.  Counted in the machine code for sm_90, bfloat16.
 INSTRUCTIONS = {
-    "rms_norm 512": 261,
-    "rms_norm 1024": 217,
-    "rms_norm 2560": 359,
-    "rms_norm 2880": 319,
-    "rms_norm 4096": 231,
-    "rms_norm 5120": 311,
-    "rms_norm 8192": 202,
-    "rms_norm 8192 float32 weight": 175,
-    "rms_norm 16384": 202,
-    "add_rms_norm 4096": 300,
-    "add_rms_norm 8192": 300,
-    "add_rms_norm 16384": 300,
-    "layer_norm 8192": 283,
-    "head_norm 128": 321,
-    "head_norm 64": 307,
+    "rms_norm 512": 149,
+    "rms_norm 1024": 108,
+    "rms_norm 2560": 110,
+    "rms_norm 2880": 140,
+    "rms_norm 4096": 112,
+    "rms_norm 5120": 110,
+    "rms_norm 8192": 87,
+    "rms_norm 8192 float32 weight": 117,
+    "rms_norm 16384": 88,
+    "add_rms_norm 4096": 149,
+    "add_rms_norm 8192": 123,
+    "add_rms_norm 16384": 125,
+    "layer_norm 8192": 142,
+    "head_norm 128": 135,
+    "head_norm 64": 135,
 }
 WARP_BYTES = 32 * 16
 SCHEDULERS, UTILISATION = 4, 0.8  # of a processor; of the issue slots, assumed

@@ -28,7 +28,7 @@ __device__ __forceinline__ void store_sums(float* to, const Floats<kSize>& f) {
   for (int i = 0; i < kSize; i += 4) {
     uint4 bits;
     memcpy(&bits, f.v + i, 16);
-    *reinterpret_cast<uint4*>(to + i) = bits;
+    store_if(to + i, true, bits);
   }
 }
 

@@ -284,7 +284,7 @@ def key(*parts: str) -> str:
     return hashlib.sha256(b"".join(known)).hexdigest()[:16]
 
 
-_PTX_OPCODE = re.compile(r"^[\s{]*(?:@!?%p\d+\s+)?([a-z][\w.:]*)[\s;]", re.MULTILINE)
+_PTX_OPCODE = re.compile(r"^[\s{]*(?:@!?%?\w+\s+)?([a-z][\w.:]*)[\s;]", re.MULTILINE)
 
 
 def _kernels(dtype: str, arch: str, made: Compiled) -> list[Kernel]:

@@ -88,27 +88,24 @@ FORWARD = (
         "other warps' sums are read before they are written",
         THREAD,
         REDUCE,
-        "  __syncthreads();\n"
-        "  if (warps == 4)",
-        "  if (warps == 4)",
+        "  __syncthreads();\n  // Not by",
+        "  // Not by",
     ),
     mutant(
         "barrier-divergent",
         "a barrier that only threads with columns of the row reach",
         PLAIN,
         REDUCE,
-        "  __syncthreads();\n"
-        "  if (warps == 4)",
-        "  if (v.quad[0] != 0.f) __syncthreads();\n"
-        "  if (warps == 4)",
+        "  __syncthreads();\n  // Not by",
+        "  if (v.quad[0] != 0.f) __syncthreads();\n  // Not by",
     ),
     mutant(
         "shared-uninitialised",
         "sums of warps that the group does not have",
         PLAIN,
         REDUCE,
-        "  if (warps == 2) return fold_group<kQuads, 2>(of_group);\n",
-        "",
+        "  if (warps > 2) return fold_group<kQuads, 4>(of_group);\n  return",
+        "  return fold_group<kQuads, 4>(of_group);\n  return",
     ),
     mutant(
         "offset-32-bits",
