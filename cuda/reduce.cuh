@@ -155,10 +155,10 @@ __device__ __forceinline__ float sum_of_group(const Sums<kQuads>& v, int lanes,
     of_group[(q * kWarp + threadIdx.x % kWarp) * warps + warp] = v.quad[q];
   __syncthreads();
   // Not by equality, of which the compiler makes a jump through a table.
-  if (warps > 8) return fold_group<kQuads, kMostLanes / kWarp>(of_group);
-  if (warps > 4) return fold_group<kQuads, 8>(of_group);
-  if (warps > 2) return fold_group<kQuads, 4>(of_group);
-  return fold_group<kQuads, 2>(of_group);
+  if (warps < 4) return fold_group<kQuads, 2>(of_group);
+  if (warps < 8) return fold_group<kQuads, 4>(of_group);
+  if (warps < 16) return fold_group<kQuads, 8>(of_group);
+  return fold_group<kQuads, kMostLanes / kWarp>(of_group);
 }
 
 // Over the threads of this number in the blocks of a cluster.  They read each other's storage until

@@ -109,15 +109,23 @@ struct Row {
   }
 
   __device__ __forceinline__ void add_residual() {
+    if constexpr (kDType<T> == DType::kFloat16)
+      clamp(DType::kFloat16, loaded,
+            [&](int r, int p, const Values& clamped) { loaded[r][p] = Access::packed_x(clamped); });
     for_packs([&](int r, int p) {
-      if constexpr (kAdds) {
+      if constexpr (kAdds)
         add(r, p);
-      } else {
+      else
         x[r][p] = loaded[r][p];
-        if (kDType<T> == DType::kFloat16 && a.options.clamp_inf)
-          x[r][p] = Access::packed_x(clamped(Access::floats(loaded[r][p]), DType::kFloat16));
-      }
     });
+    if constexpr (kAdds && (Access::kMixed || kDType<T> == DType::kFloat16))
+      if (a.options.round_sum)
+        clamp(a.residual.dtype, x, [&](int r, int p, const Values& clamped) {
+          if constexpr (Access::kMixed)
+            x[r][p] = clamped;
+          else
+            x[r][p] = Access::packed_x(clamped);
+        });
   }
 
   __device__ __forceinline__ Values normalised(int r, int p, float mean, float rstd) const {
@@ -157,16 +165,22 @@ struct Row {
   }
 
  private:
-  __device__ __forceinline__ Values clamped(Values v, DType dtype) const {
+  // put(r, p, values) of what clamp_inf asks for.  A branch round all of them: as selects the first
+  // uses of packs would stand before the last loads.
+  template <class Packs, class F>
+  __device__ __forceinline__ void clamp(DType dtype, const Packs& packs, const F& put) {
+    branch_if(a.options.clamp_inf && dtype == DType::kFloat16, [&] {
+      for_packs([&](int r, int p) {
+        Values v = Access::floats(packs[r][p]);
 #pragma unroll
-    for (int i = 0; i < kSize; ++i)
-      if (dtype == DType::kFloat16 && a.options.clamp_inf) v.v[i] = clamp_half(v.v[i]);
-    return v;
+        for (int i = 0; i < kSize; ++i) v.v[i] = clamp_half(v.v[i]);
+        put(r, p, v);
+      });
+    });
   }
   __device__ __forceinline__ void add(int r, int p) {
     const DType dtype = Access::kMixed ? a.residual.dtype : kDType<T>;
     Values v = Access::floats(loaded[r][p]);
-    if (kDType<T> == DType::kFloat16) v = clamped(v, DType::kFloat16);
     const Values addend = Access::floats(residual[r][p], dtype);
 #pragma unroll
     for (int i = 0; i < kSize; ++i) v.v[i] += addend.v[i];
@@ -174,12 +188,10 @@ struct Row {
     if constexpr (Access::kMixed) {
       const Values rounded = Access::rounded(v, dtype);
       Access::store(to, dtype, has(r, p), rounded);
-      x[r][p] = a.options.round_sum ? clamped(rounded, dtype) : v;
+      x[r][p] = a.options.round_sum ? rounded : v;
     } else {
       x[r][p] = Access::packed_x(v);
       Access::store_packed(to, has(r, p), x[r][p]);
-      if (dtype == DType::kFloat16 && a.options.clamp_inf)
-        x[r][p] = Access::packed_x(clamped(Access::floats(x[r][p]), dtype));
     }
   }
   // Without this the compiler widens once, and holds twice the registers through the reductions.

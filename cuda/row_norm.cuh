@@ -52,10 +52,10 @@ __global__ void __launch_bounds__(most_threads<Access::kMixed>(kPacks, kRows),
 
   let_next_kernel_start();
   if (row.has_peers()) cluster_arrive();  // no peer's memory is read any more
+  affine.finish(row, mean, rstd);
 #pragma unroll
   for (int r = 0; r < kRows; ++r)
     if (row.is_first_lane() && row.live[r]) save<kStatistic>(a, row.number[r], mean[r], rstd[r]);
-  affine.finish(row, mean, rstd);
   if (row.has_peers()) cluster_wait();  // nobody reads ours: it may go
 }
 

@@ -104,8 +104,8 @@ FORWARD = (
         "sums of warps that the group does not have",
         PLAIN,
         REDUCE,
-        "  if (warps > 2) return fold_group<kQuads, 4>(of_group);\n  return",
-        "  return fold_group<kQuads, 4>(of_group);\n  return",
+        "  if (warps < 4) return fold_group<kQuads, 2>(of_group);\n",
+        "",
     ),
     mutant(
         "offset-32-bits",
@@ -187,7 +187,7 @@ FORWARD = (
         "the norm of another sum than the one in residual_out",
         PLAIN,
         ROW,
-        "x[r][p] = a.options.round_sum ? clamped(rounded, dtype) : v;",
+        "x[r][p] = a.options.round_sum ? rounded : v;",
         "x[r][p] = v;",
     ),
     mutant(
