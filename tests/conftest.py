@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import hypothesis
@@ -85,6 +86,13 @@ def _register_triton() -> None:
             "Triton is not installed; the extra test-triton brings it, NORMKIT_TEST_TRITON=0 leaves"
             " out what is for it alone"
         )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compiled_calls_are_operators() -> Iterator[None]:
+    """What is promised of compiled calls bit for bit; test_compile_mode.py has the other form."""
+    with normkit.compile_mode("op"):
+        yield
 
 
 # Of the session: hypothesis refuses fixtures that it cannot make anew for each example.

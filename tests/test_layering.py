@@ -27,6 +27,7 @@ LAYERS = [
     {"_serving.backends", "checkpoint._families"},
     {"_serving.dispatch", "checkpoint._files", "checkpoint._meaning"},
     {"_serving.operators", "checkpoint"},
+    {"_serving.inline"},
     {"_serving.serve"},
     {"functional", "modules"},
     {"_bench", "loading", "recognition._probe"},

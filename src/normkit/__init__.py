@@ -7,6 +7,7 @@ from importlib.metadata import version as _version
 
 from normkit._serving.backends import Backend, backends, use_backend
 from normkit._serving.dispatch import Explanation
+from normkit._serving.inline import compile_mode
 from normkit.functional import (
     add_head_norm,
     add_head_norm_,
@@ -44,6 +45,7 @@ __all__ = [
     "add_rms_norm",
     "add_rms_norm_",
     "backends",
+    "compile_mode",
     "explain",
     "head_norm",
     "head_norm_",

@@ -144,6 +144,11 @@ class Call:
         """Whether more than y and the sum is rounded, to the dtype of what is normalised."""
         return self.round_before_weight or self.round_rstd
 
+    @property
+    def keeps_output(self) -> bool:
+        """Whether y is kept for the gradients, and what was normalised made of it again."""
+        return self.memory_efficient and not self.round_before_weight and not self.clamp_inf
+
     def native(self) -> tuple[object, ...]:
         """The arguments of the extension."""
         return _native_values(self)
@@ -205,8 +210,12 @@ PLAIN_OPTIONS = tuple(name for name in OPTIONS if name != "round_sum")
 OF_STATISTICS = ("round_sum", "clamp_inf", "round_rstd")
 
 
-class Formula(NamedTuple):
-    """What is differentiated: a norm of x or, with a residual, of x + residual in float32."""
+@dataclass
+class Formula:
+    """What is differentiated: a norm of x or, with a residual, of x + residual in float32.
+
+    No NamedTuple, for the reason that `Call` is none.
+    """
 
     layer: bool
     per_head: bool
@@ -215,9 +224,9 @@ class Formula(NamedTuple):
     given: tuple[object, ...]  # the values of OPTIONS; named only where a gradient is made
 
     @classmethod
-    def of(cls, call: Call, *, from_output: bool) -> Formula:
+    def of(cls, call: Call) -> Formula:
         """That of a call."""
-        return cls(call.layer, call.per_head, from_output, call.eps, _option_values(call))
+        return cls(call.layer, call.per_head, call.keeps_output, call.eps, _option_values(call))
 
     @classmethod
     def of_values(cls, values: Sequence[Any]) -> Formula:
@@ -228,11 +237,13 @@ class Formula(NamedTuple):
     @property
     def options(self) -> Options:
         """All of OPTIONS, by name."""
-        return cast(Options, dict(zip(OPTIONS, self.given, strict=True)))
+        options: Any = dict(zip(OPTIONS, self.given, strict=True))  # no cast, as in Call.named
+        named: Options = options
+        return named
 
     def values(self) -> tuple[object, ...]:
         """All of it, one after the other, as operators take it."""
-        return (*self[:-1], *self.given)
+        return self.layer, self.per_head, self.from_output, self.eps, *self.given
 
     @property
     def statistic(self) -> Kind:

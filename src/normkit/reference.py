@@ -7,10 +7,14 @@ and work on any device.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOAT16_MAX = 65504.0
+FLOAT16_SMALLEST_NORMAL = 2.0**-14
 
 
 def norm(
@@ -63,7 +67,7 @@ def norm(
     compute = _compute_dtype(x, compute_dtype)
     xhat = _normalised(_widened(x, compute, clamp_inf), eps, kind, x.dtype if round_rstd else None)
     if round_before_weight:
-        xhat = xhat.to(x.dtype).to(compute)
+        xhat = _rounded(xhat, x.dtype)
     return _scaled(xhat, weight, bias, weight_offset).to(out_dtype or x.dtype)
 
 
@@ -123,11 +127,11 @@ def add_norm(
     total = _widened(x, compute, clamp_inf) + residual.to(compute)
     residual_out = total.to(residual.dtype)
     if round_sum:
-        total = _widened(residual_out, compute, clamp_inf)
+        total = _rounded_sum(total, residual.dtype, clamp_inf)
     dtype = _dtype_normalised(x, residual, round_sum)
     xhat = _normalised(total, eps, kind, dtype if round_rstd else None)
     if round_before_weight:
-        xhat = xhat.to(dtype).to(compute)
+        xhat = _rounded(xhat, dtype)
     return _scaled(xhat, weight, bias, weight_offset).to(out_dtype or x.dtype), residual_out
 
 
@@ -225,9 +229,9 @@ def norm_backward(
     grad = grad * rstd.unsqueeze(-1)
     if clamp_inf and residual is not None and round_sum and residual.dtype == torch.float16:
         total = _widened(x, compute, clamp_inf) + residual.to(compute)
-        grad = torch.where(total.to(residual.dtype).isinf(), 0.0, grad)
+        grad = torch.where(_rounded(total, residual.dtype).isinf(), 0.0, grad)
     if round_before_weight:
-        xhat = xhat.to(dtype).to(compute)
+        xhat = _rounded(xhat, dtype)
     of_weight = None if weight is None else (grad_y * xhat).sum_to_size(weight.shape)
     of_bias = None if bias is None else grad_y.sum_to_size(bias.shape)
     return grad, of_weight, of_bias
@@ -299,10 +303,10 @@ def part_norm(
     """Return `norm` of a part x of rows, and the rows' rstd and mean, as `combined_statistics`."""
     rstd, mean = combined_statistics(gathered, x.shape[-1], eps, kind=kind)
     if round_rstd:
-        rstd = rstd.to(x.dtype).to(rstd.dtype)
+        rstd = _rounded(rstd, x.dtype)
     xhat = _part_normalised(x, rstd, mean, clamp_inf)
     if round_before_weight:
-        xhat = xhat.to(x.dtype).to(rstd.dtype)
+        xhat = _rounded(xhat, x.dtype)
     y = _scaled(xhat, weight, bias, weight_offset).to(out_dtype or x.dtype)
     return y, rstd, mean
 
@@ -357,7 +361,7 @@ def part_norm_backward(
     if clamp_inf and x.dtype == torch.float16:
         grad = torch.where(x.isinf(), 0.0, grad)
     if round_before_weight:
-        xhat = xhat.to(x.dtype).to(rstd.dtype)
+        xhat = _rounded(xhat, x.dtype)
     of_weight = None if weight is None else (grad_y * xhat).sum_to_size(weight.shape)
     of_bias = None if bias is None else grad_y.sum_to_size(bias.shape)
     return grad, of_weight, of_bias
@@ -371,9 +375,12 @@ def _compute_dtype(x: Tensor, asked: torch.dtype | None) -> torch.dtype:
 
 def _widened(x: Tensor, compute: torch.dtype, clamp_inf: bool) -> Tensor:
     # Contiguous, because the strides choose the order in which torch adds up a mean.
-    wide = x.to(compute).contiguous()
-    if clamp_inf and x.dtype == torch.float16:
-        wide = wide.clamp(-FLOAT16_MAX, FLOAT16_MAX)
+    return _clamped(x.to(compute).contiguous(), x.dtype, clamp_inf)
+
+
+def _clamped(wide: Tensor, dtype: torch.dtype, clamp_inf: bool) -> Tensor:
+    if clamp_inf and dtype == torch.float16:
+        return wide.clamp(-FLOAT16_MAX, FLOAT16_MAX)
     return wide
 
 
@@ -384,7 +391,11 @@ def _normalised_row(
     if residual is None:
         return total
     total = total + residual.to(compute)
-    return _widened(total.to(residual.dtype), compute, clamp_inf) if round_sum else total
+    return _rounded_sum(total, residual.dtype, clamp_inf) if round_sum else total
+
+
+def _rounded_sum(total: Tensor, dtype: torch.dtype, clamp_inf: bool) -> Tensor:
+    return _clamped(_rounded(total, dtype), dtype, clamp_inf)
 
 
 def _dtype_normalised(x: Tensor, residual: Tensor | None, round_sum: bool) -> torch.dtype:
@@ -403,7 +414,41 @@ def _statistics(
     elif kind != "rms":
         raise ValueError(f'kind: expected "rms" or "layer", got {kind!r}')
     rstd = torch.rsqrt((x * x).mean(-1, keepdim=True) + eps)
-    return rstd if rounded_to is None else rstd.to(rounded_to).to(x.dtype), mean
+    return rstd if rounded_to is None else _rounded(rstd, rounded_to), mean
+
+
+def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what dtype holds of x, in x's dtype."""
+    by_casts = (
+        not torch.compiler.is_compiling()
+        or torch.compiler.is_exporting()
+        or (torch.is_grad_enabled() and x.requires_grad)
+        or is_transformed()
+    )
+    # Inductor leaves a pair of casts out, but not arithmetic of bits, which has no gradient.
+    return x.to(dtype).to(x.dtype) if by_casts else _rounded_by_bits(x, dtype)
+
+
+def _rounded_by_bits(x: Tensor, dtype: torch.dtype) -> Tensor:
+    if dtype.itemsize != 2:
+        return x.to(dtype).to(x.dtype)
+    wide = x.to(torch.float32)
+    dropped = 16 if dtype == torch.bfloat16 else 13
+    bits = wide.view(torch.int32)
+    below_half = (1 << (dropped - 1)) - 1
+    rounded = (bits + ((bits >> dropped) & 1) + below_half) & -(1 << dropped)
+    nearest = rounded.view(torch.float32)
+    if dtype == torch.float16:
+        # Subnormal ones are multiples of 2^-24, which is the step of numbers from 0.5 on.
+        subnormal = torch.copysign((wide.abs() + 0.5) - 0.5, wide)
+        nearest = torch.where(wide.abs() < FLOAT16_SMALLEST_NORMAL, subnormal, nearest)
+        nearest = torch.where(nearest.abs() > FLOAT16_MAX, nearest * math.inf, nearest)
+    return torch.where(wide.isnan(), wide, nearest).to(x.dtype)
+
+
+def is_transformed() -> bool:
+    """Whether only torch's own operators know what to do, as under torch.func."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _normalised(x: Tensor, eps: float | None, kind: str, rounded_to: torch.dtype | None) -> Tensor:

@@ -141,7 +141,8 @@ def _triton_backend() -> Backend:
 
 
 class _State(threading.local):
-    backend = "auto"
+    def __init__(self) -> None:
+        self.backend = "auto"  # of the instance: Dynamo does not guard that of a thread's class
 
 
 _state = _State()

@@ -52,6 +52,11 @@ def save(call: Call) -> Saved:
         made = _ask(call, native)
     if made is not None and not isinstance(made, Refusal):
         return made
+    return save_by_reference(call)
+
+
+def save_by_reference(call: Call) -> Saved:
+    """Run a call that has been checked in plain torch, and keep what its gradients need."""
     results = run_by_reference(call)
     y, residual_out = results if isinstance(results, tuple) else (results, None)
     rstd, mean = reference.statistics(

@@ -99,7 +99,7 @@ class Context(Protocol):
     def set_materialize_grads(self, value: bool) -> None: ...
 
 
-class _Context(Context, Protocol):
+class NormContext(Context, Protocol):
     """And what is kept with it here."""
 
     saved_tensors: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor | None]
@@ -108,12 +108,11 @@ class _Context(Context, Protocol):
     formula: Formula
 
 
-def _remember(ctx: _Context, call: Call, saved: Saved) -> None:
+def remember(ctx: NormContext, formula: Formula, call: Call, saved: Saved) -> None:
     """Keep what the backward pass needs: rstd, mean and no second copy of anything."""
     y, residual_out, rstd, mean = saved
-    from_output = call.memory_efficient and not call.round_before_weight and not call.clamp_inf
     residual = None
-    if from_output:
+    if formula.from_output:
         source = y
     elif call.residual is None:
         source = call.x
@@ -121,16 +120,15 @@ def _remember(ctx: _Context, call: Call, saved: Saved) -> None:
         source = residual_out
     else:
         source, residual = call.x, call.residual
-    kept_mean = None if from_output else mean
+    kept_mean = None if formula.from_output else mean
     ctx.save_for_backward(source, residual, call.weight, call.bias, rstd, kept_mean)
-    ctx.set_materialize_grads(False)
     ctx.backend = wanted_backend()
     ctx.dtypes = call.x.dtype, None if call.residual is None else call.residual.dtype
-    ctx.formula = Formula.of(call, from_output=from_output)
+    ctx.formula = formula
 
 
-def _gradients(
-    ctx: _Context,
+def gradients(
+    ctx: NormContext,
     needed: Sequence[bool],
     grad_y: Tensor | None,
     grad_residual_out: Tensor | None,
@@ -168,9 +166,10 @@ class _Norm(torch.autograd.Function):
     """Autograd function for eager calls that need a gradient."""
 
     @staticmethod
-    def forward(ctx: _Context, call: Call, *_: Tensor | None) -> Result:
+    def forward(ctx: NormContext, call: Call, *_: Tensor | None) -> Result:
         saved = dispatch.save(call)
-        _remember(ctx, call, saved)
+        ctx.set_materialize_grads(False)
+        remember(ctx, Formula.of(call), call, saved)
         y, residual_out = saved[:2]
         if residual_out is not None and not any(ctx.needs_input_grad[1:3]):
             ctx.mark_non_differentiable(residual_out)
@@ -178,10 +177,10 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def backward(
-        ctx: _Context, grad_y: Tensor | None, grad_residual_out: Tensor | None = None
+        ctx: NormContext, grad_y: Tensor | None, grad_residual_out: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[1:]
-        made = _gradients(ctx, needed, grad_y, grad_residual_out, dispatch.backward)
+        made = gradients(ctx, needed, grad_y, grad_residual_out, dispatch.backward)
         return None, *made
 
 
@@ -255,14 +254,17 @@ def _register_functional(op: Op) -> None:
             )
         return tuple(made)
 
-    def remember(ctx: _Context, inputs: tuple[object, ...], output: tuple[Tensor, ...]) -> None:
+    def keep(ctx: NormContext, inputs: tuple[object, ...], output: tuple[Tensor, ...]) -> None:
         call = call_of(inputs)
         made = dict(zip(outputs, output, strict=True))
         mean = made.get("mean") if call.layer else None
         # residual_out requires grad only where x or residual does.
         summands = ctx.needs_input_grad[:2] if op.adds else (True,)
         ctx.mark_non_differentiable(*output[1 + (op.adds and any(summands)) :])
-        _remember(ctx, call, (made["y"], made.get("residual_out"), made["rstd"], mean))
+        ctx.set_materialize_grads(False)
+        remember(
+            ctx, Formula.of(call), call, (made["y"], made.get("residual_out"), made["rstd"], mean)
+        )
 
     names = list(op.fields)
     places = [
@@ -270,12 +272,12 @@ def _register_functional(op: Op) -> None:
     ]
 
     def backward(
-        ctx: _Context, grad_y: Tensor | None, *grads: Tensor | None
+        ctx: NormContext, grad_y: Tensor | None, *grads: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         grad_residual_out = grads[0] if op.adds else None
         needs = ctx.needs_input_grad  # as many as arguments were given
         needed = [place is not None and place < len(needs) and needs[place] for place in places]
-        made = _gradients(ctx, needed, grad_y, grad_residual_out, _call_backward_operator)
+        made = gradients(ctx, needed, grad_y, grad_residual_out, _call_backward_operator)
         of_inputs: list[Tensor | None] = [None] * len(needs)
         for place, gradient, wanted in zip(places, made, needed, strict=True):
             if place is not None and wanted:
@@ -284,7 +286,7 @@ def _register_functional(op: Op) -> None:
 
     returned = f"({', '.join(f'Tensor {name}' for name in outputs)})"
     define(op.name, _declared(arguments), returned, forward, fake)
-    differentiate(op.name, backward, remember)
+    differentiate(op.name, backward, keep)
 
 
 def _register_writing(op: Op, form: str, arguments: Fields) -> None:

@@ -1,8 +1,8 @@
 """How a call that the quick path did not take goes on: operators, autograd, or a backend.
 
-Compiled, traced and subclassed tensors take an operator of `operators.py`; a call that needs a
-gradient an autograd function; the rest a backend.  Types that `normkit.parallel` knows are handed
-over to it, by the name of the type.
+Compiled calls are plain torch of `inline.py` or an operator of `operators.py`.  Traced and
+subclassed tensors take an operator, too; a call that needs a gradient an autograd function; the
+rest a backend.  Types that `normkit.parallel` knows are handed over to it, by the name of the type.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 
-from normkit._serving import dispatch, nested, operators
+from normkit._serving import dispatch, inline, nested, operators
 from normkit._serving.backends import ALWAYS_DISPATCH, falls_back, wanted_backend
 from normkit._serving.checks import check
 from normkit._serving.dispatch import Explanation
 from normkit._spec import OPS, Call, Result
+from normkit.reference import is_transformed
 
 # Devices on which torch's autocast has its layer norm (True) or rms norm (False) return float32.
 # Torch itself is asked: that of 2.10 has no such rule for rms_norm.
@@ -51,10 +51,12 @@ def serve(call: Call) -> Result:
         if not isinstance(call.x, Tensor | type) and has_torch_function((call.x,)):
             return _hand_over(call)
     call = _autocast(call)
-    transformed = _is_transformed()
+    transformed = is_transformed()
     if torch.compiler.is_compiling():
         check(call)
-        return dispatch.run_by_reference(call) if transformed else operators.call_operator(call)
+        if transformed:
+            return dispatch.run_by_reference(call)
+        return inline.run(call) if inline.chosen(call) else operators.call_operator(call)
     transformed = transformed or torch._C._is_tracing()
     if ALWAYS_DISPATCH or torch._C._len_torch_dispatch_stack() > 0 or not _is_plain(call):
         call = check(call)
@@ -118,14 +120,9 @@ def _explain(call: Call) -> Explanation:
         return _explain(nested.norm_of_values(call))
     call = check(_autocast(call))
     plug_in = _plug_in(call)
-    if plug_in is not None and not (_is_transformed() or torch._C._is_tracing()):
+    if plug_in is not None and not (is_transformed() or torch._C._is_tracing()):
         call = plug_in.part_of_rank(call) or call
     return dispatch.explain_call(call)
-
-
-def _is_transformed() -> bool:
-    """Whether only torch's own operators know what to do, as in a trace of torch.jit."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _plug_in(call: Call) -> ModuleType | None:

@@ -1,0 +1,131 @@
+"""Compiled calls as plain torch, which a compiler fuses with what is around them.
+
+The other form of a compiled call is an operator of `operators.py`: a kernel, which nothing is fused
+with.  `compile_mode` says which of the two it is.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from normkit._serving import dispatch
+from normkit._serving.backends import falls_back, wanted_backend
+from normkit._serving.operators import NormContext, gradients, is_sharded, remember
+from normkit._spec import Call, Formula, Gradients, Result
+
+MODES = ("auto", "op", "inline")
+
+# On the CPU the call of an operator costs more than its kernel saves up to about so many elements.
+FEW_ELEMENTS = 1 << 17
+# Of so many columns Inductor's CUDA kernels keep a row in registers; a longer one is read twice.
+KEPT_BY_INDUCTOR = 1024
+
+# A global, and not a thread's: Dynamo guards it, so that another mode compiles another graph.
+_mode = "auto"
+
+
+def compile_mode(mode: str) -> AbstractContextManager[None]:
+    """Say what a norm is inside torch.compile: an operator of normkit, or plain torch.
+
+    It holds for the whole process from the call on, or inside a `with` until its end, also one that
+    is compiled itself.  A compiled function looks at each call which mode holds, and is compiled
+    again for another.
+
+    Args:
+        mode: "op": an operator of `torch.ops.normkit`, with the kernels and the bits of eager
+            calls.  "inline": plain torch with the same rounding points, which the compiler fuses
+            with its neighbours.  "auto" (the default): the one that was measured to be faster;
+            docs/torch.md has the figures.
+
+    Raises:
+        ValueError: mode is none of these.
+
+    Example:
+        >>> import normkit
+        >>> with normkit.compile_mode("op"):
+        ...     pass  # call what torch.compile returned
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
+    restored = _Restored(_mode)
+    _set_mode(mode)
+    return restored
+
+
+class _Restored(AbstractContextManager[None]):
+    """Sets at the end of a `with` what held before."""
+
+    def __init__(self, before: str) -> None:
+        self.before = before
+
+    def __exit__(self, *_: object) -> None:
+        _set_mode(self.before)
+
+
+def _set_mode(mode: str) -> None:
+    global _mode
+    _mode = mode
+
+
+def chosen(call: Call) -> bool:
+    """Whether a call that is being compiled or exported is to be plain torch."""
+    # DTensor has rules for the operators, and a backend that was named has to run or to raise.
+    if _mode == "op" or is_sharded(call.x) or not falls_back(wanted_backend()):
+        return False
+    return _mode == "inline" or _is_better_fused(call)
+
+
+def _is_better_fused(call: Call) -> bool:
+    """What "auto" takes: docs/torch.md has the figures for the CPU, and the reasons for CUDA."""
+    if torch.compiler.is_exporting():  # for programs that fuse, and for others that do not
+        return False
+    # Loads sympy, as whoever compiles has done.
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    # A size that only data decide is taken for a small one.
+    if call.x.is_cpu:
+        return not guard_or_false(call.x.numel() > FEW_ELEMENTS)
+    has_cuda_kernels = call.x.is_cuda and torch.version.hip is None
+    return not (has_cuda_kernels and guard_or_false(call.x.shape[-1] > KEPT_BY_INDUCTOR))
+
+
+def run(call: Call) -> Result:
+    """Run a checked call in plain torch, with the gradients that the kernels make."""
+    # Whoever differentiates an exported program does it by torch's operators.
+    if torch.compiler.is_exporting() or not call.requires_grad():
+        return dispatch.run_by_reference(call)
+    tensors = (call.x, call.residual, call.weight, call.bias)
+    made: Result = _Inline.apply(call, *tensors)  # type: ignore[no-untyped-call]
+    return made
+
+
+class _Inline(torch.autograd.Function):
+    """Saves what the kernels save, and rounds the gradients where they do."""
+
+    @staticmethod
+    def forward(ctx: NormContext, call: Call, *_: Tensor | None) -> Result:
+        saved = dispatch.save_by_reference(call)
+        # Dynamo cannot trace the quick way to the options, of `Formula.of`.
+        options = tuple(call.options().values())
+        formula = Formula(call.layer, call.per_head, call.keeps_output, call.eps, options)
+        remember(ctx, formula, call, saved)
+        y, residual_out = saved[:2]
+        if residual_out is not None and not any(ctx.needs_input_grad[1:3]):
+            ctx.mark_non_differentiable(residual_out)
+        return y if residual_out is None else (y, residual_out)
+
+    @staticmethod
+    def backward(
+        ctx: NormContext, grad_y: Tensor, grad_residual_out: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[1:]
+        return None, *gradients(ctx, needed, grad_y, grad_residual_out, _by_reference)
+
+
+def _by_reference(
+    formula: Formula, wanted: dispatch.Wanted, _backend: str, *kept: Tensor | None
+) -> Gradients:
+    return dispatch.backward_by_reference(formula, wanted, *kept[:-1])  # type: ignore[arg-type]
