@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -363,15 +364,18 @@ def test_a_backend_that_is_asked_for_by_name_runs_the_operator() -> None:
     recorder = Recorder()
     call = compiled(normkit.rms_norm, recorder.backend)
     x = torch.randn(3, 8)
-    call(x)
-    for _ in range(2):
-        with normkit.use_backend("cpu"):
-            call(x)
-            with pytest.raises(
-                ValueError, match='use_backend\\("cpu"\\) cannot serve this rms_norm'
-            ):
-                call(x.double())
+
+    def alternate() -> None:
         call(x)
+        for _ in range(2):
+            with normkit.use_backend("cpu"):
+                call(x)
+                with pytest.raises(ValueError, match='"cpu"\\) cannot serve this rms_norm'):
+                    call(x.double())
+            call(x)
+
+    with ThreadPoolExecutor(1) as pool:  # a thread that has not named a backend before
+        pool.submit(alternate).result()
     operators = [called(graph, "normkit") for graph in recorder.graphs]
     assert operators == [[], *[["normkit.rms_norm.default"]] * 2]
 
