@@ -42,6 +42,8 @@ LAYERS = [
     {"compat", "compat._errors", "compat._dropout_add"},
     {"compat.dropout_layer_norm", "compat.exllamav2_module", "compat.exllamav2_tp"},
     {"compat.exllamav2", "compat.exllamav2_ext", "compat.lorax"},
+    {"integrations._torch"},
+    {"integrations"},
     {"cli"},
     {"__main__"},
 ]
@@ -53,7 +55,9 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 THIRD_PARTY = {
     "safetensors": {"checkpoint._files", "cli", "compat.exllamav2_module"},
     # For the type checker only.
-    "typing_extensions": {"compat.lorax", "modules", "parallel.devices", "parallel.shards"},
+    "typing_extensions": {
+        *("compat.lorax", "integrations._torch", "modules", "parallel.devices", "parallel.shards"),
+    },
     "triton": {"_serving.triton_kernels"},  # comes with torch where it is used
     "rich": {"_bench", "cli"},
     "typer": {"cli"},
@@ -204,6 +208,7 @@ def test_only_one_file_of_the_kernels_knows_the_cuda_runtime() -> None:
 
 def test_importing_normkit_loads_nothing_that_few_calls_need() -> None:
     late = ("normkit.checkpoint", "normkit.loading", "normkit.parallel", "safetensors")
+    late += ("normkit.integrations",)
     code = f"import sys, normkit; print([m for m in sys.modules if m.startswith({late})])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

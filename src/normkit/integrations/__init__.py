@@ -1,0 +1,11 @@
+"""Other libraries' plug-in points: their models run normkit's norms, and their code stays as it is.
+
+- `patch_torch`: torch's own `rms_norm` and `layer_norm`, for every model of the process.
+
+Nothing here is imported with normkit, and importing it changes nothing: each has to be called.
+docs/integrations.md has a section for each, with what it does not cover.
+"""
+
+from normkit.integrations._torch import TorchPatch, patch_torch
+
+__all__ = ["TorchPatch", "patch_torch"]
