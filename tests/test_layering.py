@@ -42,7 +42,7 @@ LAYERS = [
     {"compat", "compat._errors", "compat._dropout_add"},
     {"compat.dropout_layer_norm", "compat.exllamav2_module", "compat.exllamav2_tp"},
     {"compat.exllamav2", "compat.exllamav2_ext", "compat.lorax"},
-    {"integrations._torch"},
+    {"integrations._torch", "integrations.hf_kernels"},
     {"integrations"},
     {"cli"},
     {"__main__"},
@@ -59,6 +59,7 @@ THIRD_PARTY = {
         *("compat.lorax", "integrations._torch", "modules", "parallel.devices", "parallel.shards"),
     },
     "triton": {"_serving.triton_kernels"},  # comes with torch where it is used
+    "kernels": {"integrations.hf_kernels"},
     "rich": {"_bench", "cli"},
     "typer": {"cli"},
     "matplotlib": {"_bench"},

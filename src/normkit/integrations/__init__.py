@@ -1,6 +1,7 @@
 """Other libraries' plug-in points: their models run normkit's norms, and their code stays as it is.
 
 - `patch_torch`: torch's own `rms_norm` and `layer_norm`, for every model of the process.
+- `normkit.integrations.hf_kernels`: the package `kernels`, for models of transformers.
 
 Nothing here is imported with normkit, and importing it changes nothing: each has to be called.
 docs/integrations.md has a section for each, with what it does not cover.
