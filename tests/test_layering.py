@@ -42,8 +42,8 @@ LAYERS = [
     {"compat", "compat._errors", "compat._dropout_add"},
     {"compat.dropout_layer_norm", "compat.exllamav2_module", "compat.exllamav2_tp"},
     {"compat.exllamav2", "compat.exllamav2_ext", "compat.lorax"},
-    {"integrations._torch", "integrations._vllm_layers", "integrations.hf_kernels"},
-    {"integrations", "integrations.vllm"},
+    {"integrations._sglang_layers", "integrations._torch", "integrations._vllm_layers"},
+    {"integrations", "integrations.hf_kernels", "integrations.sglang", "integrations.vllm"},
     {"cli"},
     {"__main__"},
 ]
@@ -60,6 +60,7 @@ THIRD_PARTY = {
     },
     "triton": {"_serving.triton_kernels"},  # comes with torch where it is used
     "kernels": {"integrations.hf_kernels"},
+    "sglang": {"integrations._sglang_layers", "integrations.sglang"},
     "vllm": {"integrations._vllm_layers", "integrations.vllm"},
     "rich": {"_bench", "cli"},
     "typer": {"cli"},
