@@ -3,6 +3,7 @@
 - `patch_torch`: torch's own `rms_norm` and `layer_norm`, for every model of the process.
 - `normkit.integrations.hf_kernels`: the package `kernels`, for models of transformers.
 - `normkit.integrations.vllm`, `normkit.integrations.sglang`: the layers of vLLM and SGLang.
+- `normkit.integrations.torchtitan`: overrides of torchtitan's configuration.
 
 Nothing here is imported with normkit, and importing it changes nothing: each has to be called.
 docs/integrations.md has a section for each, with what it does not cover.
