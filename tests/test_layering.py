@@ -43,7 +43,7 @@ LAYERS = [
     {"compat.dropout_layer_norm", "compat.exllamav2_module", "compat.exllamav2_tp"},
     {"compat.exllamav2", "compat.exllamav2_ext", "compat.lorax"},
     {"integrations._sglang_layers", "integrations._torch", "integrations._vllm_layers"},
-    {"integrations", "integrations.hf_kernels", "integrations.torchtitan"},
+    {"integrations", "integrations.hf_kernels", "integrations.megatron", "integrations.torchtitan"},
     {"integrations.sglang", "integrations.vllm"},
     {"cli"},
     {"__main__"},
@@ -61,6 +61,7 @@ THIRD_PARTY = {
     },
     "triton": {"_serving.triton_kernels"},  # comes with torch where it is used
     "kernels": {"integrations.hf_kernels"},
+    "megatron": {"integrations.megatron"},
     "sglang": {"integrations._sglang_layers", "integrations.sglang"},
     "torchtitan": {"integrations.torchtitan"},
     "vllm": {"integrations._vllm_layers", "integrations.vllm"},

@@ -4,6 +4,7 @@
 - `normkit.integrations.hf_kernels`: the package `kernels`, for models of transformers.
 - `normkit.integrations.vllm`, `normkit.integrations.sglang`: the layers of vLLM and SGLang.
 - `normkit.integrations.torchtitan`: overrides of torchtitan's configuration.
+- `normkit.integrations.megatron`: specifications of Megatron-Core.
 
 Nothing here is imported with normkit, and importing it changes nothing: each has to be called.
 docs/integrations.md has a section for each, with what it does not cover.
