@@ -111,6 +111,18 @@ def test_forward_and_backward_have_normkits_bits(
 
 
 @both_ops
+@pytest.mark.parametrize("n", [1, 2, 31, 257, 53_248, 100_003])
+def test_rows_of_any_length_are_right(kernels_run: list[str], n: int, op: str) -> None:
+    given = tensors((3, n), torch.float32, torch.float32)
+    want = gradients(torchs, op, *given)
+    with patch_torch():
+        got = gradients(torchs, op, *given)
+    assert len(kernels_run) == 2
+    for mine, other in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
+
+
+@both_ops
 def test_results_are_what_torch_returns_in_dtype_shape_and_strides(
     kernels_run: list[str], op: str
 ) -> None:
