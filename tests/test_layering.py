@@ -32,7 +32,11 @@ LAYERS = [
     {"functional", "modules"},
     {"_bench", "loading", "recognition._probe"},
     {"recognition"},
-    {"__init__", "_originals"},
+    {"_originals", "conversion._plan"},
+    {"conversion._classes"},
+    {"conversion._report"},
+    {"conversion"},
+    {"__init__"},
     {"_check"},
     {"parallel._gather", "parallel.context"},
     {"parallel._split_rows"},
@@ -213,8 +217,14 @@ def test_only_one_file_of_the_kernels_knows_the_cuda_runtime() -> None:
 
 
 def test_importing_normkit_loads_nothing_that_few_calls_need() -> None:
-    late = ("normkit.checkpoint", "normkit.loading", "normkit.parallel", "safetensors")
-    late += ("normkit.integrations",)
+    late = (
+        "normkit.checkpoint",
+        "normkit.conversion",
+        "normkit.integrations",
+        "normkit.loading",
+        "normkit.parallel",
+        "safetensors",
+    )
     code = f"import sys, normkit; print([m for m in sys.modules if m.startswith({late})])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -26,6 +26,7 @@ from normkit.functional import (
 from normkit.modules import HeadNorm, LayerNorm, RMSNorm
 
 if _typing.TYPE_CHECKING:
+    from normkit.conversion import convert, revert
     from normkit.loading import load_norm
     from normkit.recognition import Recognition, recognise
 
@@ -46,6 +47,7 @@ __all__ = [
     "add_rms_norm_",
     "backends",
     "compile_mode",
+    "convert",
     "explain",
     "head_norm",
     "head_norm_",
@@ -53,6 +55,7 @@ __all__ = [
     "layer_norm_",
     "load_norm",
     "recognise",
+    "revert",
     "rms_norm",
     "rms_norm_",
     "use_backend",
@@ -61,8 +64,10 @@ __all__ = [
 
 _LATER = {
     "Recognition": "normkit.recognition",
+    "convert": "normkit.conversion",
     "load_norm": "normkit.loading",
     "recognise": "normkit.recognition",
+    "revert": "normkit.conversion",
 }
 
 

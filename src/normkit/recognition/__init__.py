@@ -130,4 +130,6 @@ def _over_dtypes(module: nn.Module, n: int, form: Form, function: Function) -> R
         reason=reason,
         function=function,
         form=form,
+        layout="" if reason else probe.layout(),
+        writes_x=not reason and probe.writes_x(),
     )

@@ -31,7 +31,7 @@ def identity(module: nn.Module) -> Hashable | None:
     try:
         attributes = tuple((name, _described(own[name])) for name in sorted(own))
         return (module.training, repr(described), attributes, tuple(_of_class(type(module))))
-    except _Unseen:
+    except (_Unseen, RecursionError):  # as of a decorated function that holds itself
         return None
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from normkit._spec import FLOATS, FLOATS_TEXT, Kind, NormSpec
 from normkit.functional import head_norm
 from normkit.recognition._identity import OF_EVERY_MODULE
-from normkit.recognition._result import Form, Function
+from normkit.recognition._result import Form, Function, Layout
 from normkit.recognition._screen import gate_of, parameters_of, row_shape
 
 # The steps of a norm in float32, in any order, stay this far from float64, in units of 2^-24 of the
@@ -78,10 +78,8 @@ class Probe:
         form = self.form
         # a multiple of 2, and so nothing is rounded by the division
         x = rows / _BIG_GATE if form.gate == "before-silu" else rows
-        x = x.reshape(*outer, *x.shape[1:])
-        if form.channels_first:
-            x = x.transpose(1, 2).unsqueeze(-2).contiguous()
-        y = self._call(x.clone(), gate)  # a clone, since some norms write into x
+        x = self._in_x(x, outer)
+        y = self._call(x, gate)
         if type(y) not in (Tensor, nn.Parameter) or y.shape != x.shape:
             raise Unknown("y is not of x's shape")
         if y.dtype not in FLOATS or y.layout != torch.strided or y.device.type != "cpu":
@@ -90,6 +88,13 @@ class Probe:
             y = y.squeeze(-2).transpose(1, 2)
         like_rows: Tensor = y.reshape(rows.shape)
         return like_rows / _BIG_GATE if form.gate == "after-silu" else like_rows
+
+    def _in_x(self, rows: Tensor, outer: tuple[int, ...]) -> Tensor:
+        """A new x of these outer sizes: some norms write into it."""
+        x = rows.reshape(*outer, *rows.shape[1:])
+        if self.form.channels_first:
+            x = x.transpose(1, 2).unsqueeze(-2)
+        return x.clone(memory_format=torch.contiguous_format)
 
     def _call(self, x: Tensor, gate: float) -> Any:
         module = self._module
@@ -115,6 +120,27 @@ class Probe:
         other._module.training = not self._module.training
         x = self.rows(self.dtype or torch.float32, 1e-6)
         return not torch.equal(other.run(x), self.run(x))
+
+    def writes_x(self) -> bool:
+        """Whether a call changes its x."""
+        x = self._in_x(self.rows(self.dtype or torch.float32, 1e-6), (2, -1))
+        before = x.clone()
+        self._call(x, _BIG_GATE)
+        return not torch.equal(x, before)
+
+    def layout(self) -> Layout:
+        """How y lies in memory where the first two dimensions of x are transposed."""
+        x = self._in_x(self.rows(self.dtype or torch.float32, 1e-6), (2, -1))
+        transposed = x.transpose(0, 1).contiguous().transpose(0, 1)
+        if not self._call(x, _BIG_GATE).is_contiguous():
+            return ""
+        try:
+            strides = self._call(transposed, _BIG_GATE).stride()
+        except Unknown:  # as of a view that cannot be
+            return ""
+        if strides == transposed.stride():
+            return "as x"
+        return "packed" if strides == x.stride() else ""
 
 
 def _shallow(module: nn.Module) -> nn.Module:

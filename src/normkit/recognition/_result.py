@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from normkit._spec import NormSpec
 
@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     import torch
+
+Layout = Literal["as x", "packed", ""]
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,9 @@ class Recognition:
         function: the norm by what it computes in float32, whether or not its rounding in 16 bits
             is known, and the names of its parameters; None for no norm.
         form: how rows lie in x.
+        layout: how y lies in memory where the outer dimensions of x do not lie in order: "as x",
+            "packed", or "" for neither or not known.
+        writes_x: whether a call changes its x.
     """
 
     specs: Mapping[torch.dtype, NormSpec] = field(default_factory=dict)
@@ -74,6 +79,8 @@ class Recognition:
     reason: str = ""
     function: Function | None = None
     form: Form = Form()
+    layout: Layout = ""
+    writes_x: bool = False
 
     def computes_as(self, other: Recognition) -> bool:
         """Whether both say the same of the module, whatever the shares that showed it."""

@@ -1,0 +1,220 @@
+"""What a converted module does with a call: normkit's kernels, or nothing it is sure of."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeGuard, cast
+
+import torch
+from torch import Tensor, nn
+
+from normkit._serving import dispatch
+from normkit._serving.backends import falls_back, quick, wanted_backend
+from normkit._serving.refusal import Refusal
+from normkit._serving.serve import PLAIN, serve
+from normkit._spec import FLOATS, LAYER, PER_HEAD, Call, NormSpec
+from normkit.recognition import Recognition, recognise
+from normkit.recognition._result import Function, Layout
+from normkit.recognition._screen import parameters_of, row_shape, widths
+from normkit.reference import is_transformed
+
+# The dtypes of x and of the parameters, None where there are none.
+Dtypes = tuple[torch.dtype, torch.dtype | None]
+
+
+class NotConvertible(Exception):
+    """Why a module is left as it is, and what it computes if that is known."""
+
+    def __init__(self, reason: str, function: Function | None = None) -> None:
+        super().__init__(reason)
+        self.function = function
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the calls of a module are run.
+
+    Attributes:
+        specs: what the norm computes, for each pair of dtypes that is known.
+        weight: name of the parameter that multiplies, or None.
+        bias: name of the parameter that is added, or None.
+        shape: that of the parameters; None where there are none.
+        width: the last size of x, where no parameter says it and the module takes no other.
+        heads: whether parameters have a row for each head.
+        is_l2: whether the statistic is the sum of squares.
+        layout: as in `Recognition`.
+    """
+
+    specs: Mapping[Dtypes, NormSpec]
+    weight: str | None
+    bias: str | None
+    shape: torch.Size | None
+    width: int | None
+    heads: bool
+    is_l2: bool
+    layout: Layout
+
+    def run(self, module: nn.Module, x: Tensor) -> Tensor | None:
+        """Give y, or None where the module's own forward has to run."""
+        if type(x) not in PLAIN or x.layout is not torch.strided:
+            return None
+        weight = bias = dtype = None
+        if self.weight is not None:
+            weight = tensor_of(module, self.weight)
+            if not self._is_expected(weight):
+                return None
+            dtype = weight.dtype
+        if self.bias is not None:
+            bias = tensor_of(module, self.bias)
+            if not self._is_expected(bias) or bias.dtype is not (dtype or bias.dtype):
+                return None
+            dtype = bias.dtype
+        spec = self.specs.get((x.dtype, dtype))
+        if spec is None or (self.width is not None and x.shape[-1:] != (self.width,)):
+            return None
+        if x.is_contiguous() or self.layout == "packed":
+            return self._norm(x, weight, bias, spec)
+        order = self._order(x)
+        if order is None:
+            return None
+        y = self._norm(x.permute(order), weight, bias, spec)
+        return None if y is None else y.permute([order.index(d) for d in range(x.ndim)])
+
+    def _is_expected(self, parameter: Tensor | None) -> TypeGuard[Tensor]:
+        return type(parameter) in PLAIN and cast(Tensor, parameter).shape == self.shape
+
+    def _order(self, x: Tensor) -> list[int] | None:
+        """The dimensions of x as they lie in memory, in which y lies too."""
+        *outer, last = x.stride()
+        if self.layout != "as x" or last != 1 or 0 in outer:
+            return None
+        order = sorted(range(x.ndim - 1), key=lambda dim: -outer[dim])
+        if self.heads and order[-1] != x.ndim - 2:
+            return None
+        return [*order, x.ndim - 1]
+
+    def _norm(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: NormSpec
+    ) -> Tensor | None:
+        eps = spec.eps
+        if self.shape is not None and len(self.shape) != 1 + self.heads:  # (1, n), (n, 1, 1)
+            shape = row_shape(weight if weight is not None else cast(Tensor, bias))
+            weight, bias = (None if t is None else t.reshape(shape) for t in (weight, bias))
+        if self.is_l2:
+            n = x.shape[-1]
+            weight = torch.full((n,), n**-0.5, dtype=torch.float32, device=x.device)
+            eps = (eps or 0.0) / n
+        call = (
+            PER_HEAD * self.heads | LAYER * (spec.kind == "layer"), x, None, weight, bias, eps,
+            spec.weight_offset, spec.round_before_weight, True, False, spec.round_rstd,
+            spec.out_dtype, None, None,
+        )  # fmt: skip
+        y = quick(*call)
+        return cast("Tensor | None", _slowly(Call(*call)) if y is None else y)
+
+
+def tensor_of(module: nn.Module, name: str) -> Tensor | None:
+    """A parameter, or what stands in its place: parametrised, sharded or replicated."""
+    try:  # the attribute takes ten times as long
+        return module._parameters[name]
+    except KeyError:
+        return getattr(module, name, None)
+
+
+def _slowly(call: Call) -> object:
+    """Run what the quick path left: gradients, and a backend asked for by name.
+
+    Where no kernel would run, the module's own forward is the better plain torch.
+    """
+    if is_transformed() or torch._C._len_torch_dispatch_stack() > 0:
+        return None
+    if falls_back(wanted_backend()) and not _has_kernel(call):
+        return None
+    return serve(call)
+
+
+def _has_kernel(call: Call) -> bool:
+    plan = dispatch.native_for(call.x, wanted_backend()).plan
+    with torch.no_grad():
+        return not isinstance(plan(*call.native()), Refusal)
+
+
+# ------------------------------------------------------------------------------------------ making
+
+
+def plan_of(module: nn.Module) -> tuple[Plan, Recognition]:
+    """Measure a module, and plan its calls, also those after `.to(dtype)` and `.train()`.
+
+    It is one that `refusal` does not refuse.
+
+    Raises:
+        NotConvertible: it is none of normkit's norms; the reason is the message.
+    """
+    # as it is trained: a norm that drops elements then is none
+    found = recognise(_as_it_may_become(module))
+    _check(found, module)
+    parameters = parameters_of(module).values()
+    own = own_dtype(module)
+    specs: dict[Dtypes, NormSpec] = {(dtype, own): spec for dtype, spec in found.specs.items()}
+    for other in FLOATS if own is not None else ():
+        cast_to = found if other == own else recognise(_as_it_may_become(module, other))
+        if not cast_to.reason and _is_alike(cast_to, found):
+            specs |= {(dtype, other): spec for dtype, spec in cast_to.specs.items()}
+    function = cast(Function, found.function)
+    width = widths(module)
+    plan = Plan(
+        specs=specs,
+        weight=function.weight,
+        bias=function.bias,
+        shape=next((p.shape for p in parameters), None),
+        width=width[0] if own is None and len(width) == 1 else None,
+        heads=found.form.heads > 0,
+        is_l2=function.is_l2,
+        layout=found.layout,
+    )
+    return plan, found
+
+
+def own_dtype(module: nn.Module) -> torch.dtype | None:
+    """The dtype of the first parameter; None where there is none."""
+    return next((p.dtype for p in parameters_of(module).values()), None)
+
+
+def _check(found: Recognition, module: nn.Module) -> None:
+    form = found.form
+    reasons: tuple[tuple[bool, str], ...] = (
+        (bool(found.reason), found.reason),
+        (bool(form.gate), f"has a gate, {form.gate.replace('-', ' ')}"),
+        (form.channels_first, "its rows are not the last dimension of x"),
+        (form.groups > 1, f"a statistic for each of {form.groups} parts of a row"),
+        (found.writes_x, "writes into x"),
+        (found.layout == "", "y does not lie in memory as x does"),
+        (len({(p.dtype, p.shape) for p in parameters_of(module).values()}) > 1,
+         "weight and bias are of different dtypes or shapes"),
+    )  # fmt: skip
+    for is_so, reason in reasons:
+        if is_so:
+            raise NotConvertible(reason, found.function)
+
+
+def _is_alike(found: Recognition, other: Recognition) -> bool:
+    """Whether they differ in nothing but where they round."""
+    mine = (found.function, found.form, found.layout, found.writes_x)
+    return mine == (other.function, other.form, other.layout, other.writes_x)
+
+
+def _as_it_may_become(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """A shallow copy in training, perhaps with parameters of another dtype, without elements."""
+    try:
+        other = copy.copy(module)
+    except Exception as error:  # whatever a module's own code raises
+        raise NotConvertible(f"cannot be copied: {type(error).__name__}") from error
+    other.training = True
+    if dtype is not None:
+        other._parameters = {
+            name: p if p is None else nn.Parameter(torch.empty_like(p, dtype=dtype, device="meta"))
+            for name, p in module._parameters.items()
+        }
+    return other

@@ -1,0 +1,152 @@
+"""What `convert` did to each norm of a model, and why not to others."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from normkit._spec import NormSpec
+from normkit.conversion._classes import is_converted, original_of, set_class
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A norm of a model.
+
+    Attributes:
+        path: its name in the model, the first of them where it has several.
+        cls: the name of its class.
+        spec: what it computes in the dtype of its parameters (float32 where it has none); None
+            where that is not known.
+        reason: why it was left as it is; "" for one that was converted.
+        equal_share: of y in that dtype, the share of elements with the bits of the original's, on
+            rows that are hard to round alike.
+        dtypes: those of x for which normkit runs, with parameters of their present dtype; x of
+            another dtype takes the original forward.
+    """
+
+    path: str
+    cls: str
+    spec: NormSpec | None = None
+    reason: str = ""
+    equal_share: float | None = None
+    dtypes: tuple[torch.dtype, ...] = ()
+
+    def summary(self) -> str:
+        """What it computes, or why it was left, in words."""
+        return self.reason or (described(self.spec) if self.spec else "")
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it, as JSON has it."""
+        spec = None if self.spec is None else asdict(self.spec)
+        if spec is not None:
+            spec["out_dtype"] = spec["out_dtype"] and short(spec["out_dtype"])
+        return {
+            "path": self.path,
+            "cls": self.cls,
+            "spec": spec,
+            "reason": self.reason,
+            "equal_share": self.equal_share,
+            "dtypes": [short(dtype) for dtype in self.dtypes],
+        }
+
+
+def short(dtype: torch.dtype) -> str:
+    """The name of a dtype without torch's."""
+    return str(dtype).removeprefix("torch.")
+
+
+def described(spec: NormSpec) -> str:
+    """A norm in words."""
+    words = [spec.kind, f"eps {spec.eps:g}"]
+    words += [f"weight + {spec.weight_offset:g}"] * bool(spec.weight_offset)
+    words += ["bias"] * spec.has_bias
+    words += ["rounded before the weight"] * spec.round_before_weight
+    words += ["rstd rounded"] * spec.round_rstd
+    words += [f"y {short(spec.out_dtype)}"] if spec.out_dtype else []
+    return ", ".join(words)
+
+
+@dataclass
+class Report:
+    """What `convert` did.
+
+    Attributes:
+        converted: the norms that normkit computes now, or would, in a dry run.
+        left: the modules that look like a norm and run as before, each with the reason.
+        dry_run: whether nothing was changed.
+        modules: those that were converted, with their paths.
+    """
+
+    converted: list[Entry] = field(default_factory=list)
+    left: list[Entry] = field(default_factory=list)
+    dry_run: bool = False
+    modules: list[tuple[str, nn.Module]] = field(default_factory=list, repr=False)
+
+    def revert(self) -> None:
+        """Give the modules that this call converted their own classes back.
+
+        What has been reverted already stays as it is.
+
+        Raises:
+            RuntimeError: the class of a module was replaced since, as by a parametrization; nothing
+                is reverted then.
+        """
+        revert_all(self.modules)
+        self.modules = []
+
+    def to_json(self) -> str:
+        """All of it, as JSON."""
+        lists = {
+            name: [entry.as_dict() for entry in getattr(self, name)]
+            for name in ("converted", "left")
+        }
+        return json.dumps({"dry_run": self.dry_run, **lists}, indent=1)
+
+    def groups(self) -> Iterator[tuple[str, str, list[Entry]]]:
+        """Which list, what they compute or why they were left, and the entries alike in both."""
+        for name in ("converted", "left"):
+            alike: dict[tuple[str, str], list[Entry]] = {}
+            for entry in getattr(self, name):
+                alike.setdefault((entry.cls, entry.summary()), []).append(entry)
+            for (_, summary), entries in alike.items():
+                yield name, summary, entries
+
+    def headline(self) -> str:
+        """The counts in a sentence."""
+        count = len(self.converted)
+        would = " would be" if self.dry_run else ""
+        return f"{count} of {count + len(self.left)} norms{would} converted"
+
+    def __str__(self) -> str:
+        rows = [
+            (name, str(len(entries)), entries[0].cls, summary, entries[0].path or "(the model)")
+            for name, summary, entries in self.groups()
+        ]
+        return "\n".join([self.headline(), *in_columns(rows)])
+
+
+def in_columns(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Rows of words, each column as wide as its widest."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip()
+
+
+def revert_all(modules: Iterable[tuple[str, nn.Module]]) -> None:
+    """Revert those of the modules that are converted, all of them or none."""
+    changed = [(path, m, original_of(m)) for path, m in modules if is_converted(m)]
+    for path, module, original in changed:
+        if original is None:
+            raise RuntimeError(
+                f"{path}: expected the class that convert gave it, got {type(module).__name__}, "
+                "which was derived from it since: undo that first"
+            )
+    for _, module, original in changed:
+        if original is not None:
+            set_class(module, original)
