@@ -409,6 +409,65 @@ def test_activations_are_like_those_of_transformers() -> None:
     assert (x.mean(0).abs() > 0.1 * channels).float().mean() > 0.5  # the mean is not 0
 
 
+# ---------------------------------------------------------------------------------------- convert
+
+
+@pytest.fixture
+def gpt2(tmp_path: Path) -> Path:
+    """A folder of which only the config is there."""
+    config = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "dtype": "bfloat16"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def test_convert_says_what_would_be_converted(gpt2: Path) -> None:
+    pytest.importorskip("transformers")
+    told = run("convert", gpt2, "--dry-run")
+    assert told.exit_code == 0, told.stderr
+    words = " ".join(told.stdout.split())
+    assert "layer, eps 1e-05, bias" in words
+    assert "5 of 5 norms would be converted" in words
+
+    told = run("convert", gpt2, "--dry-run", "--json", "--exclude", "*.ln_1")
+    data = json.loads(told.stdout)
+    assert told.exit_code == 0
+    assert [len(data[name]) for name in ("converted", "left")] == [3, 2]
+    assert data["converted"][0]["equal_share"] >= 0.995  # of bfloat16, as the config says
+
+
+def test_convert_ends_with_1_where_a_norm_would_be_left(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    config = {"model_type": "mobilebert", "num_hidden_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    told = run("convert", tmp_path / "config.json", "--dry-run")
+    assert told.exit_code == 1
+    assert "NoNorm" in told.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["--dry-run", "--include", "nothing"], "include: expected what matches a path"),
+        ([], "convert: expected --dry-run"),
+    ],
+)
+def test_convert_fails_in_one_line(gpt2: Path, arguments: list[str], error: str) -> None:
+    if arguments:
+        pytest.importorskip("transformers")
+    told = run("convert", gpt2, *arguments)
+    assert told.exit_code == 2
+    assert error in told.stderr
+    assert told.stderr.count("\n") == 1
+
+
+def test_convert_without_a_model_says_why(tmp_path: Path) -> None:
+    assert "no such file" in run("convert", tmp_path / "no", "--dry-run").stderr
+    (tmp_path / "config.json").write_text('{"model_type": "no such family"}')
+    told = run("convert", tmp_path, "--dry-run")
+    assert told.exit_code == 2
+    assert "has no family" in told.stderr or "is not installed" in told.stderr
+
+
 # ------------------------------------------------------------------------------------------ bench
 
 

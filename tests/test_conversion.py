@@ -2,114 +2,27 @@
 
 from __future__ import annotations
 
-import copy
-import io
 import json
-import pickle
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize, prune
 
 import normkit
+from norm_models import (
+    BF16,
+    F16,
+    F32,
+    HeadsNorm,
+    LlamaRMSNorm,
+    UnweightedNorm,
+    calls,
+    converted,
+    model,
+    near,
+    rows,
+)
 from normkit.conversion import _classes, _plan
-
-BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-
-
-class LlamaRMSNorm(nn.Module):
-    """As in Hugging Face's transformers."""
-
-    def __init__(self, n: int, eps: float = 1e-5) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.rand(n) + 0.5)
-        self.variance_epsilon = eps
-
-    def forward(self, hidden_states):
-        dtype = hidden_states.dtype
-        x = hidden_states.float()
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
-        return self.weight * x.to(dtype)
-
-
-class UnweightedNorm(nn.Module):
-    eps = 1e-6
-
-    def forward(self, x):
-        y = x.float()
-        return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
-
-
-class HeadsNorm(nn.Module):
-    """A LayerNorm of heads with a weight for each, as Cohere's."""
-
-    def __init__(self, heads: int, n: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.rand(heads, n) + 0.5)
-
-    def forward(self, x):
-        y = x.float()
-        y = y - y.mean(-1, keepdim=True)
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-5)
-        return (self.weight.float() * y).to(x.dtype)
-
-
-class Layer(nn.Module):
-    def __init__(self, n: int) -> None:
-        super().__init__()
-        self.norm, self.linear = LlamaRMSNorm(n), nn.Linear(n, n)
-
-    def forward(self, x):
-        return x + self.linear(self.norm(x))
-
-
-def model(dtype: torch.dtype = F32, n: int = 64) -> nn.Sequential:
-    torch.manual_seed(0)
-    made = nn.Sequential(Layer(n), Layer(n), nn.LayerNorm(n))
-    nn.init.normal_(made[2].weight)
-    nn.init.normal_(made[2].bias)
-    return made.to(dtype)
-
-
-def rows(dtype: torch.dtype = F32, *shape: int) -> Tensor:
-    return torch.randn(shape or (2, 5, 64), generator=torch.Generator().manual_seed(1)).to(dtype)
-
-
-@contextmanager
-def counted() -> Iterator[list[Tensor]]:
-    """The x of every call that normkit ran for a converted module."""
-    seen: list[Tensor] = []
-    run = _plan.Plan.run
-
-    def count(self, module, x):
-        y = run(self, module, x)
-        if y is not None:
-            seen.append(x)
-        return y
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_plan.Plan, "run", count)
-        yield seen
-
-
-def calls(module: nn.Module, x: Tensor) -> int:
-    with counted() as seen:
-        module(x)
-    return len(seen)
-
-
-def near(y: Tensor, expected: Tensor) -> bool:
-    same_place = (y.shape, y.dtype, y.stride()) == (
-        expected.shape,
-        expected.dtype,
-        expected.stride(),
-    )
-    step = {F32: 2e-6, BF16: 2**-7, F16: 2**-10}[y.dtype]
-    return same_place and torch.allclose(y, expected, step, step)
-
 
 # ----------------------------------------------------------------------- what changes, and what not
 
@@ -245,11 +158,6 @@ def test_an_x_of_another_dtype_gives_the_dtype_that_it_gave():
 
 
 # ------------------------------------------------------------- what was not measured runs as before
-
-
-def converted(module: nn.Module) -> nn.Module:
-    assert normkit.convert(module).converted
-    return module
 
 
 def test_float64_runs_the_modules_own_forward():
@@ -389,7 +297,7 @@ def test_y_has_the_strides_that_it_had(make, dtype):
     normkit.convert(m)
     for x, y in zip(views, expected, strict=True):
         assert near(m(x), y)
-    assert sum(calls(m, x) for x in views) >= 8
+    assert sum(calls(m, x) for x in views) >= (10 if type(m) is nn.LayerNorm else 8)
 
 
 def test_heads_keep_their_weights_whatever_the_strides_are():
@@ -421,290 +329,6 @@ def test_an_l2_norm_is_an_rms_norm_with_a_weight():
     m = L2Norm()
     for n in (64, 100):
         assert near(converted(L2Norm())(rows(BF16, 3, n)), m(rows(BF16, 3, n)))
-
-
-# ------------------------------------------------------------------------------- copies and files
-
-
-def test_a_deep_copy_is_independent_and_converted_and_can_be_reverted():
-    m, x = model(), rows()
-    report = normkit.convert(m)
-    other = copy.deepcopy(m)
-    assert calls(other, x) == 3
-    y = m(x)
-    for p in other.parameters():
-        p.data.zero_()
-    assert other(x).abs().max() == 0
-    assert torch.equal(m(x), y)
-    report.revert()
-    assert calls(other, x) == 3
-    normkit.revert(other)
-    assert calls(other, x) == 0
-    assert type(other[2]) is nn.LayerNorm
-
-
-def test_a_shallow_copy_is_converted():
-    m = converted(nn.LayerNorm(64))
-    other = copy.copy(m)
-    assert other.weight is m.weight
-    assert type(other) is type(m)
-
-
-@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
-def test_a_pickle_has_the_original_class_and_nothing_of_normkit(protocol):
-    m = converted(model())
-    data = pickle.dumps(m, protocol)
-    assert b"normkit" not in data
-    loaded = pickle.loads(data)
-    assert type(loaded[2]) is nn.LayerNorm
-    assert type(loaded[0].norm) is LlamaRMSNorm
-    assert near(loaded(rows()), m(rows()))
-    assert calls(loaded, rows()) == 0
-
-
-def test_what_torch_saves_is_loaded_as_the_original():
-    m = converted(model())
-    file = io.BytesIO()
-    torch.save(m, file)
-    file.seek(0)
-    loaded = torch.load(file, weights_only=False)
-    assert type(loaded[0].norm) is LlamaRMSNorm
-    loaded[2].weight.data.zero_()
-    loaded[2].bias.data.zero_()
-    assert loaded(rows()).abs().max() == 0
-
-
-def test_a_state_dict_goes_both_ways():
-    m = converted(model())
-    plain = model()
-    plain.load_state_dict(m.state_dict())
-    m.load_state_dict(plain.state_dict())
-
-
-@pytest.mark.parametrize("name", ["__deepcopy__", "__reduce_ex__", "__init_subclass__"])
-def test_a_class_with_its_own_way_of_copying_is_left(name):
-    own = classmethod(lambda cls: None) if name == "__init_subclass__" else lambda self, *_: self
-    cls = type("OwnNorm", (LlamaRMSNorm,), {name: own})
-    (entry,) = normkit.convert(cls(64)).left
-    assert "own way" in entry.reason or "cannot be copied" in entry.reason
-
-
-# ------------------------------------------------------------------------------- hooks and wrappers
-
-
-def test_hooks_from_before_and_after_are_called():
-    m, seen = model(), []
-    m[2].register_forward_hook(lambda *_: seen.append("before"))
-    m[2].register_forward_pre_hook(lambda *_: seen.append("pre"))
-    m[2].register_full_backward_hook(lambda *_: seen.append("backward"))
-    normkit.convert(m)
-    m[2].register_forward_hook(lambda *_: seen.append("after"))
-    m(rows()).sum().backward()
-    assert seen == ["pre", "before", "after", "backward"]
-
-
-def test_keyword_calls_go_by_the_names_of_the_original():
-    m = converted(LlamaRMSNorm(64))
-    assert torch.equal(m(hidden_states=rows()), m(rows()))
-    assert near(converted(nn.LayerNorm(64))(input=rows()), nn.LayerNorm(64)(input=rows()))
-
-
-def wrapped(module: nn.Module) -> nn.Module:
-    """Replace forward on the instance, as accelerate does."""
-    module._old_forward = module.forward
-    module.forward = lambda *args, **kwargs: module._old_forward(*args, **kwargs)
-    return module
-
-
-def test_a_forward_that_was_replaced_before_is_left_with_the_reason():
-    m = model()
-    wrapped(m[2])
-    report = normkit.convert(m)
-    assert [(e.path, e.reason) for e in report.left] == [
-        ("2", "forward is replaced on the instance")
-    ]
-
-
-def test_a_forward_that_is_replaced_afterwards_runs_normkit_until_the_revert():
-    m, x = model(), rows()
-    report = normkit.convert(m)
-    wrapped(m[2])
-    assert calls(m, x) == 3
-    report.revert()
-    assert calls(m, x) == 0
-    m[2].forward = m[2]._old_forward  # as accelerate takes its hook off
-    assert m[2].forward.__func__ is nn.LayerNorm.forward
-
-
-def test_a_forward_that_was_bound_again_is_converted_and_comes_back():
-    m, x = model(), rows()
-    m[2].forward = m[2].forward  # as kernelize of transformers leaves it
-    report = normkit.convert(m)
-    assert calls(m, x) == 3
-    report.revert()
-    assert m[2].forward == nn.LayerNorm.forward.__get__(m[2])
-    assert calls(m, x) == 0
-
-
-def test_a_parametrisation_afterwards_is_used_and_must_be_undone_before_the_revert():
-    class Twice(nn.Module):
-        def forward(self, weight):
-            return weight * 2
-
-    m, x = LlamaRMSNorm(64), rows()
-    report = normkit.convert(m)
-    y = m(x)
-    parametrize.register_parametrization(m, "weight", Twice())
-    assert near(m(x), y * 2)
-    assert calls(m, x) == 1
-    assert calls(copy.deepcopy(m), x) == 1
-    with pytest.raises(RuntimeError, match="ParametrizedLlamaRMSNorm, which was derived from it"):
-        report.revert()
-    assert calls(m, x) == 1
-    parametrize.remove_parametrizations(m, "weight", leave_parametrized=False)
-    report.revert()
-    assert type(m) is LlamaRMSNorm
-
-
-def test_a_parametrised_norm_is_left_with_the_reason():
-    m = model()
-    parametrize.register_parametrization(m[2], "weight", nn.Identity())
-    assert [(e.path, e.reason) for e in normkit.convert(m).left] == [
-        ("2", "a parameter is parametrised")
-    ]
-
-
-def test_pruning_afterwards_is_used():
-    m, x = converted(LlamaRMSNorm(64)), rows()
-    prune.random_unstructured(m, "weight", 0.5)
-    assert (m(x) == 0).any()
-    assert calls(m, x) == 1
-
-
-def test_the_replicas_of_data_parallel_run_normkit():
-    m = converted(nn.LayerNorm(64))
-    replica = m._replicate_for_data_parallel()
-    for name, p in m._parameters.items():
-        setattr(replica, name, p.detach() * 2)
-    assert near(replica(rows()), m(rows()).detach() * 2)
-    assert calls(replica, rows()) == 1
-
-
-# ----------------------------------------------------------------------------------------- training
-
-
-@pytest.mark.parametrize("dtype", [F32, BF16])
-def test_gradients_are_those_of_the_original(dtype):
-    ours, plain = model(dtype).train(), model(dtype).train()
-    normkit.convert(ours)
-    for m in (ours, plain):
-        m(rows(dtype)).square().mean().backward()
-    assert calls(ours, rows(dtype)) == 3
-    for p, q in zip(ours.parameters(), plain.parameters(), strict=True):
-        error = (p.grad.double() - q.grad.double()).norm() / q.grad.double().norm()
-        assert error < (1e-5 if dtype == F32 else 2e-2)
-
-
-def test_second_derivatives_are_those_of_the_original():
-    m, x = nn.LayerNorm(64), rows().requires_grad_()
-
-    def second():
-        (g,) = torch.autograd.grad(m(x).pow(3).sum(), x, create_graph=True)
-        return torch.autograd.grad(g.square().sum(), x)[0]
-
-    expected = second()
-    normkit.convert(m)
-    assert torch.allclose(second(), expected, rtol=1e-3, atol=1e-2)
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_under_gradient_checkpointing_too(use_reentrant):
-    from torch.utils.checkpoint import checkpoint
-
-    m = converted(model())
-    gradients = []
-    for through in (m, lambda x: checkpoint(m, x, use_reentrant=use_reentrant)):
-        x = rows().requires_grad_()
-        through(x).square().sum().backward()
-        gradients.append(x.grad)
-    assert torch.equal(*gradients)
-
-
-def test_a_step_of_an_optimizer_is_seen_by_the_next_call():
-    m = converted(model())
-    optimizer = torch.optim.SGD(m.parameters(), 0.1)
-    before = m(rows())
-    before.square().mean().backward()
-    optimizer.step()
-    assert m(rows()).square().mean() < before.square().mean()
-
-
-def test_a_norm_that_drops_elements_in_training_is_left_in_evaluation_too():
-    class DroppingNorm(LlamaRMSNorm):
-        def forward(self, x):
-            return nn.functional.dropout(super().forward(x), 0.5, self.training)
-
-    (entry,) = normkit.convert(DroppingNorm(64).eval()).left
-    assert entry.reason
-
-
-# -------------------------------------------------------------------- compiled, exported and traced
-
-
-def test_compiled_whole_it_is_the_graph_of_the_original():
-    graphs = []
-
-    def keep(graph, inputs):
-        graphs.append([node.target for node in graph.graph.nodes if node.op == "call_function"])
-        return graph
-
-    m, x = model(BF16), rows(BF16)
-    expected = torch.compile(m, fullgraph=True, backend=keep)(x)
-    torch.compiler.reset()
-    normkit.convert(m)
-    assert torch.equal(torch.compile(m, fullgraph=True, backend=keep)(x), expected)
-    assert graphs[0] == graphs[1]
-    assert calls(m, x) == 3
-
-
-@pytest.mark.parametrize("strict", [False, True])
-def test_exported_it_is_the_original(strict):
-    m, x = converted(model()), rows()
-    program = torch.export.export(m, (x,), strict=strict)
-    assert "normkit." not in str(program.graph)
-    assert torch.allclose(program.module()(x), m(x), atol=1e-5)
-
-
-@pytest.mark.filterwarnings("ignore:.torch.jit.trace")
-def test_traced_it_is_the_original():
-    m, x = converted(model()), rows()
-    traced = torch.jit.trace(m, x)
-    assert "normkit::" not in str(traced.inlined_graph)
-    assert torch.allclose(traced(x), m(x), atol=1e-5)
-
-
-def test_traced_by_fx_it_has_the_arguments_of_the_original():
-    m, x = converted(LlamaRMSNorm(64)), rows()
-    graph = torch.fx.symbolic_trace(m)
-    assert torch.allclose(graph(x), m(x), atol=1e-5)
-    assert [n.name for n in graph.graph.nodes if n.op == "placeholder"] == ["hidden_states"]
-
-
-def test_a_module_of_torch_is_still_a_leaf_of_fx():
-    graph = torch.fx.symbolic_trace(converted(nn.Sequential(nn.LayerNorm(64))))
-    assert [n.target for n in graph.graph.nodes if n.op == "call_module"] == ["0"]
-
-
-def test_under_fake_tensors_nothing_is_converted_and_a_converted_module_runs():
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    m = converted(nn.LayerNorm(64))
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        assert m(torch.empty(2, 64)).shape == (2, 64)
-        (entry,) = normkit.convert(nn.LayerNorm(64)).left
-        assert "tensor subclass" in entry.reason
-        (entry,) = normkit.convert(UnweightedNorm()).left
-        assert "FakeTensorMode" in entry.reason
 
 
 # ----------------------------------------------------------------------------------------- choosing

@@ -52,7 +52,9 @@ class Verdict:
 
 
 class Originals:
-    """The modules of the model that a config.json describes, built on the meta device."""
+    """The model that a config.json describes, built on the meta device, and its modules."""
+
+    model: nn.Module
 
     def __init__(self, config: Mapping[str, object]) -> None:
         """Build the model.
@@ -65,8 +67,8 @@ class Originals:
         with _quiet(), _in_time():
             try:
                 _check_sizes(config)
-                self._model, self._path_of = build(_as_written(config))
-                self._name = f"{type(self._model).__name__} of {library} {version(library)}"
+                self.model, self._path_of = build(_as_written(config))
+                self._name = f"{type(self.model).__name__} of {library} {version(library)}"
             except NoOriginals:
                 raise
             except Exception as error:  # whatever a model's code raises
@@ -83,7 +85,7 @@ class Originals:
         """
         path, _, parameter = self._path_of(name).rpartition(".")
         try:
-            module = self._model.get_submodule(path)
+            module = self.model.get_submodule(path)
         except AttributeError:
             return Verdict(None, NO_MODULE)
         dtype = ours.weight.dtype

@@ -1,4 +1,4 @@
-"""The commands `normkit info`, `check` and `bench`; needs the extra `cli` (typer, rich)."""
+"""The commands `normkit info`, `check`, `convert` and `bench`, with the extra `cli`."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ from rich.text import Text
 import normkit
 from normkit import _bench
 from normkit._check import Checker, one_line, originals_of
-from normkit._originals import NO_MODULE
+from normkit._originals import NO_MODULE, NoOriginals, Originals
 from normkit._spec import Kind
 from normkit.checkpoint import weight_names
-from normkit.checkpoint._files import Files, printable
+from normkit.checkpoint._files import Files, printable, read_config
 from normkit.checkpoint._meaning import Given
+from normkit.conversion import Report
 
 app = typer.Typer(
     add_completion=False,
@@ -113,7 +114,7 @@ def info(as_json: Json = False) -> None:
 MOST_NORMS = 10_000  # ten times what the largest models have; each takes some milliseconds
 
 
-Report: TypeAlias = dict[str, list[dict[str, Any]]]
+CheckReport: TypeAlias = dict[str, list[dict[str, Any]]]
 
 
 @app.command()
@@ -164,7 +165,7 @@ def check(
         _fail(f"{source}: expected at most {MOST_NORMS} norms, got {len(names)}")
     dtypes = [d.value for d in dtype or (Dtype.float32, Dtype.bfloat16)]
     checker = Checker(files, given, rows, dtypes, originals_of(files))
-    report: Report = {"norms": [], "not_run": [], "unreadable": []}
+    report: CheckReport = {"norms": [], "not_run": [], "unreadable": []}
     for name in _progress(names, len(names), "checking"):
         found = checker.check(name)
         if found is not None:
@@ -180,7 +181,7 @@ def check(
     raise typer.Exit(_status(report, summary))
 
 
-def _status(report: Report, summary: Mapping[str, Any]) -> int:
+def _status(report: CheckReport, summary: Mapping[str, Any]) -> int:
     if summary["broken"] or summary["wrong"]:
         return 1
     if report["unreadable"] or not report["norms"]:
@@ -188,7 +189,7 @@ def _status(report: Report, summary: Mapping[str, Any]) -> int:
     return 3 if summary["assumed"] or summary["of_another_model"] else 0
 
 
-def _summary(report: Report) -> dict[str, Any]:
+def _summary(report: CheckReport) -> dict[str, Any]:
     lines = report["norms"]
     summary: dict[str, Any] = {name: len(part) for name, part in report.items()}
     own = [(line["layer"], line["own_module"]["same"], line["assumed"]) for line in lines]
@@ -208,7 +209,7 @@ def _summary(report: Report) -> dict[str, Any]:
     return summary
 
 
-def _print_check(report: Report, summary: Mapping[str, Any], rows: int) -> None:
+def _print_check(report: CheckReport, summary: Mapping[str, Any], rows: int) -> None:
     console = _console()
     lines = report["norms"]
     if lines:
@@ -317,6 +318,81 @@ def _coloured(text: str, good: bool, otherwise: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------ bench
+
+# ---------------------------------------------------------------------------------------- convert
+
+
+@app.command()
+def convert(
+    folder: Annotated[Path, typer.Argument(help="A model folder, or its config.json.")],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be converted; the only choice.")
+    ] = False,
+    include: Annotated[
+        list[str] | None, typer.Option(help="Pattern of paths to convert; may be repeated.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Pattern of paths to leave; may be repeated.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say which norms of a model normkit.convert would take, what they compute, and why not others.
+
+    The model that config.json describes is built by transformers or diffusers, without weights, and
+    each of its norms is measured.
+
+    Exit status 0: every norm would be converted, but for those that are not selected.
+    1: some would be left as they are.
+    2: there is no such file, or no such model.
+    """
+    if not dry_run:
+        _fail("convert: expected --dry-run; a model is converted where it runs: normkit.convert")
+    try:
+        config = read_config(folder)
+        originals = Originals(config)
+        originals.model.to(_dtype_of(config))
+        report = normkit.convert(
+            originals.model, dry_run=True, include=include or None, exclude=exclude or None
+        )
+    except (NoOriginals, OSError, ValueError) as error:
+        reason = one_line(error)
+        _fail(reason if str(folder) in reason else f"{folder}: {reason}")
+    if as_json:
+        typer.echo(report.to_json())
+    else:
+        _print_conversion(report, str(originals))
+    raise typer.Exit(1 if report.refused else 0)
+
+
+def _dtype_of(config: Mapping[str, object]) -> torch.dtype:
+    """That of the weights, as transformers writes it; float32 where nothing is said."""
+    sections = (config, config.get("text_config"))
+    names = (s.get(k) for s in sections if isinstance(s, dict) for k in ("dtype", "torch_dtype"))
+    known = {dtype.value: getattr(torch, dtype.value) for dtype in Dtype}
+    found: torch.dtype = next((known[n] for n in names if n in known), torch.float32)
+    return found
+
+
+def _print_conversion(report: Report, model: str) -> None:
+    table = Table("", "norms", "class", "computes, or why not", "bits", "first")
+    colours = {"converted": "green", "left": "yellow"}
+    for name, summary, entries in report.groups():
+        shares = [e.equal_share for e in entries if e.equal_share is not None]
+        table.add_row(
+            Text(name, colours[name]),
+            str(len(entries)),
+            escape(entries[0].cls),
+            escape(summary),
+            f"{min(shares):.1%}" if shares else "",
+            escape(entries[0].path),
+        )
+    console = _console()
+    console.print(table)
+    _print_plain(console, f"{model}: {report.headline()}")
+    _print_plain(
+        console, "bits: the share of y that has the model's own; in float32 the last may differ"
+    )
+
 
 BENCH_SHAPES = ((16, 4096), (64, 4096), (2048, 4096), (32768, 128))
 QUICK_OPS, QUICK_SHAPES = ("rms_norm", "layer_norm"), ((16, 4096), (2048, 4096))

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from families import building
+from families import building, converting, tiny
 from families.building import Family
 from families.comparing import Comparison, compare
 from families.table import entry
@@ -32,8 +32,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="families")
     parser.add_argument("names", nargs="*", help="a part of all families, to print")
     parser.add_argument("--compare", action="store_true", help="compare, and write nothing")
+    parser.add_argument("--convert", action="store_true", help="convert tiny models and run them")
     arguments = parser.parse_args()
     names = set(arguments.names)
+    if arguments.convert:
+        with ProcessPoolExecutor(initializer=_start) as pool:
+            results = []
+            for made in pool.map(converting.outcomes, tiny.named(arguments.names)):
+                results += made
+                print(made[0].name, made[0].error, file=sys.stderr, flush=True)
+            print(converting.summary(results))
+        return
     known = building.transformers_families() + building.diffusers_families()
     asked = [family for family in known if not names or family.name in names]
     if arguments.compare:

@@ -265,6 +265,16 @@ def _config_path(chosen: Path) -> Path:
     return config
 
 
+def read_config(path: Path) -> Mapping[str, object]:
+    """What a config.json holds; path is it, or its folder.
+
+    Raises:
+        OSError: it is missing or cannot be read.
+        ValueError: it is malformed.
+    """
+    return _read_json(path / CONFIG if path.is_dir() else path, _MOST_CONFIG)
+
+
 def _mode(path: Path, missing: str) -> int:
     try:
         return path.stat().st_mode

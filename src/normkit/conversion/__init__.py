@@ -13,7 +13,7 @@ from torch import nn
 from normkit._spec import NormSpec
 from normkit.conversion._classes import converted_class, is_converted, set_class
 from normkit.conversion._plan import NotConvertible, own_dtype, plan_of
-from normkit.conversion._report import Entry, Report, revert_all
+from normkit.conversion._report import ALREADY, NOT_SELECTED, Entry, Report, revert_all
 from normkit.modules import HeadNorm, LayerNorm, RMSNorm
 from normkit.recognition._identity import identity
 from normkit.recognition._screen import refusal
@@ -22,9 +22,6 @@ __all__ = ["Entry", "Report", "convert", "revert"]
 
 # Paths of modules: patterns as of shells, or a function that is given path and module.
 Selection: TypeAlias = str | Sequence[str] | Callable[[str, nn.Module], bool]
-
-_NOT_SELECTED = "not selected by include or exclude"
-_ALREADY = "is converted already"
 
 
 def convert(
@@ -82,7 +79,7 @@ def convert(
     report = Report(dry_run=dry_run)
     planned: list[tuple[nn.Module, type[nn.Module]]] = []
     outcomes: dict[Hashable, _Outcome] = {}
-    selected, refused = 0, []
+    selected = 0
     for path, module in model.named_modules():  # one that has several paths has the first here
         if is_in(path, module) and not is_out(path, module):
             selected += 1
@@ -98,11 +95,10 @@ def convert(
             planned.append((module, converted))
         else:
             report.left.append(entry)
-            refused += [entry] if entry.reason not in (_NOT_SELECTED, _ALREADY) else []
     if not selected:
         raise ValueError(f"include: expected what matches a path of the model, got {include!r}")
-    if strict and refused:
-        reasons = "; ".join(f"{e.path} ({e.cls}): {e.reason}" for e in refused)
+    if strict and report.refused:
+        reasons = "; ".join(f"{e.path} ({e.cls}): {e.reason}" for e in report.refused)
         raise ValueError(f"strict: expected every norm to be converted, got {reasons}")
     if dry_run:
         report.modules = []
@@ -159,7 +155,7 @@ def _outcome(module: nn.Module, known: dict[Hashable, _Outcome]) -> _Outcome:
     if isinstance(module, (RMSNorm, LayerNorm, HeadNorm)):  # normkit's own
         return None, None
     if is_converted(module):
-        return _left(module, _ALREADY), None
+        return _left(module, ALREADY), None
     why = refusal(module)
     if why is not None:
         return (_left(module, why) if _is_named_norm(module) else None), None
@@ -191,7 +187,7 @@ def _left(module: nn.Module, reason: str, spec: NormSpec | None = None) -> Entry
 
 
 def _not_selected(module: nn.Module) -> Entry | None:
-    return _left(module, _NOT_SELECTED) if _is_named_norm(module) else None
+    return _left(module, NOT_SELECTED) if _is_named_norm(module) else None
 
 
 def _is_named_norm(module: nn.Module) -> bool:

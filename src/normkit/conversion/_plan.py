@@ -74,8 +74,11 @@ class Plan:
         spec = self.specs.get((x.dtype, dtype))
         if spec is None or (self.width is not None and x.shape[-1:] != (self.width,)):
             return None
-        if x.is_contiguous() or self.layout == "packed":
+        if x.is_contiguous():
             return self._norm(x, weight, bias, spec)
+        if self.layout == "packed":
+            in_rows = x if x.stride(-1) == 1 else x.contiguous()
+            return self._norm(in_rows, weight, bias, spec)
         order = self._order(x)
         if order is None:
             return None

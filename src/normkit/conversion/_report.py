@@ -13,6 +13,9 @@ from torch import nn
 from normkit._spec import NormSpec
 from normkit.conversion._classes import is_converted, original_of, set_class
 
+NOT_SELECTED = "not selected by include or exclude"
+ALREADY = "is converted already"
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -87,6 +90,11 @@ class Report:
     left: list[Entry] = field(default_factory=list)
     dry_run: bool = False
     modules: list[tuple[str, nn.Module]] = field(default_factory=list, repr=False)
+
+    @property
+    def refused(self) -> list[Entry]:
+        """Those of `left` that strict=True does not accept."""
+        return [entry for entry in self.left if entry.reason not in (NOT_SELECTED, ALREADY)]
 
     def revert(self) -> None:
         """Give the modules that this call converted their own classes back.

@@ -1,0 +1,111 @@
+"""Norms as models have them, a model of some, and how many of its calls normkit runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import normkit
+from normkit.conversion import _plan
+
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+
+
+class LlamaRMSNorm(nn.Module):
+    """As in Hugging Face's transformers."""
+
+    def __init__(self, n: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(n) + 0.5)
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states):
+        dtype = hidden_states.dtype
+        x = hidden_states.float()
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * x.to(dtype)
+
+
+class UnweightedNorm(nn.Module):
+    eps = 1e-6
+
+    def forward(self, x):
+        y = x.float()
+        return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+class HeadsNorm(nn.Module):
+    """A LayerNorm of heads with a weight for each, as Cohere's."""
+
+    def __init__(self, heads: int, n: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(heads, n) + 0.5)
+
+    def forward(self, x):
+        y = x.float()
+        y = y - y.mean(-1, keepdim=True)
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-5)
+        return (self.weight.float() * y).to(x.dtype)
+
+
+class Layer(nn.Module):
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.norm, self.linear = LlamaRMSNorm(n), nn.Linear(n, n)
+
+    def forward(self, x):
+        return x + self.linear(self.norm(x))
+
+
+def model(dtype: torch.dtype = F32, n: int = 64) -> nn.Sequential:
+    torch.manual_seed(0)
+    made = nn.Sequential(Layer(n), Layer(n), nn.LayerNorm(n))
+    nn.init.normal_(made[2].weight)
+    nn.init.normal_(made[2].bias)
+    return made.to(dtype)
+
+
+def rows(dtype: torch.dtype = F32, *shape: int) -> Tensor:
+    return torch.randn(shape or (2, 5, 64), generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+@contextmanager
+def counted() -> Iterator[list[Tensor]]:
+    """The x of every call that normkit ran for a converted module."""
+    seen: list[Tensor] = []
+    run = _plan.Plan.run
+
+    def count(self, module, x):
+        y = run(self, module, x)
+        if y is not None:
+            seen.append(x)
+        return y
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_plan.Plan, "run", count)
+        yield seen
+
+
+def calls(module: nn.Module, x: Tensor) -> int:
+    with counted() as seen:
+        module(x)
+    return len(seen)
+
+
+def near(y: Tensor, expected: Tensor) -> bool:
+    same_place = (y.shape, y.dtype, y.stride()) == (
+        expected.shape,
+        expected.dtype,
+        expected.stride(),
+    )
+    step = {F32: 2e-6, BF16: 2**-7, F16: 2**-10}[y.dtype]
+    return same_place and torch.allclose(y, expected, step, step)
+
+
+def converted(module: nn.Module) -> nn.Module:
+    assert normkit.convert(module).converted
+    return module
