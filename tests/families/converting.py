@@ -17,8 +17,15 @@ from families.tiny import Tiny
 from normkit.conversion import _plan
 
 MOST_SECONDS = 90
-# Others than rms and layer norms, by what the report says of them.
-NO_ROW_NORM = ("has a buffer", "its statistic is of", "parameters are not those of a norm")
+# What the report says of other things than rms and layer norms.
+NO_NORM = (
+    "has a buffer",
+    "its statistic is of",
+    "parameters are not those of a norm",
+    "it normalises nothing",
+    "y is not of x's shape",
+    "forward takes more than x: weight",  # torch's own weight_norm
+)
 
 
 @dataclass
@@ -159,13 +166,12 @@ def summary(results: list[Outcome]) -> str:
 def _counts(part: list[Outcome]) -> str:
     built = [r for r in part if not r.error]
     converted = sum(r.converted for r in built)
-    rows = sum(
-        n for r in built for (_, reason), n in r.left.items() if not reason.startswith(NO_ROW_NORM)
-    )
+    kept = [(reason, n) for r in built for (_, reason), n in r.left.items()]
+    norms = converted + sum(n for reason, n in kept if not reason.startswith(NO_NORM))
     called, idle = sum(r.called for r in built), sum(r.idle.total() for r in built)
     words = [
         f"{len(built)} of {len(part)} models run",
-        f"{converted} of {converted + rows} norms converted",
+        f"{converted} of {norms} rms and layer norms converted",
         f"{called - idle} of the {called} that were called ran normkit",
         f"outputs bit-equal in {sum(r.difference == 0 for r in built)} models",
         f"{max((r.difference for r in built), default=0):.1e} apart at most",

@@ -108,28 +108,33 @@ def _tiny_config(name: str) -> Any:
     standard = ARGUMENTS.get(name, {})
     given: dict[str, Any] = _sizes_of(config_class(**standard))
     error: Exception | None = None
-    for more in ({}, {"layer_types": None}):
-        try:
-            return config_class(**given, **more)
-        except Exception as why:  # a size that does not fit the others
-            error = why
+    for left_out in ((), ("head_dim",), ("num_hidden_layers",)):
+        kept = {name: size for name, size in given.items() if name not in left_out}
+        for more in ({}, {"layer_types": None}):
+            try:
+                return config_class(**kept, **more)
+            except Exception as why:  # a size that does not fit the others
+                error = error or why
     assert error is not None
     raise error
 
 
 def _sizes_of(config: Any) -> dict[str, Any]:
     """Those of SIZES that a config has, and of its sections."""
-    plain = (int, float)
-    found = {
-        name: size
-        for name, size in SIZES.items()
-        if isinstance(getattr(config, name, None), plain) or name == "pad_token_id"
-    }
+    found = {name: size for name, size in SIZES.items() if _has_number(config, name)}
+    found["pad_token_id"] = SIZES["pad_token_id"]
     for name in ("text_config", "vision_config", "audio_config"):
         section = getattr(config, name, None)
         if hasattr(section, "to_dict"):
             found[name] = section.to_dict() | _sizes_of(section)
     return found
+
+
+def _has_number(config: Any, name: str) -> bool:
+    try:
+        return isinstance(getattr(config, name, None), (int, float))
+    except Exception:  # one that differs from layer to layer
+        return False
 
 
 def _inputs(model: Any) -> dict[str, Any]:
