@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib
+import inspect
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -182,11 +183,14 @@ def of_prompt(model: nn.Module, tokens: Tensor) -> Callable[[], object]:
 
 def of_token(model: nn.Module, tokens: Tensor) -> Callable[[], object]:
     """One more token; its keys and values are taken away again."""
-    cache = model(input_ids=tokens, use_cache=True).past_key_values
+    made = model(input_ids=tokens, use_cache=True)
+    # as newer versions of transformers call it, and as all did
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    cache = made[name]
 
     def call() -> None:
-        model(input_ids=tokens[:, -1:], past_key_values=cache, use_cache=True)
-        cache.crop(tokens.shape[1])
+        model(input_ids=tokens[:, -1:], use_cache=True, **{name: cache})
+        cache.crop(-1)
 
     return call
 

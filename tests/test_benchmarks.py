@@ -227,3 +227,25 @@ def test_every_prediction_belongs_to_a_case_that_is_measured_and_matters() -> No
         assert ("rms_norm", shape, weight) in shapes
     assert ("rms_norm", (16384, 8192), "float32") in shapes
     assert any(case.weight == "float32" for case in cases.LATENCY)
+
+
+# --------------------------------------------------------------------------------------- converting
+
+
+def test_a_converted_model_is_timed_beside_the_model_and_its_launches_are_counted(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers")
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2}
+    tiny = ("llama", {**sizes, "num_hidden_layers": 1, "vocab_size": 1000})
+    monkeypatch.setattr(scripts.convert, "SHAPES", {"Llama 1B, 2 layers": tiny})
+    chosen = ["--only", "Llama 1B, 2 layers", "--dtypes", "float32"]
+    out, kept = run("convert", *chosen, "--prompt", "4", "--rounds", "3")
+    (result,) = kept["results"]
+    assert result["norms"] == 3
+    assert result["difference"] < 1e-5
+    count = result["launches"]
+    assert count["after"] == count["before"] - count["in norms"] + 3
+    assert count["in norms"] >= 3 * 5
+    assert result["token"]["gain"] > 0
+    assert f"launches {count['before']} -> {count['after']}" in out

@@ -320,6 +320,26 @@ def test_a_weight_of_more_dimensions_is_taken():
     assert calls(m, x) == 1
 
 
+def test_what_writes_into_x_or_gives_other_strides_is_left():
+    class InPlaceNorm(LlamaRMSNorm):
+        def forward(self, x):
+            return super().forward(x.mul_(1.0)) * 1.0 if x.requires_grad else self.written(x)
+
+        def written(self, x):
+            y = super().forward(x)
+            x.zero_()
+            return y
+
+    class OtherStridesNorm(LlamaRMSNorm):
+        def forward(self, x):
+            y = super().forward(x)
+            return torch.empty(*reversed(y.shape), dtype=y.dtype).permute(2, 1, 0).copy_(y)
+
+    for cls, reason in ((InPlaceNorm, "writes into x"), (OtherStridesNorm, "lie in memory")):
+        (entry,) = normkit.convert(cls(64)).left
+        assert reason in entry.reason, entry
+
+
 def test_an_l2_norm_is_an_rms_norm_with_a_weight():
     class L2Norm(nn.Module):
         def forward(self, x):

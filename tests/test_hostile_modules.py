@@ -179,6 +179,18 @@ def test_norms_of_torch_and_of_us_are_measured_once():
         assert recognise(make()) is first
 
 
+def test_a_function_that_holds_itself_is_no_end_of_looking():
+    def wrap(function):
+        def again(self, x):
+            return again.function(self, x) if again else None
+
+        again.function = function
+        return again
+
+    found = recognise(fresh(wrap(Norm.forward))())
+    assert found.reason == ""
+
+
 # --------------------------------------------------------------------------- what is left as it was
 
 

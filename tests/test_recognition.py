@@ -340,3 +340,32 @@ def test_16_bit_outputs_at_the_ends_of_the_range_break_no_bound():
     assert min(found.equal_shares.values()) > 0.4
     assert found.equal_shares[F16] >= 0.995
     assert math.isfinite(found.equal_shares[F16])
+
+
+@pytest.mark.parametrize(
+    ("module", "layout"),
+    [(nn.LayerNorm(64), "packed"), (Llama(dtype=F32), "as x"), (RMSNorm(64), "packed")],
+    ids=["LayerNorm", "Llama", "normkit.RMSNorm"],
+)
+def test_how_y_lies_in_memory_is_measured(module, layout):
+    found = recognise(module)
+    assert (found.layout, found.writes_x) == (layout, False)
+
+
+def test_a_view_that_cannot_be_of_every_x_is_no_error():
+    class OfRows(Norm):
+        def forward(self, x):
+            return (self.xhat(x.view(-1, x.shape[-1])) * self.weight).view(x.shape)
+
+    found = recognise(OfRows(dtype=F32))
+    assert (found.reason, found.layout) == ("", "")
+
+
+def test_writing_into_x_is_seen():
+    class InPlaceNorm(Norm):
+        def forward(self, x):
+            rstd = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.variance_epsilon)
+            return x.mul_(rstd) * self.weight
+
+    found = recognise(InPlaceNorm(dtype=F32))
+    assert (found.reason, found.writes_x) == ("", True)

@@ -115,8 +115,8 @@ def _forward(own: type[nn.Module], plan: Plan) -> Callable[..., Tensor]:
         if is_dynamo_compiling():
             return when_compiled(own, self, x)
         # in a trace, sizes are no numbers
-        y = None if _autocast_is_on() or _is_tracing() else plan.run(self, x)
-        return own.forward(self, x) if y is None else y
+        made = None if _autocast_is_on() or _is_tracing() else plan.run(self, x)
+        return own.forward(self, x) if made is None else made
 
     def of_more(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and not kwargs:
