@@ -308,7 +308,7 @@ def _plain_rms_norm_backward(
     rows, flat = x.reshape(*outer, -1), None if weight is None else weight.reshape(-1)
     call = Call(0, rows, weight=flat)
     of_x, _, of_weight, _ = dispatch.backward_by_reference(
-        Formula.of(call, from_output=False),
+        Formula.of(call),
         Wanted(x.dtype if mask[0] else None, None, mask[1], False),
         grad_y.reshape(rows.shape),
         None,
