@@ -41,7 +41,14 @@ steps = importlib.util.module_from_spec(spec)
 sys.modules["steps"] = steps  # where its NamedTuple looks up its annotations
 spec.loader.exec_module(steps)  # type: ignore[union-attr]
 
-OTHERS = ("cases", "cpu", "readme", "report")  # need no GPU, or run on a CPU too
+OTHERS = (
+    "cases",
+    "cpu",
+    "readme",
+    "report",
+    "compiled",
+    "convert",
+)  # need no GPU, or run on a CPU too
 FILES = [STEPS, *(path for path in BENCHMARKS.glob("*.py") if path.stem not in OTHERS)]
 PLAN = "32 lanes, 4 to a block of 128, in clusters of 2, programmatic launch"
 LITTLE = [
