@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 from compiled_kernels import CUDA, compile_text
 from launches import KernelLaunch, Planned, planned
-from machine import Thread
 from sass import Program
+from sass_thread import Thread
 
 WARP = 32
 MANY = 1 << 17  # rows that fill every device

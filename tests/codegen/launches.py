@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from compiled_kernels import CUDA, KEPT, ROOT, find
-from machine import Launch
+from sass_thread import Launch
 
 HERE = Path(__file__).parent
 EMULATOR = ROOT / "tests" / "emu"

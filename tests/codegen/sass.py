@@ -1,4 +1,4 @@
-"""The machine code (SASS) in a cubin, as instructions that `machine.py` can execute."""
+"""The machine code (SASS) in a cubin, as instructions that `sass_thread.py` can execute."""
 
 from __future__ import annotations
 

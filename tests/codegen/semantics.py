@@ -1,4 +1,4 @@
-"""What each opcode of the machine code does to a thread of `machine.py`."""
+"""What each opcode of the machine code does to a thread of `sass_thread.py`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from sass import M32, M64, ZERO, Instruction, Operand, Unknown, bits_of, float_of, signed
 
 if TYPE_CHECKING:
-    from machine import Thread
+    from sass_thread import Thread
 
 # Where the thread goes on, if not behind the instruction.
 Semantics = Callable[["Thread", Instruction], "int | None"]

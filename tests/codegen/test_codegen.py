@@ -17,6 +17,7 @@ from compiled_kernels import (
     ROOT,
     WHOLE,
     Kernel,
+    compile_all,
     constant,
     find,
 )
@@ -32,6 +33,11 @@ pytestmark = [
 ]
 
 REGISTERS = 65536  # of a processor, on every generation
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[Kernel]:
+    return compile_all(tmp_path_factory.mktemp("codegen"))
 
 
 def number(kernel: Kernel) -> int:

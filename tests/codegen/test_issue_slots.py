@@ -8,11 +8,11 @@ import re
 from collections.abc import Iterator
 
 import pytest
-from compiled_kernels import ARCHS, DTYPES, WHOLE, Kernel, find
+from compiled_kernels import ARCHS, DTYPES, WHOLE, Kernel, compile_all, find
 from issue_slots import BF16, CASES, FP32, MANY, Count, counts, late_loads
 from launches import Call, Planned, planned
-from machine import Thread
 from sass import Program
+from sass_thread import Thread
 
 pytestmark = [
     pytest.mark.skipif(
@@ -22,6 +22,11 @@ pytestmark = [
         find("nvcc") is None or find("cuobjdump") is None, reason="there is no nvcc, or cuobjdump"
     ),
 ]
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[Kernel]:
+    return compile_all(tmp_path_factory.mktemp("codegen"))
 
 
 def number(arch: str) -> int:

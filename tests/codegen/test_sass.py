@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 from compiled_kernels import ARCHS, compile_text, find
-from machine import Event, Launch, Thread
 from sass import Unknown, bits_of, float_of
+from sass_thread import Event, Launch, Thread
 
 pytestmark = [
     pytest.mark.skipif(
