@@ -104,7 +104,7 @@ def _operand(text: str) -> Operand:
 # ------------------------------------------------------------------------ instructions
 
 # Opcodes whose first operand is no register that they write.
-_TESTS = {"ISETP", "UISETP", "FSETP", "PLOP3", "UPLOP3", "FCHK", "R2P", "UR2UP"}
+_TESTS = {"ISETP", "UISETP", "FSETP", "UFSETP", "PLOP3", "UPLOP3", "FCHK", "R2P", "UR2UP"}
 _STORES = {"STG", "ST", "STS", "STL"}
 _BRANCHES = {"BRA", "CALL", "RET", "EXIT", "BPT"}
 

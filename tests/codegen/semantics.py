@@ -352,7 +352,7 @@ def _least_or_most_real(t: Thread, i: Instruction) -> None:
     t.put_real(i.to, (min if t.holds(i.given[0]) else max)(map(t.real, i.values)))
 
 
-@opcode("FSETP", flags="AND OR XOR FTZ NAN NUM EQ NE LT LE GT GE EQU NEU LTU LEU GTU GEU")
+@opcode("FSETP", "UFSETP", flags="AND OR XOR FTZ NAN NUM EQ NE LT LE GT GE EQU NEU LTU LEU GTU GEU")
 def _compare_reals(t: Thread, i: Instruction) -> None:
     a, b = map(t.real, i.values)
     unordered = math.isnan(a) or math.isnan(b)

@@ -52,10 +52,10 @@ def test_kernels_issue_no_more_than_their_limit(counted: list[Count]) -> None:
 
 # Of what all architectures have machine code for.
 ELSEWHERE = {
-    "sm_75": {"rms 8192": 180, "rms 4096": 200, "heads 128": 225},
-    "sm_80": {"rms 8192": 86, "rms 4096": 110, "heads 128": 139},
-    "sm_100": {"rms 8192": 88, "rms 4096": 112, "heads 128": 131},
-    "sm_120": {"rms 8192": 85, "rms 4096": 109, "heads 128": 128},
+    "sm_75": {"rms 8192": 180, "rms 4096": 200, "heads 128": 226},
+    "sm_80": {"rms 8192": 85, "rms 4096": 109, "heads 128": 141},
+    "sm_100": {"rms 8192": 88, "rms 4096": 112, "heads 128": 130},
+    "sm_120": {"rms 8192": 85, "rms 4096": 109, "heads 128": 129},
 }
 
 
@@ -131,8 +131,15 @@ def kind(call: Call, plan: Planned) -> str:
 
 # Loads of x, residual and weight that may come after the first use of another, by kind of kernel;
 # none where it is not named.  Beside eight packs of x and of the residual a thread has no registers
-# for those of the weight: they are asked for when the sum is made, before the reduction.
-LATE = {"add rms 8x1": 8, "add layer 8x1": 8}
+# for those of the weight: they are asked for when the sum is made, before the reduction.  With six
+# or seven, ptxas puts some of them there on its own, and the one of four rows too.
+LATE = {
+    **{
+        f"add {statistic} {packs}x1": packs for statistic in ("rms", "layer") for packs in (6, 7, 8)
+    },
+    **{f"add {statistic} 8x1 cluster": 8 for statistic in ("rms", "layer")},
+    **{f"add {statistic} 1x4": 1 for statistic in ("rms", "layer")},
+}
 
 
 def test_loads_are_in_flight_before_the_first_use(kernels: list[Kernel]) -> None:
@@ -153,4 +160,4 @@ def test_loads_are_in_flight_before_the_first_use(kernels: list[Kernel]) -> None
     of_dtypes = [k for k in kernels if k.arch == WHOLE and k.dtype in DTYPES]
     assert reached == {k.program.symbol for k in of_dtypes if k.program}
     over = {k: n for k, n in most.items() if n > LATE.get(k, 0)}
-    assert not over, over
+    assert not over, str(over)
