@@ -11,7 +11,7 @@ namespace normkit::cuda {
 enum class Load { kWithX, kBeforeSum, kBetweenSums, kAtStore };
 
 // What packs in flight may take of a thread's registers, next to addresses and arithmetic.
-constexpr int kPackRegisters = 84;
+constexpr int kPackRegisters = 80;
 
 // y = xhat * (weight + offset) + bias; weight and bias may be absent.
 template <class Row, Statistic kStatistic>

@@ -184,10 +184,10 @@ struct Row {
     const Values addend = Access::floats(residual[r][p], dtype);
 #pragma unroll
     for (int i = 0; i < kSize; ++i) v.v[i] += addend.v[i];
-    char* const to = residual_out_at[r] + offset(p, dtype);
+    char* const to = residual_out_at[r] + offset(p, a.residual_out.dtype);
     if constexpr (Access::kMixed) {
       const Values rounded = Access::rounded(v, dtype);
-      Access::store(to, dtype, has(r, p), rounded);
+      Access::store(to, a.residual_out.dtype, has(r, p), rounded);
       x[r][p] = a.options.round_sum ? rounded : v;
     } else {
       x[r][p] = Access::packed_x(v);
