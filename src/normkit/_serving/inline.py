@@ -13,7 +13,7 @@ from torch import Tensor
 
 from normkit._serving import dispatch
 from normkit._serving.backends import falls_back, wanted_backend
-from normkit._serving.operators import NormContext, gradients, is_sharded, remember
+from normkit._serving.operators import NormContext, gradients, is_sharded, result_of
 from normkit._spec import Call, Formula, Gradients, Result
 
 MODES = ("auto", "op", "inline")
@@ -111,11 +111,7 @@ class _Inline(torch.autograd.Function):
         # Dynamo cannot trace the quick way to the options, of `Formula.of`.
         options = tuple(call.options().values())
         formula = Formula(call.layer, call.per_head, call.keeps_output, call.eps, options)
-        remember(ctx, formula, call, saved)
-        y, residual_out = saved[:2]
-        if residual_out is not None and not any(ctx.needs_input_grad[1:3]):
-            ctx.mark_non_differentiable(residual_out)
-        return y if residual_out is None else (y, residual_out)
+        return result_of(ctx, formula, call, saved)
 
     @staticmethod
     def backward(

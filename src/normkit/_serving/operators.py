@@ -127,6 +127,17 @@ def remember(ctx: NormContext, formula: Formula, call: Call, saved: Saved) -> No
     ctx.formula = formula
 
 
+def result_of(ctx: NormContext, formula: Formula, call: Call, saved: Saved) -> Result:
+    """Give what the forward pass of an autograd function returns, and remember the rest."""
+    remember(ctx, formula, call, saved)
+    y, residual_out = saved[:2]
+    if residual_out is None:
+        return y
+    if not any(ctx.needs_input_grad[1:3]):
+        ctx.mark_non_differentiable(residual_out)
+    return y, residual_out
+
+
 def gradients(
     ctx: NormContext,
     needed: Sequence[bool],
@@ -169,11 +180,7 @@ class _Norm(torch.autograd.Function):
     def forward(ctx: NormContext, call: Call, *_: Tensor | None) -> Result:
         saved = dispatch.save(call)
         ctx.set_materialize_grads(False)
-        remember(ctx, Formula.of(call), call, saved)
-        y, residual_out = saved[:2]
-        if residual_out is not None and not any(ctx.needs_input_grad[1:3]):
-            ctx.mark_non_differentiable(residual_out)
-        return y if residual_out is None else (y, residual_out)
+        return result_of(ctx, Formula.of(call), call, saved)
 
     @staticmethod
     def backward(
