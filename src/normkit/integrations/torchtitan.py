@@ -28,11 +28,7 @@ class RMSNorm(modules.RMSNorm, Module):  # type: ignore[misc]
         """What torchtitan's own takes."""
 
     def __init__(self, config: Config) -> None:
-        super().__init__(
-            config.normalized_shape,
-            config.eps,
-            config.elementwise_affine,
-        )
+        super().__init__(config.normalized_shape, config.eps, config.elementwise_affine)
 
 
 @override(  # type: ignore[untyped-decorator]
@@ -53,11 +49,7 @@ class LayerNorm(modules.LayerNorm, Module):  # type: ignore[misc]
         """What torchtitan's own takes."""
 
     def __init__(self, config: Config) -> None:
-        super().__init__(
-            config.normalized_shape,
-            config.eps,
-            config.elementwise_affine,
-        )
+        super().__init__(config.normalized_shape, config.eps, config.elementwise_affine)
 
 
 @override(  # type: ignore[untyped-decorator]
