@@ -2,6 +2,7 @@
 
     python benchmarks/compiled.py                                # ten minutes on 2 cores
     python benchmarks/compiled.py --only decoder --tokens 1 --dtypes bfloat16
+    python benchmarks/compiled.py --only alone --gradients       # forward and backward
     python benchmarks/compiled.py --device cuda                  # has not run yet
 
 Compiles the same function in both modes of `normkit.compile_mode`, counts what the generated code
@@ -114,21 +115,26 @@ def calls_of(code: str) -> Counter[str]:
     return Counter({kind: len(re.findall(pattern, body)) for kind, pattern in kinds.items()})
 
 
-def run_case(name: str, n: int, tokens: int, dtype: str, device: str, rounds: int) -> Result:
+def run_case(
+    name: str, n: int, tokens: int, dtype: str, device: str, rounds: int, gradients: bool
+) -> Result:
     torch.manual_seed(0)
     torch.compiler.reset()
-    model = MODELS[name](n).to(device, _bench.DTYPES[dtype]).requires_grad_(False)
-    x = torch.randn(tokens, n, device=device).to(_bench.DTYPES[dtype])
+    model = MODELS[name](n).to(device, _bench.DTYPES[dtype]).requires_grad_(gradients)
+    x = torch.randn(tokens, n, device=device).to(_bench.DTYPES[dtype]).requires_grad_(gradients)
+    call = "torch.autograd.grad({}(x), wanted, x)" if gradients else "{}(x)"
     names = {
         "eager": model,
         "compiled": torch.compile(model, fullgraph=True, dynamic=False),
         "x": x,
+        "wanted": [x, *model.parameters()],
+        "torch": torch,
     }
     names["compile_mode"] = normkit.compile_mode
-    timers, calls = {EAGER: Timer("eager(x)", globals=names)}, {}
+    timers, calls = {EAGER: Timer(call.format("eager"), globals=names)}, {}
     for mode in MODES:
         setup = f"compile_mode({mode!r})"  # for each sample: other modes would compile it again
-        timers[mode] = Timer("compiled(x)", setup, globals=names)
+        timers[mode] = Timer(call.format("compiled"), setup, globals=names)
         with normkit.compile_mode(mode):
             calls[mode] = calls_of("".join(run_and_get_code(names["compiled"], x)[1]))
     compared = _bench.paired(timers, rounds)
@@ -141,7 +147,8 @@ def run_case(name: str, n: int, tokens: int, dtype: str, device: str, rounds: in
         }
         for form in timers
     }
-    case = {"model": name, "n": n, "tokens": tokens, "dtype": dtype, "rounds": rounds}
+    case = {"model": name, "n": n, "tokens": tokens, "dtype": dtype, "gradients": gradients}
+    case["rounds"] = rounds
     return case | {"threads": torch.get_num_threads(), **_bench.retakes(compared), "forms": forms}
 
 
@@ -168,6 +175,7 @@ def main() -> None:
     parser.add_argument("--n", nargs="+", type=int, default=(512, 1024))
     parser.add_argument("--tokens", nargs="+", type=int, default=(1, 16, 256))
     parser.add_argument("--dtypes", nargs="+", choices=tuple(_bench.DTYPES), default=DTYPES)
+    parser.add_argument("--gradients", action="store_true", help="the backward pass as well")
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -177,7 +185,7 @@ def main() -> None:
     print(f"| {' | '.join(HEADINGS)} |\n|{'---|' * len(HEADINGS)}")
     results = []
     for case in itertools.product(args.only, args.n, args.tokens, args.dtypes):
-        results.append(run_case(*case, args.device, args.rounds))
+        results.append(run_case(*case, args.device, args.rounds, args.gradients))
         print(row(results[-1]), flush=True)
     machine = gpu() if args.device == "cuda" else _bench.machine()
     path = results_path("compiled", machine, args.out)

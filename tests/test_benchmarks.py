@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -230,7 +232,55 @@ def test_every_prediction_belongs_to_a_case_that_is_measured_and_matters() -> No
     assert any(case.weight == "float32" for case in cases.LATENCY)
 
 
-# --------------------------------------------------------------------------------------- converting
+# ------------------------------------------------------------------- compiled, patched, converted
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")  # of Inductor, at its first use
+def test_both_forms_of_a_compiled_norm_are_counted_and_timed(run: Any) -> None:
+    sizes = ["--only", "alone", "--n", "64", "--tokens", "2", "--dtypes", "float32"]
+    with normkit.compile_mode("op"):  # is put back by the script's own
+        out, kept = run("compiled", *sizes, "--rounds", "3", "--threads", "1")
+    (result,) = kept["results"]
+    forms = result["forms"]
+    assert forms["op"]["calls"] == {"normkit": 1, "fused": 0, "others": 0}
+    assert forms["inline"]["calls"] == {"normkit": 0, "fused": 1, "others": 0}
+    assert forms["op"]["of_op"] == 1
+    assert "| alone | 64 | 2 | float32 |" in out
+
+
+def test_torch_is_timed_as_it_is_and_normkit_where_torch_is_patched(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    active, seen = set(), {TORCH: set(), NORMKIT: set()}
+    paired, patch_torch = _bench.paired, scripts.patched.patch_torch
+
+    class Patch:
+        def __init__(self) -> None:
+            self.patch = patch_torch()
+            active.add(self)
+
+        def revert(self) -> None:
+            self.patch.revert()
+            active.remove(self)
+
+    def looked_at(timers: Any, rounds: int) -> Any:
+        for who, timer in timers.items():
+            timer.timeit(1)
+            seen[who].add(len(active))
+        return paired(timers, rounds)
+
+    monkeypatch.setattr(scripts.patched, "patch_torch", Patch)
+    monkeypatch.setattr(_bench, "paired", looked_at)
+    monkeypatch.setattr(_bench, "pin_heap", lambda threads: None)
+    arguments = ["patched.py", "--shapes", "2x64", "--dtypes", "float32", "--rounds", "3"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with same_threads():
+        scripts.patched.main()
+    assert seen == {TORCH: {0}, NORMKIT: {1}}
+    assert not active
+    row = capsys.readouterr().out.splitlines()[-1]
+    assert row.startswith("| 2 x 64 float32 |")
+    assert len(re.findall(r"\d+, \d+ \(\d+\.\d\d\)", row)) == 4
 
 
 def test_a_converted_model_is_timed_beside_the_model_and_its_launches_are_counted(

@@ -6,18 +6,16 @@ of them and sees which statements have not run.
 
 from __future__ import annotations
 
-import ast
 import builtins
 import importlib.util
 import json
 import os
 import shutil
-import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,6 +26,7 @@ import stand_in_gpu
 from benchmark_scripts import BENCHMARKS, ROOT, Runner, same_threads, scripts
 from normkit._bench import COPY, NORMKIT, TORCH
 from normkit._serving import backends
+from statement_coverage import Lines, missed
 
 cases, gpu, graphs, machine, tune = (
     getattr(scripts, name) for name in ("cases", "gpu", "graphs", "machine", "tune")
@@ -41,14 +40,8 @@ steps = importlib.util.module_from_spec(spec)
 sys.modules["steps"] = steps  # where its NamedTuple looks up its annotations
 spec.loader.exec_module(steps)  # type: ignore[union-attr]
 
-OTHERS = (
-    "cases",
-    "cpu",
-    "readme",
-    "report",
-    "compiled",
-    "convert",
-)  # need no GPU, or run on a CPU too
+# What needs no GPU, or runs on a CPU too.
+OTHERS = ("cases", "compiled", "convert", "cpu", "patched", "readme", "report")
 FILES = [STEPS, *(path for path in BENCHMARKS.glob("*.py") if path.stem not in OTHERS)]
 PLAN = "32 lanes, 4 to a block of 128, in clusters of 2, programmatic launch"
 LITTLE = [
@@ -516,55 +509,6 @@ REHEARSALS: list[Rehearsal] = [
 # --------------------------------------------------------------------------------------- statements
 
 
-class Lines:
-    """Which lines of some files run, in every thread."""
-
-    def __init__(self, files: Iterable[Path]) -> None:
-        self.ran: dict[str, set[int]] = {str(path): set() for path in files}
-
-    def __enter__(self) -> Lines:
-        self.before = sys.gettrace()
-        threading.settrace(self._trace)
-        sys.settrace(self._trace)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        sys.settrace(self.before)
-        threading.settrace(self.before)  # type: ignore[arg-type]
-
-    def _trace(self, frame: FrameType, event: str, argument: Any) -> Any:
-        ran = self.ran.get(frame.f_code.co_filename)
-        if ran is None:
-            return None
-        ran.add(frame.f_lineno)
-        return self._trace
-
-
-def statements(path: Path) -> Iterator[range]:
-    """The lines of each statement in a function; of one that holds others, those before them."""
-    tree = ast.parse(path.read_text())
-    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
-    for function in (node for node in ast.walk(tree) if isinstance(node, functions)):
-        for node in (n for statement in function.body for n in ast.walk(statement)):
-            if not isinstance(node, ast.stmt) or isinstance(node, (ast.Try, *functions)):
-                continue
-            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-                continue  # a docstring
-            inner = [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)]
-            last = node.end_lineno or node.lineno
-            yield range(node.lineno, min((i.lineno for i in inner), default=last + 1))
-
-
-def missed(lines: Lines) -> list[str]:
-    found = []
-    for path in map(Path, lines.ran):
-        text = path.read_text().splitlines()
-        for numbers in statements(path):
-            if not lines.ran[str(path)].intersection(numbers):
-                found.append(f"{path.name}:{numbers[0]}: {text[numbers[0] - 1].strip()}")
-    return sorted(set(found))
-
-
 @pytest.mark.skipif(_c is None, reason="needs the extension")
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")  # torch's, of a float32 weight
 def test_every_statement_for_the_gpu_runs_without_one(tmp_path: Path, capsys: Any) -> None:
@@ -588,55 +532,3 @@ def test_a_statement_that_does_not_run_is_seen(tmp_path: Path) -> None:
     with Lines([path]) as lines:
         names["f"](0)
     assert missed(lines) == ["some.py:3: return ("]
-
-
-# --------------------------------------------------------------------------------------------- make
-
-
-def made(target: str, tmp_path: Path, torch_source: str) -> subprocess.CompletedProcess[str]:
-    """What make makes of a target with this torch."""
-    (tmp_path / "torch.py").write_text(torch_source)
-    command = ["make", "--no-print-directory", target, f"GPU_PYTHON={sys.executable}"]
-    env = os.environ | {"PYTHONPATH": str(tmp_path)}
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-
-
-@pytest.mark.parametrize("target", ["gpu", "gpu-check", "gpu-bench"])
-def test_make_tells_a_broken_torch_from_a_missing_gpu(target: str, tmp_path: Path) -> None:
-    done = made(target, tmp_path, 'raise ImportError("libcudart.so.13 is not there")\n')
-    assert done.returncode != 0
-    assert "ImportError: libcudart.so.13 is not there" in done.stderr
-    if list(Path("/dev").glob("nvidia[0-9]*")):
-        pytest.skip("there is a GPU")
-    none = "class version: cuda = None\nclass cuda: is_available = staticmethod(lambda: False)\n"
-    done = made(target, tmp_path, f"__version__ = '2.99'\n{none}")
-    assert done.returncode == 0, done.stderr
-    assert "skipped: torch 2.99 (CUDA None) finds no CUDA device" in done.stdout
-
-
-# ------------------------------------------------------------------------------ the stand-in itself
-
-
-def test_the_stand_in_has_nothing_that_torch_has_not() -> None:
-    assert stand_in_gpu.strangers() == []
-
-
-def test_nvml_has_the_names_that_are_asked_for() -> None:
-    pynvml = pytest.importorskip("pynvml")
-    for name in vars(stand_in_gpu.nvml()):
-        assert name.startswith("__") or hasattr(pynvml, name)
-
-
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-def test_the_baselines_compile_and_answer_without_a_device(
-    monkeypatch: Any, tmp_path: Path
-) -> None:
-    """Their functions take the arguments that are given, and say what CUDA says."""
-    monkeypatch.setattr(scripts.nvcc, "KEPT", tmp_path)
-    library = graphs.ctypes.CDLL(str(scripts.nvcc.compiled(scripts.nvcc.BASELINES, "sm_90")))
-    library.nk_launch.restype = library.nk_copy.restype = graphs.ctypes.c_char_p
-    none = graphs.ctypes.c_void_p(None)
-    error = library.nk_copy(1, 4, 512, 0, 1, none, none, none, none, graphs.ctypes.c_int64(8), none)
-    assert error == b"fewer bytes than one access"
-    if not torch.cuda.is_available():
-        assert b"CUDA driver" in library.nk_launch(1, 32, 1, 1, 1, none)
