@@ -29,6 +29,24 @@ __device__ __forceinline__ float reciprocal_deviation(const RowNormArgs& a, floa
   return inverse_square_root(mean_of(a, squares) + a.options.eps);
 }
 
+// The statistic of some columns: the sum of x, or of (x - mean)^2.  Those from `count` on are
+// behind the row's end: zeros, which would count as mean squared.
+template <bool kSquares, int kSize>
+__device__ __forceinline__ Sums<kSize / 4> sums_of(const Floats<kSize>& x, float mean,
+                                                   int count = kSize) {
+  Sums<kSize / 4> sums{};
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) {
+    float& sum = sums.quad[i / 4];
+    const float v = x.v[i] - mean;
+    if (!kSquares)
+      sum += v;
+    else if (i < count)
+      sum = fmaf(v, v, sum);
+  }
+  return sums;
+}
+
 // For the backward pass.
 template <Statistic kStatistic>
 __device__ __forceinline__ void save(const RowNormArgs& a, uint32_t row, float mean, float rstd) {

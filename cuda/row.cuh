@@ -6,18 +6,6 @@
 
 namespace normkit::cuda {
 
-// The statistic of a pack: the sum of x, or of (x - mean)^2.
-template <bool kSquares, int kSize>
-__device__ __forceinline__ Sums<kSize / 4> sums_of(const Floats<kSize>& x, float mean) {
-  Sums<kSize / 4> sums{};
-#pragma unroll
-  for (int i = 0; i < kSize; ++i) {
-    const float v = x.v[i] - mean;
-    sums.quad[i / 4] = kSquares ? fmaf(v, v, sums.quad[i / 4]) : sums.quad[i / 4] + v;
-  }
-  return sums;
-}
-
 // `groups` groups of lanes a block, kRows rows a group, kPacks packs a lane; or a row for the
 // blocks of a cluster.  A lane has columns in all of its packs, but for the last one of some lanes.
 template <class T, class AccessTo, bool kAddsResidual, int kPacksOfLane, int kRowsOfLane>

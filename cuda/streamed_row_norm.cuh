@@ -22,23 +22,6 @@ __device__ __forceinline__ void round_all(DType dtype, Floats<kSize>& v) {
   for (int i = 0; i < kSize; ++i) v.v[i] = round_to(dtype, v.v[i]);
 }
 
-// The statistic of some columns, of which `count` are in the row; the others are zeros, and would
-// count as mean squared.
-template <bool kSquares, int kSize>
-__device__ __forceinline__ Sums<kSize / 4> sums_of(const Floats<kSize>& x, float mean, int count) {
-  Sums<kSize / 4> sums{};
-#pragma unroll
-  for (int i = 0; i < kSize; ++i) {
-    float& sum = sums.quad[i / 4];
-    const float v = x.v[i] - mean;
-    if (!kSquares)
-      sum += x.v[i];
-    else if (i < count)
-      sum = fmaf(v, v, sum);
-  }
-  return sums;
-}
-
 // A group of lanes a row.  The sum with the residual is made anew in each pass and written last, so
 // that outputs may be inputs.  Packs are of eight columns for every dtype.  Where a row of this
 // length may also stay in registers, it is added up in the order of that kernel (a.turns).
@@ -92,7 +75,7 @@ __global__ void __launch_bounds__(kMostLanes, 1) streamed_row_norm_kernel(RowNor
         Values sum;
         const Values v = values_of(column, sum);
         if (mean == 0.f || column + kSize <= end)  // without a mean, zeros do not count
-          sums = sums_of<kSquares>(v, mean, kSize);
+          sums = sums_of<kSquares>(v, mean);
         else
           sums = sums_of<kSquares>(v, mean, static_cast<int>(end - column));
       }

@@ -212,7 +212,7 @@ FORWARD = (
         "masked-in-variance",
         "columns behind the end count as the mean squared (Triton's where left out)",
         PLAIN,
-        STREAMED,
+        ARGS,
         "else if (i < count)",
         "else if (count > -1)",
     ),
