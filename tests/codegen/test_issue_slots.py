@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 from compiled_kernels import ARCHS, DTYPES, WHOLE, Kernel, compile_all, find
-from issue_slots import BF16, CASES, FP32, MANY, Count, counts, late_loads
+from issue_slots import BF16, CASES, FP32, MANY, Case, Count, counts, late_loads
 from launches import Call, Planned, planned
 from sass import Program
 from sass_thread import Thread
@@ -94,6 +94,16 @@ def test_rows_in_registers_are_read_once_and_written_once(counted: list[Count]) 
             # All threads have as many columns as each other where those are a power of two.
             if c.case.n & (c.case.n - 1) == 0 and c.case.rows == MANY:
                 assert read * launch.block[0] * launch.cluster == c.case.n * rows, c.case.name
+
+
+def test_usual_hidden_sizes_leave_at_most_a_tenth_of_the_threads_idle() -> None:
+    sizes = (2560, 2880, 3072, 5120, 6144, 7168, 12288, 18432)
+    plans = planned(number(WHOLE), [Case("", 0, n).call for n in sizes])
+    for n, plan in zip(sizes, plans, strict=True):
+        match = re.search(r"(\d+) lanes with up to (\d) packs?", plan.plan)
+        assert match, plan.plan
+        slots = int(match[1]) * int(match[2]) * plan.launches[0].launch.cluster
+        assert 0.9 <= n / 8 / slots <= 1, plan.plan
 
 
 # The order of loads, in every kernel that keeps its rows in registers.
