@@ -468,6 +468,12 @@ def test_convert_without_a_model_says_why(tmp_path: Path) -> None:
     assert "has no family" in told.stderr or "is not installed" in told.stderr
 
 
+@pytest.mark.parametrize("dtype", [[], {}, 3, "no dtype", None], ids=str)
+def test_a_config_may_say_anything_of_its_dtype(dtype: object) -> None:
+    assert cli._dtype_of({"dtype": dtype, "torch_dtype": "bfloat16"}) is torch.bfloat16
+    assert cli._dtype_of({"text_config": dtype}) is torch.float32
+
+
 # ------------------------------------------------------------------------------------------ bench
 
 

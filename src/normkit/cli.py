@@ -369,7 +369,9 @@ def _dtype_of(config: Mapping[str, object]) -> torch.dtype:
     sections = (config, config.get("text_config"))
     names = (s.get(k) for s in sections if isinstance(s, dict) for k in ("dtype", "torch_dtype"))
     known = {dtype.value: getattr(torch, dtype.value) for dtype in Dtype}
-    found: torch.dtype = next((known[n] for n in names if n in known), torch.float32)
+    found: torch.dtype = next(
+        (known[n] for n in names if isinstance(n, str) and n in known), torch.float32
+    )
     return found
 
 
