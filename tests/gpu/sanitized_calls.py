@@ -14,9 +14,11 @@ import normkit
 from normkit.testing import Inputs, make_inputs
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-# rows, n: part of a warp, a warp, a block, with tails, clusters of blocks, streamed
+# rows, n: part of a warp, a warp, a block, with tails, three to seven packs a lane, clusters of
+# blocks, streamed
 SHAPES = ((7, 64), (3, 100), (9, 128), (5, 1024), (300, 512), (2, 4096), (3, 4095), (2, 8200))
-LONG_SHAPES = ((1, 20000), (2, 65536), (1, 131073), (1, 300000))
+MANY_ROWS = ((600, 2880), (600, 5120), (600, 6144), (600, 7168))
+LONG_SHAPES = ((1, 18432), (1, 20000), (2, 65536), (1, 131073), (1, 300000))
 
 
 def _on_device(inputs: Inputs) -> Inputs:
@@ -25,7 +27,7 @@ def _on_device(inputs: Inputs) -> Inputs:
 
 def calls() -> int:
     done = 0
-    for dtype, (rows, n) in [(d, s) for d in (BF16, F32) for s in SHAPES + LONG_SHAPES]:
+    for dtype, (rows, n) in [(d, s) for d in (BF16, F32) for s in SHAPES + MANY_ROWS + LONG_SHAPES]:
         plain = _on_device(make_inputs((rows, n), dtype))
         normkit.rms_norm(plain.x, plain.weight)
         normkit.layer_norm(plain.x, plain.weight, plain.bias)
@@ -46,6 +48,15 @@ def calls() -> int:
         normkit.rms_norm(mixed.x[::2], mixed.weight, clamp_inf=True, round_before_weight=True)
         normkit.rms_norm(mixed.x[:, 1:], mixed.weight[1:])
         done += 3
+    for x, other in ((BF16, F32), (F32, BF16)):  # dtypes that are moved 16 bytes at a time together
+        for rows, n in ((600, 128), (2, 4096), (600, 1536), (1, 65536)):
+            mixed = make_inputs(
+                (rows, n), x, weight_dtype=other, bias_dtype=other, residual_dtype=other, seed=n
+            )
+            mixed = _on_device(mixed)
+            normkit.rms_norm(mixed.x, mixed.weight, out_dtype=other)
+            normkit.add_layer_norm(mixed.x, mixed.residual, mixed.weight, mixed.bias)
+            done += 2
     torch.cuda.synchronize()
     return done
 
