@@ -3,9 +3,9 @@
     python benchmarks/convert.py                  # tiny depths of known shapes, five minutes
     python benchmarks/convert.py --model FOLDER   # an encoder with its weights: `make demo`
 
-Needs transformers.  A converted copy is timed beside the model, in pairs; the figures are kept in
-results/convert-<machine>.json.  A launch is an operator that computes: with torch's own norms, each
-is a kernel on a GPU.
+Needs transformers.  Converted copies, one of them with fuse="layer", take turns with the model; the
+figures are kept in results/convert-<machine>.json.  A launch is an operator that computes: with
+torch's own norms, each is a kernel on a GPU.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import copy
 import importlib
 import inspect
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -160,20 +161,26 @@ def embeddings(model: nn.Module, tokens: Any) -> Tensor:
 def measure(name: str, dtype: str, prompt: int, rounds: int) -> dict[str, Any]:
     """Time a prompt and one more token before and after converting; count launches in a layer."""
     plain = decoder(name, dtype)
-    ours = copied(plain)
-    norms = [module for _, module in normkit.convert(ours, strict=True).modules]
+    ours, fused = copied(plain), copied(plain)
+    norms = normkit.convert(ours, strict=True).converted
+    sums = sum(len(layer.norms) for layer in normkit.convert(fused, fuse="layer").layers)
     tokens = torch.randint(0, 1000, (1, prompt), generator=torch.Generator().manual_seed(0))
     result: dict[str, Any] = {"model": name, "dtype": dtype, "prompt": prompt}
     result |= {"threads": torch.get_num_threads(), "rounds": rounds, "norms": len(norms)}
+    models = {"before": plain, "after": ours} | ({"fused": fused} if sums else {})
     with torch.no_grad():
         logits = [m(input_ids=tokens).logits.float() for m in (plain, ours)]
         result["difference"] = ((logits[0] - logits[1]).abs().max() / logits[0].abs().max()).item()
         for what, call in (("prompt", of_prompt), ("token", of_token)):
-            times = Pairs({"before": call(plain, tokens), "after": call(ours, tokens)}, rounds)
-            result[what] = {name: times.ms(name) for name in ("before", "after")}
+            times = Pairs({name: call(m, tokens) for name, m in models.items()}, rounds)
+            result[what] = {name: times.ms(name) for name in models}
             result[what] |= {"gain": times.gain("before", "after")}
             result[what] |= {"gain_quartiles": times.quartiles("before", "after")}
+            if sums:
+                result[what] |= {"fused_gain": times.gain("before", "fused")}
+                result[what] |= {"fused_gain_quartiles": times.quartiles("before", "fused")}
         result["launches"] = launches(plain, tokens[:, :2])
+        result["launches"]["fused"] = result["launches"]["after"] - sums
     return result
 
 
@@ -264,11 +271,12 @@ def line_of(result: dict[str, Any]) -> str:
     parts = [
         f"{what}: {result[what]['before']:.2f} -> {result[what]['after']:.2f} ms,"
         f" {result[what]['gain']:.3f} times as fast"
+        f" ({result[what].get('fused_gain', math.nan):.3f} fused)"
         for what in ("prompt", "token")
     ]
     return "; ".join(
         [f"{result['model']}, {result['dtype']}", *parts,
-         f"launches {count['before']} -> {count['after']}",
+         f"launches {count['before']} -> {count['after']} ({count['fused']} fused)",
          f"logits {result['difference']:.1e} apart"]
     )  # fmt: skip
 

@@ -74,14 +74,14 @@ def rows(dtype: torch.dtype = F32, *shape: int) -> Tensor:
 
 
 @contextmanager
-def counted() -> Iterator[list[Tensor]]:
-    """The x of every call that normkit ran for a converted module."""
+def counted(sums: bool = False) -> Iterator[list[Tensor]]:
+    """The x of every call that normkit ran for a converted module, or of those with a sum only."""
     seen: list[Tensor] = []
     run = _plan.Plan.run
 
-    def count(self, module, x):
-        y = run(self, module, x)
-        if y is not None:
+    def count(self, module, x, residual=None):
+        y = run(self, module, x, residual)
+        if y is not None and (residual is not None or not sums):
             seen.append(x)
         return y
 

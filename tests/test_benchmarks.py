@@ -298,5 +298,7 @@ def test_a_converted_model_is_timed_beside_the_model_and_its_launches_are_counte
     count = result["launches"]
     assert count["after"] == count["before"] - count["in norms"] + 3
     assert count["in norms"] >= 3 * 5
+    assert count["fused"] == count["after"] - 1
     assert result["token"]["gain"] > 0
-    assert f"launches {count['before']} -> {count['after']}" in out
+    assert result["token"]["fused_gain"] > 0
+    assert f"launches {count['before']} -> {count['after']} ({count['fused']} fused)" in out

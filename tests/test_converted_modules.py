@@ -84,12 +84,22 @@ def test_a_state_dict_goes_both_ways():
     m.load_state_dict(plain.state_dict())
 
 
-@pytest.mark.parametrize("name", ["__deepcopy__", "__reduce_ex__", "__init_subclass__"])
+@pytest.mark.parametrize("name", ["__deepcopy__", "__reduce_ex__"])
 def test_a_class_with_its_own_way_of_copying_is_left(name):
-    own = classmethod(lambda cls: None) if name == "__init_subclass__" else lambda self, *_: self
-    cls = type("OwnNorm", (LlamaRMSNorm,), {name: own})
+    cls = type("OwnNorm", (LlamaRMSNorm,), {name: lambda self, *_: self})
     (entry,) = normkit.convert(cls(64)).left
     assert "own way" in entry.reason or "cannot be copied" in entry.reason
+
+
+def test_a_class_is_not_told_of_the_one_that_is_derived():
+    told = []
+
+    class Registered(LlamaRMSNorm):
+        def __init_subclass__(cls):
+            told.append(cls)
+
+    assert calls(converted(Registered(64)), rows()) == 1
+    assert told == []
 
 
 # ------------------------------------------------------------------------------- hooks and wrappers
@@ -342,12 +352,20 @@ def losses(m: nn.Module, steps: int = 3) -> list[float]:
 
 
 @pytest.mark.parametrize("first", ["convert", "wrap"])
-@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2 of all", "fsdp2 of norms"])
+@pytest.mark.parametrize(
+    "wrapper", ["ddp", "fsdp2 of all", "fsdp2 of norms", "fsdp1", "fsdp1, original parameters"]
+)
+@pytest.mark.filterwarnings("ignore:FSDP is switching")
 def test_wrapped_by_ddp_and_fsdp_it_trains_as_before(wrapper, first, one_process):
     def wrap(m):
         if wrapper == "ddp":
             return nn.parallel.DistributedDataParallel(m)
-        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+        if "fsdp1" in wrapper:
+            return FullyShardedDataParallel(
+                m, use_orig_params="original" in wrapper, device_id=torch.device("cpu")
+            )
 
         for sub in (m[0].norm, m[2]) if wrapper == "fsdp2 of norms" else ():
             fully_shard(sub, mesh=one_process)
@@ -362,7 +380,12 @@ def test_wrapped_by_ddp_and_fsdp_it_trains_as_before(wrapper, first, one_process
         m = wrap(m)
         report = normkit.convert(m)
         if wrapper != "ddp":
-            assert {e.reason for e in report.left} == {"parameters are of a tensor subclass"}
+            reasons = {
+                "fsdp1": "has a tensor that is no parameter, weight",
+                "fsdp1, original parameters": "parameters are split by FSDP",
+            }
+            reason = reasons.get(wrapper, "parameters are of a tensor subclass")
+            assert {e.reason for e in report.left} == {reason}
     with counted() as seen:
         assert losses(m) == pytest.approx(expected, rel=1e-5)
     assert len(seen) == (9 if first == "convert" or wrapper == "ddp" else 0)

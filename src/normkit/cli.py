@@ -29,7 +29,7 @@ from normkit._spec import Kind
 from normkit.checkpoint import weight_names
 from normkit.checkpoint._files import Files, printable, read_config
 from normkit.checkpoint._meaning import Given
-from normkit.conversion import Report
+from normkit.conversion import Entry, Report
 
 app = typer.Typer(
     add_completion=False,
@@ -48,6 +48,13 @@ class Dtype(str, Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+
+
+class Fuse(str, Enum):
+    """As `fuse` of normkit.convert."""
+
+    none = "none"
+    layer = "layer"
 
 
 def _console() -> Console:
@@ -334,6 +341,9 @@ def convert(
     exclude: Annotated[
         list[str] | None, typer.Option(help="Pattern of paths to leave; may be repeated.")
     ] = None,
+    fuse: Annotated[
+        Fuse, typer.Option(help="Say also which sums would be fused with the norms behind them.")
+    ] = Fuse.none,
     as_json: Json = False,
 ) -> None:
     """Say which norms of a model normkit.convert would take, what they compute, and why not others.
@@ -352,7 +362,11 @@ def convert(
         originals = Originals(config)
         originals.model.to(_dtype_of(config))
         report = normkit.convert(
-            originals.model, dry_run=True, include=include or None, exclude=exclude or None
+            originals.model,
+            dry_run=True,
+            include=include or None,
+            exclude=exclude or None,
+            fuse=fuse.value,
         )
     except (NoOriginals, OSError, ValueError) as error:
         reason = one_line(error)
@@ -377,11 +391,11 @@ def _dtype_of(config: Mapping[str, object]) -> torch.dtype:
 
 def _print_conversion(report: Report, model: str) -> None:
     table = Table("", "norms", "class", "computes, or why not", "bits", "first")
-    colours = {"converted": "green", "left": "yellow"}
+    colours = {"converted": "green", "fused": "green"}
     for name, summary, entries in report.groups():
-        shares = [e.equal_share for e in entries if e.equal_share is not None]
+        shares = [e.equal_share for e in entries if isinstance(e, Entry) and e.equal_share]
         table.add_row(
-            Text(name, colours[name]),
+            Text(name, colours.get(name, "yellow")),
             str(len(entries)),
             escape(entries[0].cls),
             escape(summary),

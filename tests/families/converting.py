@@ -41,6 +41,10 @@ class Outcome:
     idle: Counter[str] = field(default_factory=Counter)  # those that ran the original, by class
     left: Counter[tuple[str, str]] = field(default_factory=Counter)
     difference: float = 0.0  # of the outputs, relative to their largest
+    fused: int = 0  # sums in the code of layers, and
+    sums: int = 0  # how many were made with a norm when the model was called
+    unread: Counter[tuple[str, str]] = field(default_factory=Counter)
+    fused_alike: bool = True  # bit for bit as converted
     reverted: bool = True  # bit for bit
 
 
@@ -83,23 +87,40 @@ def _convert(
     for hook in hooks:
         hook.remove()
     result.called = len(called)
-    result.idle.update(type(m).__name__ for m in called - run)
+    result.idle.update(type(m).__name__ for m in called - run.modules)
     result.difference = max(map(_difference, after, before), default=0.0)
+    fusing = normkit.convert(model, fuse="layer")
+    result.fused = sum(len(layer.norms) for layer in fusing.layers)
+    result.unread.update((r.cls, r.reason) for r in fusing.layers if r.reason)
+    with _running() as run:
+        result.fused_alike = _same(_outputs(model, given), after)
+    result.sums = run.sums
+    fusing.revert()
     report.revert()
     result.reverted = _same(_outputs(model, given), before)
 
 
+class _Run:
+    """The modules whose calls normkit ran, and how many calls had a sum in them."""
+
+    def __init__(self) -> None:
+        self.modules: set[nn.Module] = set()
+        self.sums = 0
+
+
 @contextlib.contextmanager
-def _running() -> Iterator[set[nn.Module]]:
-    """The modules whose calls normkit ran."""
-    seen: set[nn.Module] = set()
+def _running() -> Iterator[_Run]:
+    seen = _Run()
     run = _plan.Plan.run
 
-    def watched(self: _plan.Plan, module: nn.Module, x: Tensor) -> Tensor | None:
-        y = run(self, module, x)
-        if y is not None:
-            seen.add(module)
-        return y
+    def watched(
+        self: _plan.Plan, module: nn.Module, x: Tensor, residual: Tensor | None = None
+    ) -> Any:
+        made = run(self, module, x, residual)
+        if made is not None:
+            seen.modules.add(module)
+            seen.sums += residual is not None
+        return made
 
     _plan.Plan.run = watched  # type: ignore[method-assign]
     try:
@@ -155,6 +176,11 @@ def summary(results: list[Outcome]) -> str:
     idle: Counter[str] = sum((r.idle for r in results), Counter())
     lines.append("converted, and ran their own forward:")
     lines += [f"  {n:5d} {cls}" for cls, n in idle.most_common()]
+    unread: Counter[tuple[str, str]] = sum((r.unread for r in results), Counter())
+    lines.append("layers that are not fused:")
+    lines += [f"  {n:5d} {cls}: {reason}" for (cls, reason), n in unread.most_common()]
+    other = [f"{r.name} {r.dtype}" for r in results if not r.fused_alike]
+    lines.append(f"fused, and other bits: {', '.join(other) or 'none'}")
     built = sorted((r for r in results if not r.error), key=lambda r: -r.difference)
     lines.append("largest differences:")
     lines += [f"  {r.difference:.2e} {r.name} {r.dtype}" for r in built[:20]]
@@ -175,6 +201,9 @@ def _counts(part: list[Outcome]) -> str:
         f"{called - idle} of the {called} that were called ran normkit",
         f"outputs bit-equal in {sum(r.difference == 0 for r in built)} models",
         f"{max((r.difference for r in built), default=0):.1e} apart at most",
+        f"{sum(r.fused for r in built)} sums fused in the code of {sum(r.fused > 0 for r in built)}"
+        f" models, {sum(r.sums for r in built)} when these ran, with the bits of before in"
+        f" {sum(r.fused_alike and r.fused > 0 for r in built)}",
         f"reverted exactly in {sum(r.reverted for r in built)}",
     ]
     return "; ".join(words)

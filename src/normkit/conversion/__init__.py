@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Literal, TypeAlias
@@ -11,14 +11,15 @@ import torch
 from torch import nn
 
 from normkit._spec import NormSpec
-from normkit.conversion._classes import converted_class, is_converted, set_class
+from normkit.conversion._classes import converted_class, is_converted, is_ours, set_class
+from normkit.conversion._layers import fused_layers
 from normkit.conversion._plan import NotConvertible, own_dtype, plan_of
-from normkit.conversion._report import ALREADY, NOT_SELECTED, Entry, Report, revert_all
+from normkit.conversion._report import ALREADY, NOT_SELECTED, Entry, Layer, Report, revert_all
 from normkit.modules import HeadNorm, LayerNorm, RMSNorm
 from normkit.recognition._identity import identity
 from normkit.recognition._screen import refusal
 
-__all__ = ["Entry", "Report", "convert", "revert"]
+__all__ = ["Entry", "Layer", "Report", "convert", "revert"]
 
 # Paths of modules: patterns as of shells, or a function that is given path and module.
 Selection: TypeAlias = str | Sequence[str] | Callable[[str, nn.Module], bool]
@@ -52,7 +53,10 @@ def convert(
         exclude: which of them not, likewise.
         strict: raise if a module that looks like a norm would be left as it is; what `exclude`
             names, or `include` does not, may be.
-        fuse: "none"; "layer", which adds residuals in the same pass, is not there yet.
+        fuse: "layer" computes a sum and the converted norm right behind it in one pass, the same
+            bits: the forward of the layer is rewritten, from its source.  It is decided at each
+            call whether that can be told apart (hooks of the norm, shapes that broadcast, autocast,
+            ...); sums that one layer makes and the next one normalises stay as they are.
 
     Returns:
         A `Report`: `converted` and `left`, and `revert()`, which undoes it exactly.
@@ -72,40 +76,51 @@ def convert(
         >>> report.revert()
     """
     _check_model(model)
-    if fuse != "none":
-        raise ValueError(f'fuse: expected "none", the only choice yet, got {fuse!r}')
+    if fuse not in ("none", "layer"):
+        raise ValueError(f'fuse: expected "none" or "layer", got {fuse!r}')
     is_in = _selector("include", include, when_none=True)
     is_out = _selector("exclude", exclude, when_none=False)
     report = Report(dry_run=dry_run)
-    planned: list[tuple[nn.Module, type[nn.Module]]] = []
-    outcomes: dict[Hashable, _Outcome] = {}
-    selected = 0
-    for path, module in model.named_modules():  # one that has several paths has the first here
-        if is_in(path, module) and not is_out(path, module):
-            selected += 1
-            found, converted = _outcome(module, outcomes)
-        else:
-            found, converted = _not_selected(module), None
-        if found is None:
-            continue
-        entry = replace(found, path=path)
-        if converted is not None:
-            report.converted.append(entry)
-            report.modules.append((path, module))
-            planned.append((module, converted))
-        else:
-            report.left.append(entry)
+    selected = {m for path, m in model.named_modules() if is_in(path, m) and not is_out(path, m)}
     if not selected:
         raise ValueError(f"include: expected what matches a path of the model, got {include!r}")
+    new = _converted(model, selected, report)
     if strict and report.refused:
         reasons = "; ".join(f"{e.path} ({e.cls}): {e.reason}" for e in report.refused)
         raise ValueError(f"strict: expected every norm to be converted, got {reasons}")
+    if fuse == "layer":
+        norms = {*new, *filter(is_converted, model.modules())}
+        for module, (layer, its_class) in fused_layers(model, norms):
+            report.layers.append(layer)
+            if its_class is not None:
+                new[module] = its_class
     if dry_run:
-        report.modules = []
         return report
-    for module, converted in planned:
-        set_class(module, converted)
+    report.modules = [(path, module) for path, module in model.named_modules() if module in new]
+    for module, its_class in new.items():
+        set_class(module, its_class)
     return report
+
+
+# Modules and the classes that they get.
+_Classes: TypeAlias = dict[nn.Module, type[nn.Module]]
+
+
+def _converted(model: nn.Module, selected: Collection[nn.Module], report: Report) -> _Classes:
+    """Measure the norms of a model, and report."""
+    new: _Classes = {}
+    outcomes: dict[Hashable, _Outcome] = {}
+    for path, module in model.named_modules():  # one that has several paths has the first here
+        if module in selected:
+            found, its_class = _outcome(module, outcomes)
+        else:
+            found, its_class = _not_selected(module), None
+        if found is None:
+            continue
+        (report.left if its_class is None else report.converted).append(replace(found, path=path))
+        if its_class is not None:
+            new[module] = its_class
+    return new
 
 
 def revert(model: nn.Module) -> None:
@@ -154,8 +169,8 @@ def _outcome(module: nn.Module, known: dict[Hashable, _Outcome]) -> _Outcome:
     """Measure a module, unless one like it is known."""
     if isinstance(module, (RMSNorm, LayerNorm, HeadNorm)):  # normkit's own
         return None, None
-    if is_converted(module):
-        return _left(module, ALREADY), None
+    if is_ours(module):
+        return (_left(module, ALREADY) if is_converted(module) else None), None
     why = refusal(module)
     if why is not None:
         return (_left(module, why) if _is_named_norm(module) else None), None

@@ -1,4 +1,4 @@
-"""The class of a converted module: its own class's subclass, which goes by the same name."""
+"""The class of a converted module or fused layer: a subclass of its own, by the same name."""
 
 from __future__ import annotations
 
@@ -23,14 +23,20 @@ _is_tracing = torch._C._is_tracing
 # What a class may do its own way, and converted classes do for it, or must not do again.
 _OWN_WAYS = (
     "__copy__", "__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__",
-    "__getnewargs__", "__getnewargs_ex__", "__init_subclass__",
+    "__getnewargs__", "__getnewargs_ex__",
 )  # fmt: skip
-_ORIGINAL, _PLAN = "_normkit_original", "_normkit_plan"
+_ORIGINAL = "_normkit_original"
+PLAN = "_normkit_plan"  # the attribute of a converted module's class
+
+
+def is_ours(module: nn.Module) -> bool:
+    """Whether a module's class is of here, also where others derived theirs from it."""
+    return hasattr(type(module), _ORIGINAL)
 
 
 def is_converted(module: nn.Module) -> bool:
-    """Whether a module runs a plan, also where others derived a class from that of it."""
-    return hasattr(type(module), _ORIGINAL)
+    """Whether it is a norm's, likewise."""
+    return hasattr(type(module), PLAN)
 
 
 def original_of(module: nn.Module) -> type[nn.Module] | None:
@@ -53,32 +59,42 @@ def converted_class(own: type[nn.Module], plan: Plan) -> type[nn.Module]:
     """The class for modules of a class with this plan, one for all of them.
 
     Raises:
-        NotConvertible: the class has its own way of being copied or derived from.
+        NotConvertible: the class has its own way of being copied.
     """
-    ways = {name for base in own.__mro__ if base not in (nn.Module, object) for name in vars(base)}
+    return derived_class(own, PLAN, plan, lambda: {"forward": _forward(own, plan)})
+
+
+def derived_class(
+    own: type[nn.Module], name: str, value: object, members: Callable[[], dict[str, Any]]
+) -> type[nn.Module]:
+    """The class that differs from a class by what a value says, one for each value.
+
+    Raises:
+        NotConvertible: the class has its own way of being copied.
+    """
+    ways = {way for base in own.__mro__ if base not in (nn.Module, object) for way in vars(base)}
     if not ways.isdisjoint(_OWN_WAYS) or type(own) is not type:
-        raise NotConvertible("its class has its own way of being copied or derived from")
+        raise NotConvertible("its class has its own way of being copied")
     with _LOCK:
         for known in own.__subclasses__():  # Python keeps this list, and lets go of the unused
-            if _ORIGINAL in vars(known) and vars(known)[_PLAN] == plan:
+            if _ORIGINAL in vars(known) and name in vars(known) and vars(known)[name] == value:
                 return known
-        return _new_class(own, plan)
-
-
-def _new_class(own: type[nn.Module], plan: Plan) -> type[nn.Module]:
-    # No second base: Python gives an instance only a class whose first base is its own.
-    members = {
-        "__module__": own.__module__,
-        "__qualname__": own.__qualname__,
-        "__doc__": own.__doc__,
-        "__copy__": _copied,
-        "__deepcopy__": _deep_copied,
-        "__reduce_ex__": _reduced,
-        _PLAN: plan,
-        _ORIGINAL: own,
-        "forward": _forward(own, plan),
-    }
-    return type(own.__name__, (own,), members)
+        all_members = {
+            "__module__": own.__module__,
+            "__qualname__": own.__qualname__,
+            "__doc__": own.__doc__,
+            "__copy__": _copied,
+            "__deepcopy__": _deep_copied,
+            "__reduce_ex__": _reduced,
+            _ORIGINAL: own,
+            name: value,
+            **members(),
+        }
+        # The base comes later, so that it is not told (__init_subclass__), as of a class of users.
+        # No second one: Python gives an instance only a class whose first base is its own.
+        made = type(own.__name__, (nn.Module,), all_members)
+        made.__bases__ = (own,)
+        return made
 
 
 def _copied(self: nn.Module) -> nn.Module:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeGuard, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from normkit._serving import dispatch
 from normkit._serving.backends import falls_back, quick, wanted_backend
 from normkit._serving.refusal import Refusal
 from normkit._serving.serve import PLAIN, serve
-from normkit._spec import FLOATS, LAYER, PER_HEAD, Call, NormSpec
+from normkit._spec import ADD, FLOATS, LAYER, PER_HEAD, Call, NormSpec
 from normkit.recognition import Recognition, recognise
 from normkit.recognition._result import Function, Layout
 from normkit.recognition._screen import parameters_of, row_shape, widths
@@ -56,8 +56,12 @@ class Plan:
     is_l2: bool
     layout: Layout
 
-    def run(self, module: nn.Module, x: Tensor) -> Tensor | None:
-        """Give y, or None where the module's own forward has to run."""
+    def run(self, module: nn.Module, x: Tensor, residual: Tensor | None = None) -> Any:
+        """Give y, or None where the module's own forward has to run.
+
+        With a residual, which is like x: y of residual + x, and that sum; None where they have to
+        be apart.
+        """
         if type(x) not in PLAIN or x.layout is not torch.strided:
             return None
         weight = bias = dtype = None
@@ -74,6 +78,10 @@ class Plan:
         spec = self.specs.get((x.dtype, dtype))
         if spec is None or (self.width is not None and x.shape[-1:] != (self.width,)):
             return None
+        if residual is not None:
+            if not x.is_contiguous() or not residual.is_contiguous():
+                return None
+            return self._norm(x, weight, bias, spec, residual)
         if x.is_contiguous():
             return self._norm(x, weight, bias, spec)
         if self.layout == "packed":
@@ -99,8 +107,13 @@ class Plan:
         return [*order, x.ndim - 1]
 
     def _norm(
-        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: NormSpec
-    ) -> Tensor | None:
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        spec: NormSpec,
+        residual: Tensor | None = None,
+    ) -> Any:
         eps = spec.eps
         if self.shape is not None and len(self.shape) != 1 + self.heads:  # (1, n), (n, 1, 1)
             shape = row_shape(weight if weight is not None else cast(Tensor, bias))
@@ -110,12 +123,13 @@ class Plan:
             weight = torch.full((n,), n**-0.5, dtype=torch.float32, device=x.device)
             eps = (eps or 0.0) / n
         call = (
-            PER_HEAD * self.heads | LAYER * (spec.kind == "layer"), x, None, weight, bias, eps,
+            PER_HEAD * self.heads | LAYER * (spec.kind == "layer") | ADD * (residual is not None),
+            x, residual, weight, bias, eps,
             spec.weight_offset, spec.round_before_weight, True, False, spec.round_rstd,
             spec.out_dtype, None, None,
         )  # fmt: skip
         y = quick(*call)
-        return cast("Tensor | None", _slowly(Call(*call)) if y is None else y)
+        return _slowly(Call(*call)) if y is None else y
 
 
 def tensor_of(module: nn.Module, name: str) -> Tensor | None:

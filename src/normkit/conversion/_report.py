@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from normkit._spec import NormSpec
-from normkit.conversion._classes import is_converted, original_of, set_class
+from normkit.conversion._classes import is_ours, original_of, set_class
 
 NOT_SELECTED = "not selected by include or exclude"
 ALREADY = "is converted already"
@@ -59,6 +59,27 @@ class Entry:
         }
 
 
+@dataclass(frozen=True)
+class Layer:
+    """A module with norms in it, of which sums may be fused with these.
+
+    Attributes:
+        path: its name in the model, the first of them where it has several.
+        cls: the name of its class.
+        norms: those that are computed together with the sum before them, one for each place.
+        reason: why none is; "" also where no norm follows a sum directly.
+    """
+
+    path: str
+    cls: str
+    norms: tuple[str, ...] = ()
+    reason: str = ""
+
+    def summary(self) -> str:
+        """What is fused, or why nothing is, in words."""
+        return self.reason or f"sums before {', '.join(self.norms)}"
+
+
 def short(dtype: torch.dtype) -> str:
     """The name of a dtype without torch's."""
     return str(dtype).removeprefix("torch.")
@@ -82,12 +103,15 @@ class Report:
     Attributes:
         converted: the norms that normkit computes now, or would, in a dry run.
         left: the modules that look like a norm and run as before, each with the reason.
+        layers: with `fuse="layer"`, the layers in which sums are fused with norms, and those whose
+            forward could not be read, each with the reason.
         dry_run: whether nothing was changed.
-        modules: those that were converted, with their paths.
+        modules: those that got another class, with their paths.
     """
 
     converted: list[Entry] = field(default_factory=list)
     left: list[Entry] = field(default_factory=list)
+    layers: list[Layer] = field(default_factory=list)
     dry_run: bool = False
     modules: list[tuple[str, nn.Module]] = field(default_factory=list, repr=False)
 
@@ -97,7 +121,7 @@ class Report:
         return [entry for entry in self.left if entry.reason not in (NOT_SELECTED, ALREADY)]
 
     def revert(self) -> None:
-        """Give the modules that this call converted their own classes back.
+        """Give the modules and layers that this call changed their own classes back.
 
         What has been reverted already stays as it is.
 
@@ -114,22 +138,24 @@ class Report:
             name: [entry.as_dict() for entry in getattr(self, name)]
             for name in ("converted", "left")
         }
+        lists["layers"] = [asdict(layer) for layer in self.layers]
         return json.dumps({"dry_run": self.dry_run, **lists}, indent=1)
 
-    def groups(self) -> Iterator[tuple[str, str, list[Entry]]]:
+    def groups(self) -> Iterator[tuple[str, str, list[Entry] | list[Layer]]]:
         """Which list, what they compute or why they were left, and the entries alike in both."""
-        for name in ("converted", "left"):
-            alike: dict[tuple[str, str], list[Entry]] = {}
-            for entry in getattr(self, name):
-                alike.setdefault((entry.cls, entry.summary()), []).append(entry)
-            for (_, summary), entries in alike.items():
-                yield name, summary, entries
+        for name, entries in (("converted", self.converted), ("left", self.left)):
+            for summary, alike in _alike(entries):
+                yield name, summary, alike
+        for summary, layers in _alike(self.layers):
+            yield "fused" if layers[0].norms else "not fused", summary, layers
 
     def headline(self) -> str:
         """The counts in a sentence."""
         count = len(self.converted)
         would = " would be" if self.dry_run else ""
-        return f"{count} of {count + len(self.left)} norms{would} converted"
+        sums = sum(len(layer.norms) for layer in self.layers)
+        fused = f", {sums} of them fused with the sum before" if sums else ""
+        return f"{count} of {count + len(self.left)} norms{would} converted{fused}"
 
     def __str__(self) -> str:
         rows = [
@@ -137,6 +163,17 @@ class Report:
             for name, summary, entries in self.groups()
         ]
         return "\n".join([self.headline(), *in_columns(rows)])
+
+
+_Item = TypeVar("_Item", Entry, Layer)
+
+
+def _alike(items: Iterable[_Item]) -> Iterator[tuple[str, list[_Item]]]:
+    alike: dict[tuple[str, str], list[_Item]] = {}
+    for item in items:
+        alike.setdefault((item.cls, item.summary()), []).append(item)
+    for (_, summary), group in alike.items():
+        yield summary, group
 
 
 def in_columns(rows: Sequence[Sequence[str]]) -> Iterator[str]:
@@ -148,7 +185,7 @@ def in_columns(rows: Sequence[Sequence[str]]) -> Iterator[str]:
 
 def revert_all(modules: Iterable[tuple[str, nn.Module]]) -> None:
     """Revert those of the modules that are converted, all of them or none."""
-    changed = [(path, m, original_of(m)) for path, m in modules if is_converted(m)]
+    changed = [(path, m, original_of(m)) for path, m in modules if is_ours(m)]
     for path, module, original in changed:
         if original is None:
             raise RuntimeError(

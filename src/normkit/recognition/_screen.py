@@ -100,6 +100,8 @@ def _of_parameters(module: nn.Module) -> str | None:
     parameters = list(parameters_of(module).values())
     if any(type(p) not in (nn.Parameter, Tensor) for p in parameters):
         return "parameters are of a tensor subclass"
+    if any(hasattr(p, "_fsdp_flattened") for p in parameters):  # of it, a rank has any part or none
+        return "parameters are split by FSDP"
     if isinstance(module, (nn.Linear, nn.Embedding, nn.Bilinear)) or len(parameters) > 2:
         return _NOT_OF_A_NORM
     shapes = {row_shape(p) for p in parameters}
