@@ -163,7 +163,7 @@ def measure(name: str, dtype: str, prompt: int, rounds: int) -> dict[str, Any]:
     plain = decoder(name, dtype)
     ours, fused = copied(plain), copied(plain)
     norms = normkit.convert(ours, strict=True).converted
-    sums = sum(len(layer.norms) for layer in normkit.convert(fused, fuse="layer").layers)
+    sums = _sums(normkit.convert(fused, fuse="layer"))
     tokens = torch.randint(0, 1000, (1, prompt), generator=torch.Generator().manual_seed(0))
     result: dict[str, Any] = {"model": name, "dtype": dtype, "prompt": prompt}
     result |= {"threads": torch.get_num_threads(), "rounds": rounds, "norms": len(norms)}
@@ -180,7 +180,7 @@ def measure(name: str, dtype: str, prompt: int, rounds: int) -> dict[str, Any]:
                 result[what] |= {"fused_gain": times.gain("before", "fused")}
                 result[what] |= {"fused_gain_quartiles": times.quartiles("before", "fused")}
         result["launches"] = launches(plain, tokens[:, :2])
-        result["launches"]["fused"] = result["launches"]["after"] - sums
+        result["launches of a layer"] = of_a_layer(plain, tokens[:, :2])
     return result
 
 
@@ -236,15 +236,32 @@ class _Counting(TorchDispatchMode):
 
 
 def launches(model: nn.Module, tokens: Tensor) -> dict[str, int]:
-    """Operators of a model, and what they would be with one for each norm."""
-    report = normkit.convert(model, dry_run=True)
+    """Operators of a model, and what they would be with one for each norm, or sum and norm."""
+    report = normkit.convert(model, dry_run=True, fuse="layer")
     paths = {entry.path for entry in report.converted}
     norms = [module for path, module in model.named_modules() if path in paths]
     counting = _Counting()
     with _marked(norms, counting) as calls, counting:
         model(input_ids=tokens, use_cache=False)
     after = counting.all - counting.of_norms + len(calls)
-    return {"before": counting.all, "in norms": counting.of_norms, "after": after}
+    return {
+        "before": counting.all,
+        "in norms": counting.of_norms,
+        "after": after,
+        "fused": after - _sums(report),
+    }
+
+
+def _sums(report: normkit.conversion.Report) -> int:
+    return sum(len(layer.norms) for layer in report.layers)
+
+
+def of_a_layer(model: nn.Module, tokens: Tensor) -> dict[str, int]:
+    """What one layer less would save."""
+    fewer = copied(model)
+    del max((m for m in fewer.modules() if isinstance(m, nn.ModuleList)), key=len)[-1]
+    counts, rest = launches(model, tokens), launches(fewer, tokens)
+    return {name: count - rest[name] for name, count in counts.items()}
 
 
 @contextmanager
@@ -267,7 +284,7 @@ def _marked(norms: list[nn.Module], counting: _Counting) -> Iterator[list[nn.Mod
 
 def line_of(result: dict[str, Any]) -> str:
     """A result in a line."""
-    count = result["launches"]
+    count, layer = result["launches"], result["launches of a layer"]
     parts = [
         f"{what}: {result[what]['before']:.2f} -> {result[what]['after']:.2f} ms,"
         f" {result[what]['gain']:.3f} times as fast"
@@ -276,7 +293,8 @@ def line_of(result: dict[str, Any]) -> str:
     ]
     return "; ".join(
         [f"{result['model']}, {result['dtype']}", *parts,
-         f"launches {count['before']} -> {count['after']} ({count['fused']} fused)",
+         f"launches {count['before']} -> {count['after']} ({count['fused']} fused),"
+         f" of a layer {layer['before']} -> {layer['after']} ({layer['fused']})",
          f"logits {result['difference']:.1e} apart"]
     )  # fmt: skip
 

@@ -299,6 +299,8 @@ def test_a_converted_model_is_timed_beside_the_model_and_its_launches_are_counte
     assert count["after"] == count["before"] - count["in norms"] + 3
     assert count["in norms"] >= 3 * 5
     assert count["fused"] == count["after"] - 1
+    layer = result["launches of a layer"]
+    assert layer["before"] - layer["in norms"] + 2 == layer["after"] == layer["fused"] + 1
     assert result["token"]["gain"] > 0
     assert result["token"]["fused_gain"] > 0
     assert f"launches {count['before']} -> {count['after']} ({count['fused']} fused)" in out

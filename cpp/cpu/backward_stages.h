@@ -228,6 +228,7 @@ constexpr Kernels make_kernels(const char* name) {
   Kernels k{};
   k.name = name;
   k.clamp = clamp_stage;
+  k.rstd = rstd_stage;
   fill_forward<Float32>(k);
   fill_forward<Float16>(k);
   fill_forward<BFloat16>(k);

@@ -42,6 +42,7 @@ struct Block {
 };
 
 using Stage = void (*)(Block&);
+using RstdStage = void (*)(Block&, double inverse_n, double eps);
 
 // Rows whose part of grad_weight and grad_bias is added in one go.
 constexpr int kBackwardRows = 4;
@@ -81,6 +82,7 @@ struct Kernels {
            [2];  // [x][residual][keep]: residual_out = x + residual, and wide = the unrounded sum
   Stage sum[3];  // [source]: sum of the row
   Stage squares[3][2];  // [source][centred]: sum of squares, about the mean if centred
+  RstdStage rstd;       // from the sums of squares
   void (*affine[3][2])(const void* item, int64_t n, float offset, float* out);  // [item][layout]
   // [source][rounded to][out][weight and bias as stored][statistic]; rounding to kFloat32 is none.
   // "As stored" is there for 16-bit source, output, weight and bias of one type.

@@ -92,6 +92,7 @@ struct Stages {
   Stage clamp_sum = nullptr;  // wide = clamped residual_out
   Stage sum = nullptr;        // layer norm only
   Stage squares = nullptr;
+  RstdStage rstd = nullptr;
   Stage apply = nullptr;
   bool wide = false;  // the row that is normalised is kept as float32
   bool affine_as_stored = false;
@@ -120,6 +121,7 @@ Stages stages_of(const RowNorm& norm, const Kernels& kernels) {
   const bool layer = norm.statistic == Statistic::kLayer;
   if (layer) s.sum = kernels.sum[int(source)];
   s.squares = kernels.squares[int(source)][layer];
+  s.rstd = kernels.rstd;
   // For statistics there is none, and it need not be prepared.
   s.affine_as_stored = norm.split.step == Step::kStatistics || affine_as_stored(norm, source);
   s.apply =
@@ -162,7 +164,7 @@ void run(Block& b, const Stages& s, const RowNorm& norm, int64_t row) {
     add_up(b, s);
     if (norm.split.step == Step::kStatistics) return save_statistics(b, norm, row);
   }
-  take_rstd(b, norm);
+  take_rstd(b, norm, s.rstd);
   s.apply(b);
 }
 

@@ -149,6 +149,14 @@ void squares_stage(Block& b) {
   }
 }
 
+// In double, for one rounding in the place of four: in float32 some elements of a layer norm broke
+// the bound of docs/numerics.md, one in 10^8.  Here, and so as wide as the instruction set has it:
+// of rows of 128 columns these two instructions are a quarter of the time.
+void rstd_stage(Block& b, double inverse_n, double eps) {
+  for (int r = 0; r < b.rows; ++r)
+    b.rstd[r] = static_cast<float>(1.0 / std::sqrt(b.sum[r] * inverse_n + eps));
+}
+
 void clamp_stage(Block& b) {
   const auto clamped = [](Chunk c) {
     for (int k = 0; k < kVecs; ++k) c.v[k] = clamp(c.v[k], 65504.f);

@@ -26,13 +26,10 @@ inline float rounded(float v, DType dtype) {
   return v;
 }
 
-// b.sum has the sums of squares of whole rows.  In double, for one rounding in the place of four:
-// in float32 some elements of a layer norm broke the bound of docs/numerics.md, one in 10^8.
-inline void take_rstd(Block& b, const RowNorm& norm) {
-  const double inverse_n =
-      1.0 / (static_cast<double>(norm.n) * static_cast<double>(norm.split.parts));
-  for (int r = 0; r < b.rows; ++r)
-    b.rstd[r] = static_cast<float>(1.0 / std::sqrt(b.sum[r] * inverse_n + norm.options.eps));
+// b.sum has the sums of squares of whole rows.
+inline void take_rstd(Block& b, const RowNorm& norm, RstdStage rstd) {
+  const double n = static_cast<double>(norm.n) * static_cast<double>(norm.split.parts);
+  rstd(b, 1.0 / n, norm.options.eps);
   if (norm.options.round_rstd)
     for (int r = 0; r < b.rows; ++r) b.rstd[r] = rounded(b.rstd[r], normalised_dtype(norm));
 }
