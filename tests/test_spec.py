@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import normkit
-from normkit._serving import backends
+from normkit._serving import backends, dispatch, operators
 from normkit._spec import (
     FIELDS,
     NATIVE,
@@ -21,6 +21,7 @@ from normkit._spec import (
     OPTIONS,
     PLAIN_OPTIONS,
     Call,
+    Field,
     Op,
     PlainOptions,
 )
@@ -71,6 +72,41 @@ def test_a_call_is_the_arguments_of_the_extension() -> None:
         pytest.skip("no extension")
     assert normkit._C.fields == NATIVE
     assert tuple(field.name for field in fields(Call))[: len(NATIVE)] == NATIVE
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+@pytest.mark.parametrize("form", ["", "_", "_out"])
+def test_operators_hand_the_extension_what_a_call_does(
+    op: Op, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[object, ...]] = []
+    monkeypatch.setattr(operators, "quick", lambda *native: asked.append(native))
+    monkeypatch.setattr(dispatch, "save_quickly", asked.append)
+    x, residual, weight = torch.randn(2, 3, 8), torch.randn(2, 3, 8), torch.rand(8)
+    given = {
+        name: next(value for value in (0.25, True, "layer", torch.float16) if is_of(value, field))
+        for name, field in op.fields.items()
+        if not field.type.startswith("Tensor")
+    }
+    given |= {"x": x, "weight": weight} | ({"residual": residual} if op.adds else {})
+    outputs = {"out": torch.empty_like(x)} if form == "_out" else {}
+    outputs |= {"residual_out": torch.empty_like(x)} if outputs and op.adds else {}
+    with torch.no_grad():
+        getattr(torch.ops.normkit, op.name + form)(**outputs, **given)
+    native = asked[0]
+    expected = op.call(outputs | given, in_place=form == "_").native()
+    assert len(native) == len(expected)
+    for mine, theirs in zip(native, expected, strict=True):
+        if isinstance(theirs, torch.Tensor):
+            assert isinstance(mine, torch.Tensor)
+            assert mine.data_ptr() == theirs.data_ptr()
+        else:
+            assert mine == theirs
+
+
+def is_of(value: object, field: Field) -> bool:
+    kinds = {"bool": bool, "float": float, "str": str, "ScalarType": torch.dtype}
+    return type(value) is kinds[field.type.rstrip("?")]
 
 
 @pytest.mark.parametrize("name", ["norm_tp", "part_apply"])

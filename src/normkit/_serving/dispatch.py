@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -45,14 +45,20 @@ def save(call: Call) -> Saved:
 
     The extension checks quickly; what it refuses is checked in full, and asked again.
     """
-    native = native_for(call.x, wanted_backend()).norm_saving
-    made: Saved | Refusal | None = None if _hides_signs(call.x) else native(*call.native())
-    if made is None or isinstance(made, Refusal):
+    made: Saved | Refusal | None = save_quickly(call.native())
+    if made is None:
         call = check(call)
-        made = _ask(call, native)
-    if made is not None and not isinstance(made, Refusal):
-        return made
-    return save_by_reference(call)
+        made = _ask(call, native_for(call.x, wanted_backend()).norm_saving)
+    return save_by_reference(call) if isinstance(made, Refusal) else made
+
+
+def save_quickly(native: tuple[Any, ...]) -> Saved | None:
+    """Run a call of which the extension's arguments are these, or nothing that it refuses."""
+    x = native[1]
+    if _hides_signs(x):
+        return None
+    made = native_for(x, wanted_backend()).norm_saving(*native)
+    return None if isinstance(made, Refusal) else made
 
 
 def save_by_reference(call: Call) -> Saved:
