@@ -99,7 +99,7 @@ def explain(op: str | Callable[..., Result], *args: object, **options: object) -
 
     Raises:
         ValueError: op is not one of normkit's functions.
-        Whatever the call itself would raise.
+        Exception: whatever the call itself would raise.
 
     Example:
         >>> import normkit, torch
