@@ -30,7 +30,7 @@ help:
 	@echo 'make fuzz    random calls, and the tests over random inputs, with many more of them'
 	@echo 'make families  measure what the norms of every architecture compute; writes src/normkit/_families.json'
 	@echo 'make lint    ruff, clang-format, mypy'
-	@echo 'make docs    run every example of the documentation'
+	@echo 'make docs    run every example of the documentation, and build its pages in build/site'
 	@echo 'make wheel   sdist and wheel, in dist/'
 	@echo 'make clean   remove all of what these made'
 
@@ -139,8 +139,9 @@ lint: $(VENV)/.test
 	$(VENV)/bin/clang-format --dry-run --Werror $(cpp_files)
 	$(python) -m mypy
 
-docs: $(VENV)/.test
+docs: $(VENV)/.docs
 	$(python) -m pytest README.md docs src/normkit tests/test_docs.py
+	NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs build --strict
 
 wheel: $(VENV)/.test
 	rm -rf dist
@@ -173,6 +174,10 @@ $(VENV)/.demo: $(VENV)/.torch $(sources)
 $(VENV)/.test: $(VENV)/.demo
 	$(pip_install) -q $(editable) '.[test,test-triton,dev]'
 	$(pip_install) -q --no-deps exllamav2==0.3.2
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.test
+	$(pip_install) -q $(editable) '.[docs]'
 	@touch $@
 
 $(VENV)/.families: $(VENV)/.test

@@ -4,7 +4,7 @@
     python benchmarks/cpu.py --only rms_norm --dtypes bfloat16 --shapes 16x4096 --no-compile
 
 Prints Markdown tables in units of copies, and keeps the results of all runs on a machine in
-results/cpu-<machine>.json and .png.  README.md in this folder says how to read them.
+results/cpu-<machine>.json and .png.  docs/measuring.md says how to read them.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
     python benchmarks/gpu.py --report results/gpu-nvidia-h200.json  # without a GPU
 
 Keeps the results of all runs on a device in results/gpu-<device>.json, draws them, and prints
-Markdown.  README.md in this folder says how to read it.  Without a GPU it says so, and ends well.
+Markdown.  docs/measuring.md says how to read it.  Without a GPU it says so, and ends well.
 """
 
 from __future__ import annotations

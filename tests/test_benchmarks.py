@@ -119,10 +119,37 @@ def test_results_are_named_after_what_tells_machines_apart(tmp_path: Path) -> No
         assert path(question, json.loads(kept.read_text())["machine"], kept.parent) == kept
 
 
-def test_the_table_of_the_readme_is_that_of_the_results() -> None:
-    (kept,) = scripts.machine.RESULTS.glob("cpu-*.json")
-    block = scripts.readme.block(json.loads(kept.read_text()))
-    assert block in scripts.readme.README.read_text()
+def test_the_tables_of_the_docs_are_those_of_the_results() -> None:
+    kept = json.loads(scripts.figures.kept_results("cpu").read_text())
+    for path, short in ((scripts.readme.README, True), (scripts.readme.PAGE, False)):
+        assert scripts.readme.block(kept, short=short) in path.read_text()
+
+
+def test_the_table_of_the_readme_is_of_one_commit() -> None:
+    kept = json.loads(scripts.figures.kept_results("cpu").read_text())
+    assert len({r["commit"] for r in kept["results"]}) > 1  # or nothing is left out
+    assert len({r["commit"] for r in scripts.readme.of_one_commit(kept["results"])}) == 1
+
+
+@pytest.mark.parametrize("name", scripts.figures.FIGURES)
+def test_figures_are_drawn_from_the_results_that_are_kept(name: str, tmp_path: Path) -> None:
+    kept = scripts.figures.kept_results(scripts.figures.FIGURES[name][1])
+    stamp = f"{kept.name} {scripts.figures.digest(kept)}"
+    figure = scripts.figures.IMAGES / f"{name}.svg"
+    assert stamp in figure.read_text()
+    assert figure.stat().st_size < 100_000
+    assert stamp in scripts.figures.draw(name, kept, tmp_path).read_text()
+
+
+def test_errors_are_measured_against_float64(run: Any) -> None:
+    out, kept = run("errors", "--columns", "64", "--means", "1", "1000", "--rows", "16")
+    assert "as models write it" in out
+    assert 0 < kept["length"]["64"]["rms, normkit"] < 1
+    far = kept["mean"]["1000"]
+    assert far["normkit"] < 1e-4 < far["E[x²] - E[x]²"]
+    assert kept["bfloat16"]["normkit"]["beyond a half"] == 0
+    assert kept["bfloat16"]["as models write it"]["beyond a half"] > 0.1
+    assert 0 < kept["rows"]["16"]["normkit"] < 1e-6
 
 
 # ------------------------------------------------------------------------------- GPU: what decides
