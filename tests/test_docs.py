@@ -17,6 +17,9 @@ import normkit
 from normkit import checkpoint, parallel, testing
 
 ROOT = Path(__file__).parents[1]
+if not (ROOT / "mkdocs.yml").is_file():
+    pytest.skip("the docs are not part of this tree", allow_module_level=True)
+
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks" / "README.md"]
 PUBLIC = sorted({*normkit.__all__, *testing.__all__, *parallel.__all__, "find_norms", "NormEntry"})
 
@@ -52,10 +55,10 @@ def test_the_pages_are_found() -> None:
 
 
 @pytest.mark.parametrize("name", PUBLIC)
-def test_every_public_name_is_in_the_api_page(name: str) -> None:
+def test_every_public_name_is_in_the_api_pages(name: str) -> None:
     assert any(hasattr(module, name) for module in (normkit, testing, checkpoint, parallel))
-    page = (ROOT / "docs" / "api.md").read_text()
-    assert re.search(rf"^::: normkit\.([a-z]+\.)?{name}$", page, re.MULTILINE)
+    pages = "".join(path.read_text() for path in (ROOT / "docs").glob("api*.md"))
+    assert len(re.findall(rf"^::: normkit\.(?:[a-z]+\.)?{name}$", pages, re.MULTILINE)) == 1
 
 
 def test_every_page_is_in_the_navigation() -> None:

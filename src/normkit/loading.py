@@ -33,9 +33,9 @@ def load_norm(
         source: a .safetensors file, with its other shards if an index beside it lists it; a folder
             of such files, with their index or without; an index; a dict of tensors; or an object
             with get_tensor(name), which has keys() or raises KeyError for what it lacks.  Only the
-            tensors of this norm are read, from a file those of up to 128 MiB; docs/api.md has which
-            file of a folder is meant, and what else is refused.  A config.json beside the file is
-            used, with its sections.
+            tensors of this norm are read, from a file those of up to 128 MiB; docs/checkpoints.md
+            has which file of a folder is meant, and what else is refused.  A config.json beside the
+            file is used, with its sections.
         key: name of the norm ("model.norm") or of its weight ("model.norm.weight").  A norm that
             is wrapped by PEFT, torch.compile, DDP or FSDP has its name in the plain model as well,
             which of several copies means the one that PEFT trains.
