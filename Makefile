@@ -1,7 +1,7 @@
 # On a fresh machine with Python >= 3.10 and a C++ compiler: `make demo`, `make test`.
 #   PYTHON=python3.12       another interpreter (make clean first)
 #   TORCH='torch==2.10.*'   another torch than the one in constraints.txt
-#   NORMKIT_CUDA=OFF, CUDAARCHS=90   see docs/developing.md
+#   NORMKIT_CUDA=OFF, CUDAARCHS=90   see docs/install.md
 
 PYTHON ?= python3
 TORCH ?= $(shell cat constraints.txt)

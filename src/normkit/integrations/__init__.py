@@ -7,7 +7,7 @@
 - `normkit.integrations.megatron`: specifications of Megatron-Core.
 
 Nothing here is imported with normkit, and importing it changes nothing: each has to be called.
-docs/integrations.md has a section for each, with what it does not cover.
+docs/integrations.md says where each is described, with what it does not cover.
 """
 
 from normkit.integrations._torch import TorchPatch, patch_torch
