@@ -85,6 +85,34 @@ def test_without_its_packages_the_command_says_how_to_get_them(package: str) -> 
     assert line == f"normkit: the command line needs {package}: pip install normkit[cli]"
 
 
+def test_the_version_is_that_of_the_package() -> None:
+    told = run("--version")
+    assert (told.exit_code, told.stdout) == (0, f"normkit {normkit.__version__}\n")
+
+
+@pytest.mark.parametrize("words", [["-h"], ["info", "-h"], ["check", "-h"], ["bench", "-h"]])
+def test_h_is_help(words: list[str]) -> None:
+    told = run(*words)
+    assert told.exit_code == 0
+    assert told.stdout == run(*words[:-1], "--help").stdout
+    assert "Usage: " in told.stdout
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish", "powershell"])
+def test_shells_complete_the_commands(
+    shell: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = {"COMP_WORDS": "normkit ch", "COMP_CWORD": "1", "_TYPER_COMPLETE_ARGS": "normkit ch"}
+    asked |= {"_TYPER_COMPLETE_WORD_TO_COMPLETE": "ch", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+    for name, value in (asked | {"_NORMKIT_COMPLETE": f"complete_{shell}"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit):
+        cli.app(prog_name="normkit")
+    completed = capsys.readouterr().out
+    assert "check" in completed
+    assert "bench" not in completed
+
+
 # ------------------------------------------------------------------------------------------ check
 
 

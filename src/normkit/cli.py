@@ -32,7 +32,7 @@ from normkit.checkpoint._meaning import Given
 from normkit.conversion import Entry, Report
 
 app = typer.Typer(
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Transformer norms at the speed of memory: what runs here, is it right, how fast is it.",
@@ -55,6 +55,22 @@ class Fuse(str, Enum):
 
     none = "none"
     layer = "layer"
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"normkit {normkit.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show it and exit."),
+    ] = False,
+) -> None:
+    pass
 
 
 def _console() -> Console:
