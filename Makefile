@@ -17,7 +17,7 @@ emu_sources := $(shell find cpp cuda tests/emu -type f)
 cpp_files = $(shell find cpp cuda tests benchmarks -name '*.h' -o -name '*.hpp' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: help demo test emu emu-plain emu-asan emu-tsan mutants bench gpu gpu-wheels gpu-check gpu-bench fuzz families
-.PHONY: lint docs wheel clean FORCE
+.PHONY: lint codegen docs wheel packaging check-config check-dist clean FORCE
 
 help:
 	@echo 'make demo    build, then check and time every norm of a real checkpoint'
@@ -30,8 +30,10 @@ help:
 	@echo 'make fuzz    random calls, and the tests over random inputs, with many more of them'
 	@echo 'make families  measure what the norms of every architecture compute; writes src/normkit/_families.json'
 	@echo 'make lint    ruff, clang-format, mypy'
+	@echo 'make codegen read what nvcc 13.0, from PyPI, makes of the CUDA kernels'
 	@echo 'make docs    run every example of the documentation, and build its pages in build/site'
 	@echo 'make wheel   sdist and wheel, in dist/'
+	@echo 'make packaging  make sdist and wheel; check them, pyproject.toml and the workflows'
 	@echo 'make clean   remove all of what these made'
 
 demo: $(VENV)/.demo
@@ -133,6 +135,17 @@ families: $(VENV)/.families
 	PYTHONPATH=tests $(python) -m families
 	PYTHONPATH=tests $(python) -m families --compare
 
+# With the nvcc that the limits are of; without a runtime to link with, as its wheels are.
+CODEGEN_CUDA := cuda-toolkit[nvcc,cudart,crt,nvvm,cccl]==13.0.*
+
+codegen: $(VENV)/.test build/nvcc/.made
+	PATH="$(abspath build/nvcc/nvidia/cu13/bin):$$PATH" $(python) -m pytest $(PYTEST_WORKERS) \
+	  tests/codegen tests/test_triton_codegen.py
+
+build/nvcc/.made: Makefile
+	$(PYTHON) -m pip install -q --disable-pip-version-check --target $(@D) --upgrade '$(CODEGEN_CUDA)'
+	@touch $@
+
 lint: $(VENV)/.test
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .
@@ -143,9 +156,52 @@ docs: $(VENV)/.docs
 	$(python) -m pytest README.md docs src/normkit tests/test_docs.py
 	NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs build --strict
 
-wheel: $(VENV)/.test
+# Apart from .venv: these programs need neither torch nor normkit, but a Python of 3.11 or newer.
+TOOLS ?= build/tools
+TOOLS_PYTHON ?= $(PYTHON)
+DIST ?= dist
+tools := $(TOOLS)/bin
+BUILD ?=
+
+wheel: $(TOOLS)/.made
 	rm -rf dist
-	$(python) -m build
+	$(tools)/python -m build $(BUILD)
+
+schema := $(tools)/check-jsonschema --builtin-schema
+scripts := .ci/run .ci/test-wheel .ci/test-gpu
+
+packaging:
+	$(MAKE) check-config wheel check-dist
+
+# In the order of .ci/identifiers.txt, which has the wheels of a release.
+platforms := linux:x86_64 linux:aarch64 macos:arm64 windows:AMD64
+
+check-config: $(TOOLS)/.made
+	$(tools)/python .ci/release.py >/dev/null
+	$(tools)/validate-pyproject pyproject.toml
+	$(tools)/actionlint -shellcheck $(tools)/shellcheck
+	$(schema) vendor.github-workflows .github/workflows/*.yml
+	$(schema) vendor.dependabot .github/dependabot.yml
+	$(schema) vendor.github-issue-forms .github/ISSUE_TEMPLATE/bug.yml .github/ISSUE_TEMPLATE/feature.yml
+	$(schema) vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(tools)/zizmor --offline --no-progress .github
+	$(tools)/shellcheck $(scripts)
+	$(tools)/pre-commit validate-config
+	for of in $(platforms); do \
+	  $(tools)/cibuildwheel --print-build-identifiers --platform $${of%:*} --archs $${of#*:} || exit 1; \
+	done | diff .ci/identifiers.txt -
+
+check-dist: $(TOOLS)/.made
+	$(tools)/twine check --strict $(DIST)/*
+	$(tools)/check-wheel-contents $(DIST)/*.whl
+	$(tools)/abi3audit --strict --summary $(DIST)/*.whl
+	NORMKIT_DIST=$(DIST) $(tools)/python -m pytest -q --noconftest -p no:cacheprovider tests/packaging/distributions.py
+
+$(TOOLS)/.made: pyproject.toml
+	$(TOOLS_PYTHON) -m venv $(TOOLS)
+	$(tools)/python -m pip install -q --disable-pip-version-check 'pip>=25.1'
+	$(tools)/python -m pip install -q --disable-pip-version-check --group packaging
+	@touch $@
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
