@@ -17,7 +17,7 @@ emu_sources := $(shell find cpp cuda tests/emu -type f)
 cpp_files = $(shell find cpp cuda tests benchmarks -name '*.h' -o -name '*.hpp' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: help demo test emu emu-plain emu-asan emu-tsan mutants bench gpu gpu-wheels gpu-check gpu-bench fuzz families
-.PHONY: lint codegen docs wheel packaging check-config check-dist clean FORCE
+.PHONY: lint codegen docs site wheel packaging check-config check-dist clean FORCE
 
 help:
 	@echo 'make demo    build, then check and time every norm of a real checkpoint'
@@ -152,8 +152,10 @@ lint: $(VENV)/.test
 	$(VENV)/bin/clang-format --dry-run --Werror $(cpp_files)
 	$(python) -m mypy
 
-docs: $(VENV)/.docs
+docs: $(VENV)/.test site
 	$(python) -m pytest README.md docs src/normkit tests/test_docs.py
+
+site: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs build --strict
 
 # Apart from .venv: these programs need neither torch nor normkit, but a Python of 3.11 or newer.

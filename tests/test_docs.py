@@ -122,7 +122,7 @@ SCRIPTS = [b for b in BLOCKS if b.language == "python" and ">>>" not in b.code]
 def test_every_block_says_what_it_is(path: Path) -> None:
     if path.name == "CONTRIBUTING.md":
         pytest.skip("its commands are indented")
-    allowed = {"python", "sh", "text", "diff"}
+    allowed = {"python", "sh", "text", "diff", "json"}
     assert [b for b in blocks(path) if b.language not in allowed] == []
     prose = FENCED.sub("", path.read_text())
     assert re.findall(r"^\n {4,}\S.*$", prose, re.MULTILINE) == []

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 from pathlib import Path
 
 import pytest
 
-jobs = runpy.run_path(str(Path(__file__).parents[2] / ".ci" / "gpu_runners.py"))["jobs"]
+ROOT = Path(__file__).parents[2]
+jobs = runpy.run_path(str(ROOT / ".ci" / "gpu_runners.py"))["jobs"]
 RUNNER = {"name": "h100-580", "labels": ["self-hosted", "h100"]}
 
 
@@ -58,3 +60,9 @@ def test_a_runner_with_an_old_driver_names_its_torches_and_where_they_are() -> N
 def test_what_no_workflow_could_use_is_an_error_that_says_so(runners: str, told: str) -> None:
     with pytest.raises(ValueError, match=told):
         jobs(runners)
+
+
+def test_the_runners_of_the_documentation_have_jobs() -> None:
+    page = (ROOT / "docs" / "developing.md").read_text()
+    (text,) = re.findall(r"^```json\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert [job["name"] for job in jobs(text)] == ["h100-580"] * 3 + ["a100-550"]
