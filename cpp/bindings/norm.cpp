@@ -12,15 +12,27 @@ bool autocasts(const Arguments& a, const Backend& backend) {
          ask(torch_objects.is_autocast_enabled, torch_objects.cuda);
 }
 
+// What a dict has under a key, or nothing.  Borrowed where the interpreter's lock keeps other
+// threads from replacing it while it is looked at.
+#ifdef NB_FREE_THREADED
+nb::object item_of(PyObject* dict, PyObject* key) {
+  PyObject* found;
+  if (PyDict_GetItemRef(dict, key, &found) < 0) throw nb::python_error();
+  return nb::steal(found);
+}
+#else
+nb::handle item_of(PyObject* dict, PyObject* key) { return PyDict_GetItemWithError(dict, key); }
+#endif
+
 // A TorchDispatchMode is active, in some thread; it may have to see the operators that run.
 bool modes_are_on() {
-  return PyDict_GetItemWithError(torch_objects.modes, torch_objects.in_a_mode) == Py_True;
+  return item_of(torch_objects.modes, torch_objects.in_a_mode).ptr() == Py_True;
 }
 
 // A dual tensor does not say that it is one; torch.autograd.forward_ad says whether there are any.
 bool forward_ad_is_on() {
-  PyObject* level = PyDict_GetItemWithError(torch_objects.forward_ad, torch_objects.current_level);
-  return level && PyLong_AsLong(level) >= 0;
+  const auto level = item_of(torch_objects.forward_ad, torch_objects.current_level);
+  return level.is_valid() && PyLong_AsLong(level.ptr()) >= 0;
 }
 
 // A property of torch.Tensor; null with torch's error.

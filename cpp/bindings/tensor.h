@@ -34,7 +34,8 @@ struct Function {
   int flags = -1;
 };
 
-// The Python objects that the extension needs; set once, by bind_torch().
+// The Python objects that the extension needs; set once, by bind_torch(), while the package is
+// imported: no other thread has its functions before.
 struct Torch {
   PyTypeObject* tensor = nullptr;
   PyTypeObject* parameter = nullptr;
