@@ -57,6 +57,9 @@ emu-plain: build/emu/.built
 	build/emu/test_emulator
 	build/emu/test_driver
 	build/emu/test_cpu_affine
+	build/emu/test_cpu_bits
+	build/emu/test_threads
+	build/emu/test_threads build/emu/libomp.so
 
 emu-asan: build/emu-asan/.built
 	build/emu-asan/sweep 2 0 4
@@ -64,12 +67,15 @@ emu-asan: build/emu-asan/.built
 	build/emu-asan/test_emulator
 	build/emu-asan/test_driver
 	build/emu-asan/test_cpu_affine
+	build/emu-asan/test_cpu_bits
+	build/emu-asan/test_threads build/emu-asan/libomp.so
 
 # TSan wants its addresses where they always were.
 emu-tsan: build/emu-tsan/.built
 	setarch -R build/emu-tsan/sweep 3 0 16
 	setarch -R build/emu-tsan/test_emulator
 	setarch -R build/emu-tsan/test_driver
+	setarch -R build/emu-tsan/test_threads build/emu-tsan/libomp.so
 
 mutants: $(VENV)/.test
 	$(python) tests/emu/mutants.py
@@ -77,19 +83,21 @@ mutants: $(VENV)/.test
 emu_cmake = $(VENV)/bin/cmake -S tests/emu -B $(@D) -GNinja -DPython_EXECUTABLE=$(abspath $(python)) \
   -Dnanobind_ROOT="$$($(python) -m nanobind --cmake_dir)" -DSKBUILD_SABI_VERSION=3.10
 
+cpu_programs := test_cpu_affine test_cpu_bits test_threads
+
 build/emu/.built: $(VENV)/.test $(emu_sources)
 	$(emu_cmake)
-	$(VENV)/bin/cmake --build $(@D) --target _C sweep test_memo test_emulator test_driver test_cpu_affine
+	$(VENV)/bin/cmake --build $(@D) --target _C sweep test_memo test_emulator test_driver $(cpu_programs)
 	@touch $@
 
 build/emu-asan/.built: $(VENV)/.test $(emu_sources)
 	$(emu_cmake) -DNORMKIT_SANITIZE=address,undefined
-	$(VENV)/bin/cmake --build $(@D) --target sweep test_memo test_emulator test_driver test_cpu_affine
+	$(VENV)/bin/cmake --build $(@D) --target sweep test_memo test_emulator test_driver $(cpu_programs)
 	@touch $@
 
 build/emu-tsan/.built: $(VENV)/.test $(emu_sources)
 	$(emu_cmake) -DNORMKIT_SANITIZE=thread
-	$(VENV)/bin/cmake --build $(@D) --target sweep test_emulator test_driver
+	$(VENV)/bin/cmake --build $(@D) --target sweep test_emulator test_driver test_threads
 	@touch $@
 
 # One whose torch has CUDA.  GPU_STEPS: more arguments, --out and --seconds.

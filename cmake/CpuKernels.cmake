@@ -1,7 +1,11 @@
 # One source file per instruction set, each compiled for its own and picked at load time.
 function(normkit_kernels source)
   target_sources(_C PRIVATE cpp/cpu/${source})
-  set_source_files_properties(cpp/cpu/${source} PROPERTIES COMPILE_OPTIONS "-O3;${ARGN}")
+  set(_most -O3)
+  if(MSVC)
+    set(_most /clang:-O3)
+  endif()
+  set_source_files_properties(cpp/cpu/${source} PROPERTIES COMPILE_OPTIONS "${_most};${ARGN}")
 endfunction()
 
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")

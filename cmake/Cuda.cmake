@@ -1,7 +1,9 @@
 # Sets NORMKIT_HAS_CUDA, and enables the language, as NORMKIT_CUDA asks.
 set(NORMKIT_HAS_CUDA ON)
-if(NORMKIT_CUDA STREQUAL "OFF")
+if(NORMKIT_CUDA STREQUAL "OFF" OR (WIN32 AND NORMKIT_CUDA STREQUAL "AUTO"))
   set(NORMKIT_HAS_CUDA OFF)
+elseif(WIN32 AND NORMKIT_CUDA MATCHES "^(ON|pypi)$")
+  message(FATAL_ERROR "NORMKIT_CUDA=${NORMKIT_CUDA}: the CUDA kernels are not built on Windows yet, expected OFF or AUTO.")
 elseif(NORMKIT_CUDA STREQUAL "pypi")
   # nvcc from the cuda-toolkit wheels of the build environment, see pyproject.toml.
   execute_process(

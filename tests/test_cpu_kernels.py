@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import multiprocessing
+import re
 import threading
 from pathlib import Path
 
@@ -86,6 +87,20 @@ def test_gradients_have_the_same_bits_on_every_instruction_set(
     for name, got in by_set.items():
         for a, b in zip(got, expected, strict=True):
             assert torch.equal(a, b), name
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="the system does not tell elsewhere")
+def test_instruction_sets_are_those_that_the_system_tells_of():
+    told = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    if told is None:  # no x86
+        assert _C.cpu_instruction_sets() == ["neon"]
+        return
+    flags = set(told[1].split())
+    needed = {"avx2": {"avx2", "fma", "f16c"}}
+    needed["avx512"] = {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
+    needed["avx512bf16"] = {*needed["avx512"], "avx512_bf16"}
+    usable = [name for name, of_set in reversed(needed.items()) if of_set <= flags]
+    assert _C.cpu_instruction_sets() == usable
 
 
 def test_unknown_instruction_set_is_refused():

@@ -2,7 +2,6 @@
 #pragma once
 #include <cstdint>
 #include <cstdio>
-#include <cstdlib>
 #include <new>
 
 #include "../norm_args.h"
@@ -13,26 +12,27 @@ namespace normkit::cpu {
 // let go again, so that one huge row does not hold its size for the life of the thread.
 class Scratch {
  public:
-  ~Scratch() { std::free(data_); }
+  ~Scratch() { free(); }
   float* reserve(int64_t floats) {
     if (floats > size_) {
-      std::free(data_);
-      data_ = static_cast<float*>(std::aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64));
-      size_ = data_ ? floats : 0;
-      if (!data_) throw std::bad_alloc();
+      free();
+      data_ = static_cast<float*>(::operator new(floats * sizeof(float), kAlignment));
+      size_ = floats;
     }
     return data_;
   }
   void trim() {
-    if (size_ > kKept) {
-      std::free(data_);
-      data_ = nullptr;
-      size_ = 0;
-    }
+    if (size_ > kKept) free();
   }
 
  private:
   static constexpr int64_t kKept = 1 << 20;  // floats
+  static constexpr std::align_val_t kAlignment{64};
+  void free() {
+    ::operator delete(data_, kAlignment);
+    data_ = nullptr;
+    size_ = 0;
+  }
   float* data_ = nullptr;
   int64_t size_ = 0;
 };

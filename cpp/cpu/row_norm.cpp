@@ -3,18 +3,14 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 
 #include "affine.h"
 #include "cursor.h"
 #include "memory.h"
+#include "platform.h"
 #include "statistics.h"
 #include "threads.h"
-
-#if defined(__x86_64__) || defined(_M_X64)
-#define NORMKIT_X86 1
-#endif
 
 namespace normkit::cpu {
 namespace {
@@ -34,16 +30,12 @@ struct InstructionSets {
 const InstructionSets& usable() {
   static const InstructionSets found = [] {
     InstructionSets sets;
-#if NORMKIT_X86
-    __builtin_cpu_init();
-    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    if (avx512 && __builtin_cpu_supports("avx512bf16")) sets.add(avx512bf16_kernels());
-    if (avx512) sets.add(avx512_kernels());
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-        __builtin_cpu_supports("f16c"))
-      sets.add(avx2_kernels());
-#elif defined(__aarch64__)
+#if defined(__x86_64__) || defined(_M_X64)
+    const platform::VectorSets has = platform::vector_sets();
+    if (has.avx512bf16) sets.add(avx512bf16_kernels());
+    if (has.avx512) sets.add(avx512_kernels());
+    if (has.avx2) sets.add(avx2_kernels());
+#elif defined(__aarch64__) || defined(_M_ARM64)
     sets.add(neon_kernels());
 #endif
     return sets;

@@ -14,7 +14,6 @@ import json
 import math
 import os
 import platform
-import resource
 import shutil
 import statistics
 import subprocess
@@ -124,7 +123,11 @@ def paired(timers: Mapping[str, Timer], rounds: int, seconds: float = SAMPLE_SEC
 
 
 def _interruptions() -> int:
-    """How often the kernel took a core away from a thread of this process."""
+    """How often the kernel took a core away from a thread of this process; 0 on Windows."""
+    if sys.platform == "win32":
+        return 0
+    import resource
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 

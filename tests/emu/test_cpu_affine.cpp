@@ -9,16 +9,7 @@
 #include <random>
 #include <vector>
 
-#include "../../cpp/cpu/kernels.h"
 #include "../../cpp/cpu/row_norm.h"
-
-namespace normkit::cpu {
-#if defined(__x86_64__)
-// The map is the same code for every instruction set, and one is enough to compile.
-const Kernels* avx512_kernels() { return avx2_kernels(); }
-const Kernels* avx512bf16_kernels() { return avx2_kernels(); }
-#endif
-}  // namespace normkit::cpu
 
 namespace {
 

@@ -112,6 +112,14 @@ def test_import_loads_nothing_that_is_not_needed() -> None:
     assert {"matplotlib", "rich", "typer", "hypothesis", "pytest"} & set(loaded.split()) == set()
 
 
+def test_command_line_imports_nothing_that_windows_lacks() -> None:
+    run("""
+        import sys
+        sys.modules |= dict.fromkeys(["fcntl", "grp", "pwd", "resource", "termios"])
+        import normkit.cli
+    """)
+
+
 def test_runs_on_the_torch_path_without_the_extension() -> None:
     code = """
         import sys
