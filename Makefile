@@ -16,12 +16,13 @@ sources := pyproject.toml CMakeLists.txt $(shell find cmake cpp cuda -type f)
 emu_sources := $(shell find cpp cuda tests/emu -type f)
 cpp_files = $(shell find cpp cuda tests benchmarks -name '*.h' -o -name '*.hpp' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test emu emu-plain emu-asan emu-tsan mutants bench gpu gpu-wheels gpu-check gpu-bench fuzz families
+.PHONY: help demo test hip emu emu-plain emu-asan emu-tsan mutants bench gpu gpu-wheels gpu-check gpu-bench fuzz families
 .PHONY: lint codegen docs site wheel packaging check-config check-dist clean FORCE
 
 help:
 	@echo 'make demo    build, then check and time every norm of a real checkpoint'
 	@echo 'make test    the whole test suite'
+	@echo 'make hip     the kernels compiled for AMD GPUs, which have run on none'
 	@echo 'make emu     every plan of the CUDA kernels on the CPU: plain, with ASan and UBSan, with TSan'
 	@echo 'make mutants prove that broken CUDA kernels are caught'
 	@echo 'make gpu     build, test and time on the CUDA device of this machine (GPU_PYTHON=python3)'
@@ -76,6 +77,15 @@ emu-tsan: build/emu-tsan/.built
 	setarch -R build/emu-tsan/test_emulator
 	setarch -R build/emu-tsan/test_driver
 	setarch -R build/emu-tsan/test_threads build/emu-tsan/libomp.so
+
+# Compiles the kernels for AMD's GPUs and keeps nothing; the headers are Debian's libamdhip64-dev, or ROCm's.
+HIPCXX ?= clang++
+HIP_ARCHITECTURE ?= gfx90a
+ROCM_PATH ?= /usr
+hip: $(patsubst cuda/%.cu,hip-%,$(wildcard cuda/instances_*.cu))
+hip-%: cuda/%.cu
+	$(HIPCXX) -x hip --offload-arch=$(HIP_ARCHITECTURE) --cuda-device-only -nogpulib --rocm-path=$(ROCM_PATH) \
+	  -std=c++17 -O3 -ffp-contract=off -Wall -Wextra -Wno-cuda-compat -S -o /dev/null $<
 
 mutants: $(VENV)/.test
 	$(python) tests/emu/mutants.py

@@ -1,4 +1,8 @@
 # Sets NORMKIT_HAS_CUDA, and enables the language, as NORMKIT_CUDA asks.
+if(NORMKIT_HIP)
+  message(FATAL_ERROR "NORMKIT_HIP: the kernels compile for gfx90a and newer (make hip), but nothing launches them yet. "
+                      "On ROCm the Triton backend runs, which needs no build.")
+endif()
 set(NORMKIT_HAS_CUDA ON)
 if(NORMKIT_CUDA STREQUAL "OFF" OR (WIN32 AND NORMKIT_CUDA STREQUAL "AUTO"))
   set(NORMKIT_HAS_CUDA OFF)

@@ -1,6 +1,10 @@
 // How a kernel is launched, on a device and in the emulation.
 #pragma once
+#if defined(__HIP__)
+#include <hip/hip_runtime.h>
+#else
 #include <vector_types.h>
+#endif
 
 namespace normkit::cuda {
 

@@ -1,10 +1,13 @@
-// The one file that knows whether the kernels are compiled by nvcc or for the emulation on the CPU
-// (tests/emu).  Kernels use what is here and the parts of CUDA that both have: threadIdx and the
-// like, __syncthreads, __syncwarp, __shfl_sync, __shfl_xor_sync, and the types float16 and
-// bfloat16.
+// The one file that knows whether the kernels are compiled by nvcc, for AMD's GPUs (hip.cuh) or for
+// the emulation on the CPU (tests/emu).  Kernels use what is here and the parts of CUDA that all
+// have: threadIdx and the like, __syncthreads, __syncwarp, __shfl_sync, __shfl_xor_sync, and the
+// types float16 and bfloat16.
 #pragma once
 
-#ifdef __CUDACC__
+#if defined(__HIP__)
+#include <hip/hip_fp16.h>
+#include <hip/hip_runtime.h>
+#elif defined(__CUDACC__)
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -28,7 +31,7 @@
 namespace normkit::cuda {
 
 // Whether blocks of this processor can reach each other's shared memory.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#if defined(__HIP__) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900)
 constexpr bool kHasClusters = false;
 #else
 constexpr bool kHasClusters = true;
@@ -36,7 +39,7 @@ constexpr bool kHasClusters = true;
 
 }  // namespace normkit::cuda
 
-#ifdef __CUDACC__
+#if defined(__HIP__) || defined(__CUDACC__)
 
 // Type may be an array: NORMKIT_SHARED(float[32], partial).
 #define NORMKIT_SHARED(Type, name) \
@@ -45,6 +48,12 @@ constexpr bool kHasClusters = true;
 #define NORMKIT_DYNAMIC_SHARED(Type, name)                              \
   extern __shared__ __align__(16) unsigned char normkit_shared_bytes[]; \
   Type* const name = reinterpret_cast<Type*>(normkit_shared_bytes)
+
+#endif
+
+#if defined(__HIP__)
+#include "hip.cuh"
+#elif defined(__CUDACC__)
 
 namespace normkit::cuda {
 

@@ -70,6 +70,26 @@ def test_an_unknown_word_is_an_error_that_lists_the_words(tmp_path: Path, word: 
     assert joined(expected) in joined(done.stdout)
 
 
+def test_hip_is_an_error_as_long_as_nothing_launches_its_kernels(tmp_path: Path) -> None:
+    done = configure(tmp_path, "OFF", OF_NVCC, "-DNORMKIT_HIP=ON")
+    assert done.returncode != 0
+    assert joined("NORMKIT_HIP: the kernels compile for gfx90a and newer") in joined(done.stdout)
+
+
+@pytest.mark.parametrize("word", ["AUTO", "OFF", "ON", "pypi"])
+def test_windows_is_built_without_cuda_and_who_asks_for_it_is_told(
+    tmp_path: Path, word: str
+) -> None:
+    done = configure(tmp_path, word, "", "-DWIN32=ON")
+    if word in ("AUTO", "OFF"):
+        assert "with CUDA: OFF" in done.stdout
+    else:
+        assert done.returncode != 0
+        assert joined(f"NORMKIT_CUDA={word}: the CUDA kernels are not built on Windows") in joined(
+            done.stdout
+        )
+
+
 def test_off_does_not_look_for_a_compiler(tmp_path: Path) -> None:
     done = configure(tmp_path, "OFF", CUDACXX=str(fake(tmp_path / "nvcc", "exit 1")))
     assert done.returncode == 0
