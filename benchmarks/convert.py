@@ -14,7 +14,6 @@ import argparse
 import copy
 import importlib
 import inspect
-import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -284,17 +283,20 @@ def _marked(norms: list[nn.Module], counting: _Counting) -> Iterator[list[nn.Mod
 
 def line_of(result: dict[str, Any]) -> str:
     """A result in a line."""
-    count, layer = result["launches"], result["launches of a layer"]
-    parts = [
-        f"{what}: {result[what]['before']:.2f} -> {result[what]['after']:.2f} ms,"
-        f" {result[what]['gain']:.3f} times as fast"
-        f" ({result[what].get('fused_gain', math.nan):.3f} fused)"
-        for what in ("prompt", "token")
-    ]
+
+    def of(what: str) -> str:
+        times = result[what]
+        fused = f" ({times['fused_gain']:.3f} fused)" if "fused_gain" in times else ""
+        before_and_after = f"{times['before']:.2f} -> {times['after']:.2f} ms"
+        return f"{what}: {before_and_after}, {times['gain']:.3f} times as fast{fused}"
+
+    def count(counts: dict[str, int]) -> str:
+        fused = f" ({counts['fused']} fused)" if counts["fused"] < counts["after"] else ""
+        return f"{counts['before']} -> {counts['after']}{fused}"
+
     return "; ".join(
-        [f"{result['model']}, {result['dtype']}", *parts,
-         f"launches {count['before']} -> {count['after']} ({count['fused']} fused),"
-         f" of a layer {layer['before']} -> {layer['after']} ({layer['fused']})",
+        [f"{result['model']}, {result['dtype']}", of("prompt"), of("token"),
+         f"launches {count(result['launches'])}, of a layer {count(result['launches of a layer'])}",
          f"logits {result['difference']:.1e} apart"]
     )  # fmt: skip
 
