@@ -91,6 +91,14 @@ def test_a_class_with_its_own_way_of_copying_is_left(name):
     assert "own way" in entry.reason or "cannot be copied" in entry.reason
 
 
+def test_a_class_whose_instances_python_lays_out_in_another_way_is_left():
+    cls = type("SlottedNorm", (LlamaRMSNorm,), {"__slots__": ("kept",)})
+    m = cls(64)
+    (entry,) = normkit.convert(m).left
+    assert "__slots__" in entry.reason
+    assert type(m) is cls
+
+
 def test_a_class_is_not_told_of_the_one_that_is_derived():
     told = []
 

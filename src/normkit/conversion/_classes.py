@@ -93,7 +93,12 @@ def derived_class(
         # The base comes later, so that it is not told (__init_subclass__), as of a class of users.
         # No second one: Python gives an instance only a class whose first base is its own.
         made = type(own.__name__, (nn.Module,), all_members)
-        made.__bases__ = (own,)
+        try:
+            made.__bases__ = (own,)
+        except TypeError as error:
+            raise NotConvertible(
+                "its class has __slots__, or a base that is none of torch"
+            ) from error
         return made
 
 
