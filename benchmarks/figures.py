@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,15 +38,20 @@ def speed(figure: Figure, kept: Mapping[str, Any]) -> None:
     for axis, op in zip(axes, ("rms_norm", "add_rms_norm"), strict=True):
         cases = {r["case"]: r["candidates"] for r in results if by(r, op, "bfloat16")}
         for i, (name, colour) in enumerate(COLOURS.items()):
-            at = [place + 0.27 * (i - 1) for place in range(len(shapes))]
             values = [cases[shape][name]["copies"] for shape in shapes]
-            bars = axis.bar(at, values, 0.25, color=colour, label=name)
-            axis.bar_label(bars, fmt="%.1f", fontsize=8)
+            bars_of(axis, i, values, fontsize=8, color=colour, label=name)
         axis.axhline(1, color="#2ca02c", linewidth=1, linestyle="--", label="one copy")
         axis.set_title(f"{op}, bfloat16", fontsize=10)
         axis.set_xticks(range(len(shapes)), shapes, fontsize=9)
     axes[0].set_ylabel("time in copies of the same bytes")
     one_legend(figure, axes[0])
+
+
+def bars_of(axis: Axes, i: int, values: Sequence[float], fontsize: int, **options: str) -> None:
+    """The bars of one of three things that stand side by side, with their values."""
+    at = [place + 0.27 * (i - 1) for place in range(len(values))]
+    bars = axis.bar(at, values, 0.25, **options)
+    axis.bar_label(bars, fmt="%.1f", fontsize=fontsize)
 
 
 def by(result: Mapping[str, Any], op: str, dtype: str) -> bool:
@@ -61,9 +66,7 @@ def gradients(figure: Figure, kept: Mapping[str, Any]) -> None:
     for axis, op in zip(axes, ("rms_norm", "layer_norm"), strict=True):
         for i, dtype in enumerate(("bfloat16", "float16", "float32")):
             gains = {r["shape"]: r[f"{op} is faster"] for r in results if r["dtype"] == dtype}
-            at = [place + 0.27 * (i - 1) for place in range(len(shapes))]
-            bars = axis.bar(at, [gains[shape] for shape in shapes], 0.25, label=dtype)
-            axis.bar_label(bars, fmt="%.1f", fontsize=7)
+            bars_of(axis, i, [gains[shape] for shape in shapes], fontsize=7, label=dtype)
         axis.axhline(1, color="black", linewidth=1, linestyle="--", label="torch")
         axis.set_title(f"backward of {op}", fontsize=10)
         axis.set_xticks(range(len(shapes)), shapes, fontsize=8)

@@ -46,6 +46,7 @@ CALLS = {
     "forward and backward": {name: code + BACKWARD for name, code in FUNCTIONS.items()},
     "4 devices, out=": {"rms_norm": "; ".join(["rms_norm(x, w, out=y)"] * 4), "rms_norm_tp": TP},
     "4 devices, allocating": {"rms_norm": "; ".join(["rms_norm(x, w)"] * 4), "rms_norm_tp": NEW},
+    "operator": {"rms_norm": "operator(x, w)", "rms_norm_": "writing_operator(y, w)"},
     "compiled call": {"rms_norm": "compiled(x, w)", "F.rms_norm": "compiled_torch(x, w)"},
 }
 
@@ -56,6 +57,8 @@ def operands(rows: int, n: int, grad: bool, device: str) -> dict[str, Any]:
     names: dict[str, Any] = {"x": x.requires_grad_(grad), "y": y, "g": torch.randn(rows, n)}
     names |= {"w": torch.nn.Parameter(w.clone()), "shape": (n,), "F": F}
     names |= {"rms_norm": normkit.rms_norm, "layer_norm": normkit.layer_norm}
+    names |= {"operator": torch.ops.normkit.rms_norm.default}
+    names |= {"writing_operator": torch.ops.normkit.rms_norm_.default}
     names |= {"rms": normkit.RMSNorm(n), "layer": normkit.LayerNorm(n, bias=False)}
     names |= {"torch_rms": torch.nn.RMSNorm(n, eps=1e-6), "identity": torch.nn.Identity()}
     names |= {"torch_layer": torch.nn.LayerNorm(n, bias=False)}
