@@ -389,7 +389,8 @@ def test_strict_names_what_would_be_left_and_converts_nothing():
         normkit.convert(m, strict=True)
     assert type(m[0]) is nn.LayerNorm
     assert len(normkit.convert(m, strict=True, exclude="1").converted) == 1
-    assert normkit.convert(m, strict=True, exclude="1").left[0].reason == "is converted already"
+    again = normkit.convert(m, strict=True, exclude="1")
+    assert [(e.path, e.reason) for e in again.already] == [("0", "is converted already")]
 
 
 def test_a_second_call_leaves_what_the_first_converted_to_its_own_report():
@@ -407,6 +408,31 @@ def test_norms_of_normkit_are_none_to_convert():
     m = nn.Sequential(normkit.RMSNorm(64), normkit.LayerNorm(64), normkit.HeadNorm(2, 64))
     report = normkit.convert(m, strict=True)
     assert (report.converted, report.left) == ([], [])
+    assert [e.reason for e in report.already] == ["is a module of normkit"] * 3
+
+
+def test_a_second_report_says_which_norms_are_normkits_already():
+    m = nn.Sequential(LlamaRMSNorm(64), nn.LayerNorm(64), normkit.RMSNorm(64), nn.BatchNorm1d(5))
+    assert normkit.convert(m, include="0").headline() == (
+        "1 of 4 norms converted, 1 is normkit's already"
+    )
+    report = normkit.convert(m, dry_run=True)
+    assert report.headline() == "1 of 4 norms would be converted, 2 are normkit's already"
+    normkit.convert(m)
+    again = normkit.convert(m)
+    lines = str(again).splitlines()
+    assert lines[0] == "0 of 4 norms converted, 3 are normkit's already"
+    assert [line.split()[0] for line in lines[1:]] == ["left", "already", "already", "already"]
+    assert "already  1  LayerNorm     is converted already" in lines[3]
+    assert "already  1  RMSNorm       is a module of normkit" in lines[4]
+    data = json.loads(again.to_json())
+    assert [(e["path"], e["reason"]) for e in data["already"]] == [
+        ("0", "is converted already"),
+        ("1", "is converted already"),
+        ("2", "is a module of normkit"),
+    ]
+    again.revert()  # has nothing to undo
+    assert calls(m[:2], rows()) == 2
 
 
 # --------------------------------------------------------------------------------------- the report

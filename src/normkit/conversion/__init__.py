@@ -14,7 +14,15 @@ from normkit._spec import NormSpec
 from normkit.conversion._classes import converted_class, is_converted, is_ours, set_class
 from normkit.conversion._layers import fused_layers
 from normkit.conversion._plan import NotConvertible, own_dtype, plan_of
-from normkit.conversion._report import ALREADY, NOT_SELECTED, Entry, Layer, Report, revert_all
+from normkit.conversion._report import (
+    CONVERTED_BEFORE,
+    NOT_SELECTED,
+    OWN,
+    Entry,
+    Layer,
+    Report,
+    revert_all,
+)
 from normkit.modules import HeadNorm, LayerNorm, RMSNorm
 from normkit.recognition._identity import identity
 from normkit.recognition._screen import refusal
@@ -59,7 +67,8 @@ def convert(
             ...); sums that one layer makes and the next one normalises stay as they are.
 
     Returns:
-        A `Report`: `converted` and `left`, and `revert()`, which undoes it exactly.
+        A `Report`: `converted`, `left`, what was normkit's `already`, and `revert()`, which undoes
+        this call exactly.
 
     Raises:
         TypeError: model is no module, or a selection is none.
@@ -111,6 +120,10 @@ def _converted(model: nn.Module, selected: Collection[nn.Module], report: Report
     new: _Classes = {}
     outcomes: dict[Hashable, _Outcome] = {}
     for path, module in model.named_modules():  # one that has several paths has the first here
+        reason = _already(module)
+        if reason is not None:
+            report.already.append(replace(_left(module, reason), path=path))
+            continue
         if module in selected:
             found, its_class = _outcome(module, outcomes)
         else:
@@ -165,12 +178,17 @@ def _selector(
 _Outcome: TypeAlias = tuple[Entry | None, type[nn.Module] | None]
 
 
+def _already(module: nn.Module) -> str | None:
+    """Why there is nothing to convert in a norm that normkit computes."""
+    if is_converted(module):
+        return CONVERTED_BEFORE
+    return OWN if isinstance(module, (RMSNorm, LayerNorm, HeadNorm)) else None
+
+
 def _outcome(module: nn.Module, known: dict[Hashable, _Outcome]) -> _Outcome:
     """Measure a module, unless one like it is known."""
-    if isinstance(module, (RMSNorm, LayerNorm, HeadNorm)):  # normkit's own
+    if is_ours(module):  # a fused layer
         return None, None
-    if is_ours(module):
-        return (_left(module, ALREADY) if is_converted(module) else None), None
     why = refusal(module)
     if why is not None:
         return (_left(module, why) if _is_named_norm(module) else None), None

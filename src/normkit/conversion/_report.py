@@ -14,7 +14,8 @@ from normkit._spec import NormSpec
 from normkit.conversion._classes import is_ours, original_of, set_class
 
 NOT_SELECTED = "not selected by include or exclude"
-ALREADY = "is converted already"
+CONVERTED_BEFORE = "is converted already"
+OWN = "is a module of normkit"
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,8 @@ class Report:
     Attributes:
         converted: the norms that normkit computes now, or would, in a dry run.
         left: the modules that look like a norm and run as before, each with the reason.
+        already: the norms that normkit computed before this call, which leaves them alone: those
+            that another call converted, and modules of normkit.
         layers: with `fuse="layer"`, the layers in which sums are fused with norms, and those whose
             forward could not be read, each with the reason.
         dry_run: whether nothing was changed.
@@ -111,6 +114,7 @@ class Report:
 
     converted: list[Entry] = field(default_factory=list)
     left: list[Entry] = field(default_factory=list)
+    already: list[Entry] = field(default_factory=list)
     layers: list[Layer] = field(default_factory=list)
     dry_run: bool = False
     modules: list[tuple[str, nn.Module]] = field(default_factory=list, repr=False)
@@ -118,7 +122,7 @@ class Report:
     @property
     def refused(self) -> list[Entry]:
         """Those of `left` that strict=True does not accept."""
-        return [entry for entry in self.left if entry.reason not in (NOT_SELECTED, ALREADY)]
+        return [entry for entry in self.left if entry.reason != NOT_SELECTED]
 
     def revert(self) -> None:
         """Give the modules and layers that this call changed their own classes back.
@@ -134,28 +138,27 @@ class Report:
 
     def to_json(self) -> str:
         """All of it, as JSON."""
-        lists = {
-            name: [entry.as_dict() for entry in getattr(self, name)]
-            for name in ("converted", "left")
-        }
+        lists = {name: [entry.as_dict() for entry in getattr(self, name)] for name in _NORMS}
         lists["layers"] = [asdict(layer) for layer in self.layers]
         return json.dumps({"dry_run": self.dry_run, **lists}, indent=1)
 
     def groups(self) -> Iterator[tuple[str, str, list[Entry] | list[Layer]]]:
         """Which list, what they compute or why they were left, and the entries alike in both."""
-        for name, entries in (("converted", self.converted), ("left", self.left)):
-            for summary, alike in _alike(entries):
+        for name in _NORMS:
+            for summary, alike in _alike(getattr(self, name)):
                 yield name, summary, alike
         for summary, layers in _alike(self.layers):
             yield "fused" if layers[0].norms else "not fused", summary, layers
 
     def headline(self) -> str:
         """The counts in a sentence."""
-        count = len(self.converted)
+        count, before = len(self.converted), len(self.already)
         would = " would be" if self.dry_run else ""
+        already = f", {before} {'is' if before == 1 else 'are'} normkit's already" if before else ""
         sums = sum(len(layer.norms) for layer in self.layers)
         fused = f", {sums} of them fused with the sum before" if sums else ""
-        return f"{count} of {count + len(self.left)} norms{would} converted{fused}"
+        norms = count + len(self.left) + before
+        return f"{count} of {norms} norms{would} converted{already}{fused}"
 
     def __str__(self) -> str:
         rows = [
@@ -165,6 +168,7 @@ class Report:
         return "\n".join([self.headline(), *in_columns(rows)])
 
 
+_NORMS = ("converted", "left", "already")  # the lists of entries
 _Item = TypeVar("_Item", Entry, Layer)
 
 
