@@ -141,6 +141,16 @@ def test_retakes_end_and_what_is_kept_is_counted(monkeypatch: Any) -> None:
     assert _bench.retakes(found) == told
 
 
+def test_patience_ends_and_what_is_kept_is_counted(monkeypatch: Any) -> None:
+    """A second passes at each look on the clock; all samples are interrupted."""
+    interruptions, now = iter(range(10**6)), iter(range(10**6))
+    monkeypatch.setattr(_bench, "_interruptions", lambda: next(interruptions))
+    monkeypatch.setattr(_bench.time, "monotonic", lambda: next(now))
+    timer = Clock().timer("a", lambda calls: 1e-3)
+    found = _bench.paired({"a": timer}, rounds=5, patience=4)
+    assert (found.retaken, found.disturbed) == (3, 5)
+
+
 def test_no_rounds_are_refused() -> None:
     with pytest.raises(ValueError, match="rounds: expected at least 1, got 0"):
         _bench.paired({}, rounds=0)

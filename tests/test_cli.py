@@ -526,6 +526,16 @@ def test_bench_writes_figures_and_a_plot(small_bench: None, tmp_path: Path) -> N
     assert (tmp_path / "new" / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_bench_quick_gives_up_on_a_busy_machine_and_says_what_it_kept(
+    small_bench: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interruptions = iter(range(10**6))
+    monkeypatch.setattr(_bench, "_interruptions", lambda: next(interruptions))
+    monkeypatch.setattr(cli, "QUICK_PATIENCE", 0)
+    told = run("bench", "--quick", "--out", tmp_path, "--threads", "1")
+    assert "168 samples, 0 retaken, 168 kept though interrupted" in " ".join(told.stdout.split())
+
+
 def test_bench_prints_json_that_it_also_writes(small_bench: None, tmp_path: Path) -> None:
     told = run("bench", "--quick", "--out", tmp_path, "--threads", "1", "--json")
     assert json.loads(told.stdout) == json.loads((tmp_path / "bench.json").read_text())

@@ -93,8 +93,16 @@ def timer(code: str, names: Names) -> Timer:
     return Timer(code, globals=names, num_threads=torch.get_num_threads())
 
 
-def paired(timers: Mapping[str, Timer], rounds: int, seconds: float = SAMPLE_SECONDS) -> Comparison:
-    """Take a sample of each candidate in each round; a round starts with the next candidate."""
+def paired(
+    timers: Mapping[str, Timer],
+    rounds: int,
+    seconds: float = SAMPLE_SECONDS,
+    patience: float = math.inf,
+) -> Comparison:
+    """Take a sample of each candidate in each round; a round starts with the next candidate.
+
+    After `patience` seconds an interrupted sample is kept, and counted, and not taken again.
+    """
     from torch.utils.benchmark import Measurement
 
     if rounds < 1:
@@ -104,6 +112,7 @@ def paired(timers: Mapping[str, Timer], rounds: int, seconds: float = SAMPLE_SEC
     calls = {name: max(1, round(seconds / min(look.times))) for name, look in quick_looks.items()}
     samples: dict[str, list[Measurement]] = {name: [] for name in names}
     retaken = disturbed = 0
+    give_up = time.monotonic() + patience
     for turn in range(rounds):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
@@ -113,10 +122,11 @@ def paired(timers: Mapping[str, Timer], rounds: int, seconds: float = SAMPLE_SEC
                 sample = timers[name].timeit(calls[name])
                 if _interruptions() == before:
                     break
-                retaken += attempt < RETAKES
+                if attempt == RETAKES or time.monotonic() >= give_up:
+                    disturbed += 1
+                    break
+                retaken += 1
                 time.sleep(PAUSE_SECONDS)
-            else:
-                disturbed += 1
             samples[name].append(sample)
     merged = {name: Measurement.merge(of_name)[0] for name, of_name in samples.items()}
     return Comparison(merged, retaken, disturbed)
@@ -232,17 +242,20 @@ def measure(
     rounds: int,
     more: Mapping[str, str] | None = None,
     names: Mapping[str, object] | None = None,
+    patience: float = math.inf,
 ) -> dict[str, Any]:
     """Time op `name` with out= against torch and a plain copy; returns one entry of the report.
 
-    `more` are candidates beside these, and `names` what their statements use.
+    `more` are candidates beside these, and `names` what their statements use.  After `patience`
+    seconds interrupted samples are kept.
     """
     op = OPS[name]
     shape = shape_for(op, rows, n)
     code = {COPY: op.copy, NORMKIT: op.normkit, TORCH: op.torch, **(more or {})}
     every = operands(op, shape, DTYPES[dtype]) | dict(names or {})
     with torch.no_grad():
-        compared = paired({k: timer(v, every) for k, v in code.items()}, rounds)
+        timers = {k: timer(v, every) for k, v in code.items()}
+        compared = paired(timers, rounds, patience=patience)
     cells = {k: cell | {"code": code[k]} for k, cell in cells_of(compared, COPY).items()}
     case = {"op": name, "dtype": dtype, "shape": "x".join(map(str, shape)), "elements": rows * n}
     case |= {"rounds": rounds, "threads": torch.get_num_threads(), **retakes(compared)}

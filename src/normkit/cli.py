@@ -428,6 +428,7 @@ def _print_conversion(report: Report, model: str) -> None:
 
 BENCH_SHAPES = ((16, 4096), (64, 4096), (2048, 4096), (32768, 128))
 QUICK_OPS, QUICK_SHAPES = ("rms_norm", "layer_norm"), ((16, 4096), (2048, 4096))
+QUICK_PATIENCE = 0.5  # seconds of a case: on a busy machine the whole took minutes without
 
 
 @app.command()
@@ -438,7 +439,9 @@ def bench(
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads; as many as torch takes by default.")
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A few seconds' look.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A look in seconds, also on a busy machine.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Time the norms against torch and a plain copy; writes bench.json and a plot, bench.png."""
@@ -448,8 +451,9 @@ def bench(
     ops = QUICK_OPS if quick else tuple(_bench.OPS)
     dtypes = ("float32", "bfloat16") if quick else tuple(_bench.DTYPES)
     cases = list(itertools.product(ops, dtypes, QUICK_SHAPES if quick else BENCH_SHAPES))
+    rounds, patience = (7, QUICK_PATIENCE) if quick else (21, math.inf)
     results = [
-        _bench.measure(op, rows, n, dtype, rounds=7 if quick else 21)
+        _bench.measure(op, rows, n, dtype, rounds, patience=patience)
         for op, dtype, (rows, n) in _progress(cases, len(cases), "timing")
     ]
     machine = _bench.machine()
