@@ -21,7 +21,7 @@ cpp_files = $(shell find cpp cuda tests benchmarks -name '*.h' -o -name '*.hpp' 
 
 help:
 	@echo 'make demo    build, then check and time every norm of a real checkpoint'
-	@echo 'make test    the whole test suite'
+	@echo 'make test    the whole test suite, but for make codegen'
 	@echo 'make hip     the kernels compiled for AMD GPUs, which have run on none'
 	@echo 'make emu     every plan of the CUDA kernels on the CPU: plain, with ASan and UBSan, with TSan'
 	@echo 'make mutants prove that broken CUDA kernels are caught'
@@ -45,6 +45,8 @@ demo: $(VENV)/.demo
 # A worker for each core, up to eight; one that has nothing left takes from another.
 PYTEST_WORKERS ?= --numprocesses=auto --maxprocesses=8 --dist=worksteal
 
+# Without tests/codegen, which `make codegen` has: to compile the kernels for five generations of GPUs takes as long.
+test: export NORMKIT_TEST_CODEGEN ?= 0
 test: $(VENV)/.test build/emu/.built
 	$(python) -m pytest $(PYTEST_WORKERS)
 
