@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 # On macOS a process that has torch's frameworks cannot be forked.
@@ -28,3 +30,21 @@ def run(work: Callable[..., None], *args: Any, seconds: float = 120) -> int | No
     process.kill()
     process.join()
     return code
+
+
+_LOADED = """
+import sys, normkit
+print(*sys.modules)
+import normkit._bench, normkit._serving.triton
+print(*sys.modules)
+"""
+
+
+@cache
+def loaded() -> tuple[frozenset[str], frozenset[str]]:
+    """Modules that are there after `import normkit`, and after two of its own that load others."""
+    told = subprocess.check_output([sys.executable, "-c", _LOADED], text=True)
+    first, second = (frozenset(line.split()) for line in told.splitlines())
+    assert "normkit.functional" in first
+    assert "normkit._bench" in second
+    return first, second

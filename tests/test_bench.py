@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch.utils.benchmark.utils.common import TaskSpec
 
 from normkit import _bench
 from normkit._bench import COPY, NORMKIT, TORCH, Comparison
+from starting import loaded
 
 
 class Clock:
@@ -295,7 +295,5 @@ def test_json_is_replaced_in_one_step(tmp_path: Path) -> None:
 
 def test_importing_normkit_imports_none_of_the_packages_of_its_extras() -> None:
     """Nor torch.utils.benchmark, which loads setuptools: half a second of `normkit info`."""
-    code = "import sys, normkit, normkit._bench; names = ('rich', 'typer', 'matplotlib', "
-    code += "'torch.utils.benchmark'); print([m for m in names if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+    late = {"rich", "typer", "matplotlib", "torch.utils.benchmark"}
+    assert late.isdisjoint(loaded()[1])

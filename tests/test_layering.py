@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import importlib
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import normkit
+from starting import loaded
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "normkit"
@@ -226,7 +226,5 @@ def test_importing_normkit_loads_nothing_that_few_calls_need() -> None:
         "normkit.parallel",
         "safetensors",
     )
-    code = f"import sys, normkit; print([m for m in sys.modules if m.startswith({late})])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert {m for m in loaded()[0] if m.startswith(late)} == set()
     assert normkit.load_norm is importlib.import_module("normkit.loading").load_norm

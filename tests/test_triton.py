@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -41,6 +39,7 @@ from normkit import reference
 from normkit._serving import backends
 from normkit._serving import triton as _triton
 from normkit.testing import Inputs, make_inputs
+from starting import loaded
 
 pytestmark = pytest.mark.usefixtures("triton_is_there")
 
@@ -66,6 +65,15 @@ class Triton:
         if self.device == "cpu":
             return function(*args, **options)
         return call_on(self.device, function, *args, **options)
+
+
+def mixes(n: int) -> list[tuple[torch.dtype, torch.dtype]]:
+    """Pairs of dtypes: all, but of long rows, which take the interpreter seconds, one of the same
+    and each dtype on either side of another: what loads and stores them is in both kernels alike.
+    """
+    if n <= 2000:
+        return list(itertools.product(DTYPES, DTYPES))
+    return [(F32, F32), (F16, F32), (F32, BF16), (BF16, F16)]
 
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
@@ -265,7 +273,7 @@ def test_bits_are_those_of_the_plan_for_devices(op: Op, n: int) -> None:
 @pytest.mark.parametrize("op", OPS, ids=str)
 @pytest.mark.parametrize("n", [33, 130, 4099])
 def test_a_row_does_not_depend_on_strides_or_alignment(triton: Any, op: Op, n: int) -> None:
-    for dtype, out_dtype in itertools.product(DTYPES, DTYPES):
+    for dtype, out_dtype in mixes(n):
         inputs = inputs_for(op, (3, 2), n, dtype)
         plain = run(triton, op, inputs, out_dtype=out_dtype)
         for offset, gap in ((0, 5), (1, 0), (3, 1)):
@@ -300,7 +308,7 @@ def test_any_number_of_outer_dimensions(triton: Any, op: Op) -> None:
 @pytest.mark.parametrize("n", [9, 1000, 16_390])
 def test_fused_equals_unfused(triton: Any, n: int) -> None:
     for op, plain in zip(ADDING, PLAIN, strict=True):
-        for dtype, residual_dtype, round_sum in itertools.product(DTYPES, DTYPES, (True, False)):
+        for (dtype, residual_dtype), round_sum in itertools.product(mixes(n), (True, False)):
             inputs = inputs_for(op, 2, n, dtype, residual_dtype=residual_dtype)
             fused = run(triton, op, inputs, round_sum=round_sum)
             total = inputs.x.float() + inputs.residual.float()
@@ -313,7 +321,7 @@ def test_fused_equals_unfused(triton: Any, n: int) -> None:
 @pytest.mark.parametrize("op", OPS, ids=str)
 @pytest.mark.parametrize("n", [1, 65, 4104, 16_390])
 def test_in_place_gives_the_bits_of_out_of_place(triton: Any, op: Op, n: int) -> None:
-    for dtype, residual_dtype in itertools.product(DTYPES, DTYPES):
+    for dtype, residual_dtype in mixes(n):
         inputs = inputs_for(op, 3, n, dtype, residual_dtype=residual_dtype)
         expected = run(triton, op, inputs)
         assert_same_results(run_in_place(triton, op, inputs), expected)
@@ -345,7 +353,7 @@ def test_query_of_a_packed_qkv_in_place(triton: Any, op: Op) -> None:
 @pytest.mark.parametrize("op", OPS, ids=str)
 @pytest.mark.parametrize("n", [5, 300, 16_390])
 def test_saving_gives_what_the_backward_pass_needs(triton: Any, op: Op, n: int) -> None:
-    for dtype, round_sum in itertools.product(DTYPES, (True, False)):
+    for dtype, round_sum in itertools.product(DTYPES, (True, False) if op.adds else (True,)):
         inputs = inputs_for(op, (2, 3), n, dtype)
         residual = inputs.residual if op.adds else None
         kind = (op.kind == "layer") + 2 * op.per_head + 4 * op.adds
@@ -434,11 +442,7 @@ def test_on_the_cpu_compiled_kernels_refuse() -> None:
 
 
 def test_importing_normkit_does_not_import_triton() -> None:
-    code = (
-        "import sys, normkit; from normkit._serving import triton; print('triton' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "False\n"
+    assert "triton" not in loaded()[1]
 
 
 def test_a_plan_follows_n_alone_and_fills_its_threads() -> None:

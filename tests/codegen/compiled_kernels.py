@@ -14,6 +14,7 @@ import tempfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -311,7 +312,8 @@ def _kernels(dtype: str, arch: str, made: Compiled) -> list[Kernel]:
     return list(kernels.values())
 
 
-def compile_all(folder: Path, workers: int = 2) -> list[Kernel]:
+@cache  # to read what has been compiled takes seconds, too
+def compile_all(workers: int = 2) -> list[Kernel]:
     """Every instance, for WHOLE, and some for all of ARCHS; of several processes, one compiles and
     the others wait.
     """
@@ -322,9 +324,13 @@ def compile_all(folder: Path, workers: int = 2) -> list[Kernel]:
         if arch == WHOLE or source in EVERYWHERE
     ]
     KEPT.mkdir(parents=True, exist_ok=True)
-    with (KEPT / "lock").open("w") as lock, ThreadPoolExecutor(workers) as pool:
+    with (
+        (KEPT / "lock").open("w") as lock,
+        tempfile.TemporaryDirectory() as folder,
+        ThreadPoolExecutor(workers) as pool,
+    ):
         fcntl.flock(lock, fcntl.LOCK_EX)
-        compiled = list(pool.map(lambda job: _compiled(job[0], job[1], folder), jobs))
+        compiled = list(pool.map(lambda job: _compiled(job[0], job[1], Path(folder)), jobs))
     kernels: list[Kernel] = []
     for (source, arch), made in zip(jobs, compiled, strict=True):
         if source not in ("launch.cu", "device.cu"):

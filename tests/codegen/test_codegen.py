@@ -36,8 +36,8 @@ REGISTERS = 65536  # of a processor, on every generation
 
 
 @pytest.fixture(scope="session")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[Kernel]:
-    return compile_all(tmp_path_factory.mktemp("codegen"))
+def kernels() -> list[Kernel]:
+    return compile_all()
 
 
 def number(kernel: Kernel) -> int:

@@ -25,8 +25,8 @@ pytestmark = [
 
 
 @pytest.fixture(scope="session")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[Kernel]:
-    return compile_all(tmp_path_factory.mktemp("codegen"))
+def kernels() -> list[Kernel]:
+    return compile_all()
 
 
 def number(arch: str) -> int:

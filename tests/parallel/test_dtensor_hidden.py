@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -24,6 +22,7 @@ from conformance.support import ADD_LAYER, ADD_RMS, LAYER, OPS, RMS, ROUNDINGS, 
 from normkit.parallel import sharded_rms_norm
 from normkit.testing import Inputs, assert_accurate, make_inputs
 from parallel.processes import GATHER, counted, on_ranks
+from starting import loaded
 
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 ROWS = (RMS, LAYER, ADD_RMS, ADD_LAYER)
@@ -299,10 +298,5 @@ def test_plain_parts_and_distributed_tensors_are_not_mixed_up(rank: int, world: 
 
 
 def test_importing_normkit_loads_nothing_of_this() -> None:
-    code = (
-        "import sys, normkit;"
-        "print([m for m in sys.modules if m.startswith(('torch.distributed.tensor',"
-        " 'normkit.parallel', 'normkit.parallel._split_rows', 'normkit.parallel._gather'))])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    late = ("torch.distributed.tensor", "normkit.parallel")
+    assert {m for m in loaded()[0] if m.startswith(late)} == set()
