@@ -58,7 +58,7 @@ def test_without_its_packages_the_command_says_how_to_get_them(package: str) -> 
     assert done.returncode == 1
     assert done.stdout == ""
     (line,) = done.stderr.strip().splitlines()
-    assert line == f"normkit: the command line needs {package}: pip install normkit[cli]"
+    assert line == f"normkit: the command line needs {package}: pip install 'normkit[cli]'"
 
 
 def test_the_version_is_that_of_the_package() -> None:
@@ -199,6 +199,6 @@ def test_bench_without_matplotlib_says_so_and_still_reports(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     told = run("bench", "--quick", "--out", tmp_path, "--threads", "1")
     assert told.exit_code == 0, told.output
-    assert "pip install normkit[bench]" in told.stderr
+    assert "pip install 'normkit[bench]'" in told.stderr
     assert (tmp_path / "bench.json").exists()
     assert not (tmp_path / "bench.png").exists()

@@ -14,7 +14,7 @@ def main() -> None:
         package = (error.name or "").partition(".")[0]
         if package not in ("typer", "rich"):
             raise
-        sys.exit(f"normkit: the command line needs {package}: pip install normkit[cli]")
+        sys.exit(f"normkit: the command line needs {package}: pip install 'normkit[cli]'")
     if isinstance(sys.stdout, io.TextIOWrapper):  # names of layers may hold any letters
         sys.stdout.reconfigure(errors="backslashreplace")
     app(prog_name="normkit")

@@ -472,6 +472,6 @@ def bench(
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "matplotlib":
             raise
-        typer.echo("no plot without matplotlib: pip install normkit[bench]", err=True)
+        typer.echo("no plot without matplotlib: pip install 'normkit[bench]'", err=True)
         return
     typer.echo(f"written: {out / 'bench.png'}", err=True)

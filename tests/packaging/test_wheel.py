@@ -155,6 +155,6 @@ def test_command_line_starts_or_names_what_it_lacks() -> None:
         check=False,
     )
     if done.returncode:
-        assert "pip install normkit[cli]" in done.stderr
+        assert "pip install 'normkit[cli]'" in done.stderr
     else:
         assert "check" in done.stdout
