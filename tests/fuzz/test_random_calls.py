@@ -19,7 +19,7 @@ from fuzz.spoiling import SPOILED, spoiled
 pytestmark = needs_kernels
 
 SEED = 0
-CALLS = int(os.environ.get("NORMKIT_FUZZ_CALLS", "20000"))
+CALLS = int(os.environ.get("NORMKIT_FUZZ_CALLS", "10000"))
 FEW = 400
 
 
