@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import pytest
@@ -116,6 +118,13 @@ def inputs_for(
     """Inputs of an op; a head norm gets weights per head where x has heads."""
     shape = (rows, n) if isinstance(rows, int) else (*rows, n)
     per_head = op.per_head and len(shape) > 1 and shape[-2] > 0
+    make = _inputs if math.prod(shape) < 1 << 18 else _inputs.__wrapped__
+    return Inputs(*(t.clone() for t in make(shape, dtype, per_head, **rest)))  # to be written into
+
+
+# The ops take the same inputs one after the other, and normal numbers cost more than most norms.
+@lru_cache(maxsize=64)
+def _inputs(shape: tuple[int, ...], dtype: torch.dtype, per_head: bool, **rest: Any) -> Inputs:
     return testing.make_inputs(shape, dtype, per_head=per_head, **rest)
 
 

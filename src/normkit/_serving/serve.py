@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 
@@ -83,6 +84,9 @@ def serve(call: Call) -> Result:
     return operators.run_with_gradient(call)
 
 
+_signature = cache(inspect.signature)
+
+
 def explain(op: str | Callable[..., Result], *args: object, **options: object) -> Explanation:
     """Tell how exactly this call would run, and why; nothing is computed or written.
 
@@ -110,7 +114,7 @@ def explain(op: str | Callable[..., Result], *args: object, **options: object) -
     if function is None or function not in FUNCTIONS.values():
         raise ValueError(f"op: expected one of {', '.join(FUNCTIONS)} of normkit, got {op!r}")
     name: str = function.__name__
-    given = inspect.signature(function).bind(*args, **options)
+    given = _signature(function).bind(*args, **options)
     given.apply_defaults()
     return _explain(OPS[name.rstrip("_")].call(given.arguments, in_place=name[-1] == "_"))
 
