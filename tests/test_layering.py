@@ -25,7 +25,7 @@ LAYERS = [
     {"recognition._screen"},
     {"_serving.checks", "_serving.nested", "_serving.triton", "testing"},
     {"_serving.backends", "checkpoint._families"},
-    {"_serving.dispatch", "checkpoint._files", "checkpoint._meaning"},
+    {"_serving.dispatch", "_serving.native", "checkpoint._files", "checkpoint._meaning"},
     {"_serving.operators", "checkpoint"},
     {"_serving.inline"},
     {"_serving.serve"},

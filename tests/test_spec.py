@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import normkit
-from normkit._serving import backends, dispatch, operators
+from normkit._serving import backends, dispatch, native, operators
 from normkit._spec import (
     FIELDS,
     NATIVE,
@@ -91,16 +92,49 @@ def test_operators_hand_the_extension_what_a_call_does(
     given |= {"x": x, "weight": weight} | ({"residual": residual} if op.adds else {})
     outputs = {"out": torch.empty_like(x)} if form == "_out" else {}
     outputs |= {"residual_out": torch.empty_like(x)} if outputs and op.adds else {}
-    with torch.no_grad():
+    with torch.no_grad(), normkit.use_backend("reference"):  # which no kernel of torch's runs
         getattr(torch.ops.normkit, op.name + form)(**outputs, **given)
-    native = asked[0]
     expected = op.call(outputs | given, in_place=form == "_").native()
+    assert_same_arguments(asked[0], expected)
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+@pytest.mark.parametrize("form", ["", "_", "_out"])
+def test_kernels_of_operators_hand_the_extension_what_a_call_does(op: Op, form: str) -> None:
+    schema = getattr(torch.ops.normkit, op.name + form).default._schema
+    of_results = {"out_dtype": FIELDS["out_dtype"], "memory_efficient": FIELDS["memory_efficient"]}
+    outputs = {"out": FIELDS["out"], "residual_out": FIELDS["residual_out"]}
+    known = {**op.fields, **of_results, **outputs}
+    arguments = {argument.name: known[argument.name] for argument in schema.arguments}
+    examples = (0.25, True, "layer", torch.float16)
+    given = {
+        name: torch.ones(3)
+        if field.type.startswith("Tensor")
+        else next(value for value in examples if is_of(value, field))
+        for name, field in arguments.items()
+    }
+    kernel = native.kernel_of(op, arguments, () if form else [r.name for r in schema.returns])
+    values = tuple(given.values())
+
+    def read(source: object) -> object:
+        if isinstance(source, tuple):
+            bits, flags = source
+            return bits | sum(bit for place, bit in flags if values[place] in (True, "layer"))
+        return values[source] if type(source) is int else source
+
+    assert kernel.function == ("try_norm" if form else "norm_saving")
+    expected = op.call(given, in_place=form == "_").native()
+    assert_same_arguments([read(source) for source in kernel.sources], expected)
+
+
+def assert_same_arguments(native: Sequence[object], expected: Sequence[object]) -> None:
     assert len(native) == len(expected)
     for mine, theirs in zip(native, expected, strict=True):
         if isinstance(theirs, torch.Tensor):
             assert isinstance(mine, torch.Tensor)
             assert mine.data_ptr() == theirs.data_ptr()
         else:
+            assert type(mine) is type(theirs)
             assert mine == theirs
 
 

@@ -145,5 +145,6 @@ void add_norm(nb::module_& m);
 void add_norm_backward(nb::module_& m);
 void add_norm_tp(nb::module_& m);
 void add_parts(nb::module_& m);
+void add_operators(nb::module_& m);
 
 }  // namespace normkit

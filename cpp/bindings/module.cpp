@@ -142,6 +142,7 @@ NB_MODULE(_C, m) {
         "(name, why it is not usable or an empty str) of each CUDA device, and why there is none "
         "if so.");
 #ifndef NORMKIT_EMULATED
+  add_operators(m);
   m.def("cpu_instruction_sets", &instruction_sets, "Those with kernels that run here, best first.");
   m.def("cpu_instruction_set", &cpu::instruction_set, "The one in use, or None.");
   m.def(

@@ -67,6 +67,18 @@ def part_backward_apply(
     gathered: Tensor,
     /,
 ) -> PartGradients | Refusal: ...
+def implement(
+    torch: ModuleType,
+    name: str,
+    types: Sequence[str],
+    sources: Sequence[object],
+    unless: Sequence[int],
+    outputs: Sequence[int],
+    x: int,
+    empty_dtype: torch.dtype | None,
+    function: object,
+    implementation: object,
+) -> bool: ...
 def set_quick_path(on: bool) -> None: ...
 def cuda_devices() -> tuple[list[tuple[str, str]], str]: ...
 def cpu_instruction_sets() -> list[str]: ...

@@ -54,6 +54,18 @@ def tensors(
     return [t.requires_grad_(grad) for t in given]
 
 
+def arguments_of(name: str, form: str, given: list[Tensor | None]) -> list[Any]:
+    """Put outputs before the inputs where the form writes them."""
+    if form != "_out":
+        return list(given)
+    x, residual = given[0], given[1] if adds(name) else None
+    assert x is not None
+    outputs = [torch.empty(x.shape, dtype=x.dtype)]
+    if residual is not None:
+        outputs.append(torch.empty(x.shape, dtype=residual.dtype))
+    return [*outputs, *given]
+
+
 def clones(given: Any, grad: bool | None = None) -> list[Any]:
     """Copies of the same strides, detached from everything."""
     return [

@@ -19,6 +19,7 @@ from torch_integration.support import (
     FUNCTIONS,
     NAMES,
     adds,
+    arguments_of,
     assert_equal_bits,
     clones,
     layouts,
@@ -29,18 +30,6 @@ from torch_integration.support import (
 
 QUICK = ("test_schema", "test_faketensor", "test_autograd_registration")
 EVERYTHING = (*QUICK, "test_aot_dispatch_dynamic")
-
-
-def arguments_of(name: str, form: str, given: list[Tensor | None]) -> list[Any]:
-    """Put outputs before the inputs where the form writes them."""
-    if form != "_out":
-        return list(given)
-    x, residual = given[0], given[1] if adds(name) else None
-    assert x is not None
-    outputs = [torch.empty(x.shape, dtype=x.dtype)]
-    if residual is not None:
-        outputs.append(torch.empty(x.shape, dtype=residual.dtype))
-    return [*outputs, *given]
 
 
 def cases(name: str) -> Iterator[tuple[list[Tensor | None], dict[str, Any]]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from operator import itemgetter
-from typing import Any, NoReturn, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from normkit._serving import dispatch
 from normkit._serving.backends import quick, wanted_backend
 from normkit._serving.checks import check
 from normkit._serving.dispatch import Wanted
+from normkit._serving.native import Kernel, backward_kernel, give_kernel, kernel_of
 from normkit._spec import (
     FIELDS,
     LAYER,
@@ -67,6 +68,9 @@ def _reader(
     return read
 
 
+# Ends the name of an operator that has no gradients, beside one that has.
+KERNEL = "_kernel"
+
 _library = torch.library.Library("normkit", "DEF")  # type: ignore[no-untyped-call]
 
 
@@ -85,6 +89,60 @@ def define(
     _library.impl(name, fake, "Meta")  # type: ignore[no-untyped-call]
 
 
+class _Operator(NamedTuple):
+    """An operator of this module, but for its name and its gradients."""
+
+    arguments: Fields
+    returned: str
+    implementation: Callable[..., Tensor | Sequence[Tensor] | None]
+    fake: Callable[..., Tensor | Sequence[Tensor] | None]
+    kernel: Kernel
+
+    def define(self, name: str) -> None:
+        declared = ", ".join(argument.declared(name) for name, argument in self.arguments.items())
+        define(name, declared, self.returned, self.implementation, self.fake)
+        give_kernel(name, self.arguments, self.kernel, self.implementation)
+
+    def define_with_gradients(
+        self, name: str, backward: Callable[..., Any], keep: Callable[..., None] | None = None
+    ) -> None:
+        """Make two: one with gradients, and the kernel that it calls, which has none.
+
+        A compiled graph, out of which torch has taken the gradients, is left with the kernel, and
+        spends nothing on autograd.
+        """
+        self.define(name)
+        # Inductor hands over by name what has a default, which takes torch twice the time.
+        needed = {name: field._replace(default=...) for name, field in self.arguments.items()}
+        self._replace(arguments=needed).define(name + KERNEL)
+        called = getattr(torch.ops.normkit, name + KERNEL).default
+        defaults = tuple(argument.default for argument in self.arguments.values())
+
+        def below_autograd(keyset: torch._C.DispatchKeySet, values: tuple[Any, ...]) -> Any:
+            values += defaults[len(values) :]
+            with torch._C._AutoDispatchBelowAutograd():
+                return called.redispatch(keyset & torch._C._after_autograd_keyset, *values)
+
+        class Differentiated(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, keyset: torch._C.DispatchKeySet, *values: Any) -> Any:
+                made = below_autograd(keyset, values)
+                if keep is not None:
+                    keep(ctx, values, made)
+                return made
+
+            @staticmethod
+            def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+                return None, *backward(ctx, *grads)
+
+        def differentiated(keyset: torch._C.DispatchKeySet, *values: Any) -> Any:
+            if torch.is_grad_enabled() and torch._C._any_requires_grad(*values):
+                return Differentiated.apply(keyset, *values)  # type: ignore[no-untyped-call]
+            return below_autograd(keyset, values)
+
+        _library.impl(name, differentiated, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
+
+
 def differentiate(
     name: str,
     backward: Callable[..., tuple[Tensor | None, ...]],
@@ -98,15 +156,14 @@ def differentiate(
 
 def refuse_to_differentiate(name: str) -> None:
     """Have an operator that makes gradients say that it has none itself."""
+    differentiate(name, _refusal(name))
 
+
+def _refusal(name: str) -> Callable[..., NoReturn]:
     def refuse(ctx: object, *_: object) -> NoReturn:
         raise RuntimeError(f"{name}: its result cannot be differentiated again")
 
-    differentiate(name, refuse)
-
-
-def _declared(arguments: Fields) -> str:
-    return ", ".join(argument.declared(name) for name, argument in arguments.items())
+    return refuse
 
 
 # ---------------------------------------------------------------- gradients
@@ -290,7 +347,7 @@ def _register_functional(op: Op) -> None:
         made = dict(zip(outputs, output, strict=True))
         mean = made.get("mean") if call.layer else None
         # residual_out requires grad only where x or residual does.
-        summands = ctx.needs_input_grad[:2] if op.adds else (True,)
+        summands = ctx.needs_input_grad[1:3] if op.adds else (True,)
         ctx.mark_non_differentiable(*output[1 + (op.adds and any(summands)) :])
         ctx.set_materialize_grads(False)
         remember(
@@ -306,7 +363,7 @@ def _register_functional(op: Op) -> None:
         ctx: NormContext, grad_y: Tensor | None, *grads: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         grad_residual_out = grads[0] if op.adds else None
-        needs = ctx.needs_input_grad  # as many as arguments were given
+        needs = ctx.needs_input_grad[1:]  # as many as arguments were given
         needed = [place is not None and place < len(needs) and needs[place] for place in places]
         made = gradients(ctx, needed, grad_y, grad_residual_out, _call_backward_operator)
         of_inputs: list[Tensor | None] = [None] * len(needs)
@@ -316,8 +373,9 @@ def _register_functional(op: Op) -> None:
         return tuple(of_inputs)
 
     returned = f"({', '.join(f'Tensor {name}' for name in outputs)})"
-    define(op.name, _declared(arguments), returned, forward, fake)
-    differentiate(op.name, backward, keep)
+    kernel = kernel_of(op, arguments, outputs)
+    made = _Operator(arguments, returned, forward, fake, kernel)
+    made.define_with_gradients(op.name, backward, keep)
 
 
 def _register_writing(op: Op, form: str, arguments: Fields) -> None:
@@ -332,7 +390,8 @@ def _register_writing(op: Op, form: str, arguments: Fields) -> None:
     def fake(*_: object) -> None:
         return None
 
-    define(op.name + form, _declared(arguments), "()", write, fake)
+    made = _Operator(arguments, "()", write, fake, kernel_of(op, arguments))
+    made.define(op.name + form)
 
 
 _FORMULA = {
@@ -392,8 +451,8 @@ def _register_backward() -> None:
         )
 
     returned = f"({', '.join(['Tensor'] * 4)})"
-    define("norm_backward", _declared(_BACKWARD), returned, backward, fake)
-    refuse_to_differentiate("norm_backward")
+    made = _Operator(_BACKWARD, returned, backward, fake, backward_kernel(_BACKWARD))
+    made.define_with_gradients("norm_backward", _refusal("norm_backward"))
 
 
 def _call_backward_operator(
@@ -418,12 +477,16 @@ _TAKEN = {op.name: tuple(op.fields) for op in OPS.values()}
 _GRADIENTS = ("grad_x", "grad_residual", "grad_weight", "grad_bias")
 
 # (name, arguments, outputs) of the operators that take DTensors.
-SHARDED = (
-    *(
-        (op.name, (*_TAKEN[op.name], "out_dtype", "memory_efficient"), _outputs(op))
-        for op in OPS.values()
-    ),
-    ("norm_backward", tuple(_BACKWARD), _GRADIENTS),
+SHARDED = tuple(
+    (name + form, arguments, outputs)
+    for name, arguments, outputs in (
+        *(
+            (op.name, (*_TAKEN[op.name], "out_dtype", "memory_efficient"), _outputs(op))
+            for op in OPS.values()
+        ),
+        ("norm_backward", tuple(_BACKWARD), _GRADIENTS),
+    )
+    for form in ("", KERNEL)
 )
 
 _FORMS = {
