@@ -43,6 +43,10 @@ inline bool ask(const Function& f, PyObject* argument = nullptr) {
   return call(f, argument).ptr() == Py_True;
 }
 
+inline bool is_grad_enabled() {
+  return torch_objects.grad_mode ? torch_objects.grad_mode() : ask(torch_objects.is_grad_enabled);
+}
+
 // torch.empty_like(like, dtype=dtype), but packed.  DLPack's allocator would take 160 ns less, but
 // what it makes is memory of a stranger to torch: its storage cannot be resized, and
 // record_stream() does nothing, so that another stream could read what has been freed.

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "binding.h"
+#include "shim.h"
 
 using namespace nanobind::literals;
 
@@ -74,6 +75,10 @@ void bind_torch(nb::handle torch, nb::handle refusal) {
   bound.contiguous_format = keep("contiguous_format");
   bound.no_arguments = PyTuple_New(0);
   bound.is_grad_enabled = torch_function(torch, "is_grad_enabled");
+#ifndef NORMKIT_EMULATED
+  bound.grad_mode = shim::find_is_grad_enabled();
+#endif
+  bound.is_transforming = torch_function(torch, "_C._are_functorch_transforms_active");
   bound.is_inference_mode_enabled = torch_function(torch, "is_inference_mode_enabled");
   bound.increment_version = torch_function(torch, "_C._increment_version");
   bound.forward_ad =

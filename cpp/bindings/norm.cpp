@@ -55,15 +55,28 @@ bool has_version_counter(const Tensor& t) {
   return false;
 }
 
+// The first tensor that requires a gradient, or none.
+const Tensor* find_differentiated(const Arguments& a) {
+  // in place, out is x, which need not be asked twice
+  for (const Tensor* t : {&a.x, &a.residual, &a.weight, &a.bias, &a.out, &a.residual_out})
+    if (*t && (t == &a.x || t->object != a.x.object) && requires_grad(*t)) return t;
+  return nullptr;
+}
+
 // Is autograd, forward-mode AD or a tracer recording?  They cannot see a call that bypasses the
 // dispatcher.
-Refusal check_recorders(const Arguments& a) {
+Refusal check_recorders(const Arguments& a, Caller caller) {
   if (forward_ad_is_on()) return {"forward-mode AD", "is on", Refusal::kRecorder};
-  const bool grad_is_on = ask(torch_objects.is_grad_enabled);
-  if (grad_is_on)  // in place, out is x, which need not be asked twice
-    for (const Tensor* t : {&a.x, &a.residual, &a.weight, &a.bias, &a.out, &a.residual_out})
-      if (*t && (t == &a.x || t->object != a.x.object) && requires_grad(*t))
-        return {t->name, "requires a gradient", Refusal::kRecorder};
+  const bool grad_is_on = is_grad_enabled();
+  const Tensor* const differentiated = grad_is_on ? find_differentiated(a) : nullptr;
+  if (caller == Caller::kDifferentiates) {
+    if (!differentiated) return {"no tensor", "requires a gradient", Refusal::kRecorder};
+    if (a.out || a.residual_out) return {"an output", "is given", Refusal::kRecorder};
+    if (ask(torch_objects.is_transforming))
+      return {"torch.func", "is transforming", Refusal::kRecorder};
+  } else if (differentiated) {
+    return {differentiated->name, "requires a gradient", Refusal::kRecorder};
+  }
   // A trace records torch's operators, and would take what a kernel writes for a constant.
   if (ask(torch_objects.is_tracing)) return {"torch.jit.trace", "is recording", Refusal::kRecorder};
   // torch writes to a tensor of inference mode only there, where gradients are off too.  Not by
@@ -82,7 +95,7 @@ Refusal check_recorders(const Arguments& a) {
 Refusal Prepared::check(Caller caller) {
   if (const Refusal no = find_backend(a.x.device, backend)) return no;
   device = a.x.device.device_id;
-  const bool quick = caller == Caller::kQuick;
+  const bool quick = caller != Caller::kHasCheckedMemory;
   // The exchange API does not tell of a lazily negated tensor.  Such a one has a last stride of 2
   // or more, unless its rows are single elements.
   if (quick && a.x.ndim > 0 && a.x.size(1) == 1)
@@ -90,7 +103,7 @@ Refusal Prepared::check(Caller caller) {
   if (quick && modes_are_on()) return {"a dispatch mode", "is on", Refusal::kRecorder};
   if (quick && autocasts(a, *backend)) return {"autocast", "is on", Refusal::kRecorder};
   if (const Refusal no = normkit::check(a, !quick)) return no;
-  return check_recorders(a);
+  return check_recorders(a, caller);
 }
 
 Refusal Prepared::make_outputs() {
@@ -150,15 +163,27 @@ nb::object norm(PyObject* const* args) {
   return result_of(p);
 }
 
-nb::object norm_saving(PyObject* const* args) {
-  Prepared p;
-  if (const Refusal no = prepare(p, args, Caller::kHasCheckedMemory)) return refuse(no);
+// Runs a call that has been prepared, and keeps what its gradients need.
+nb::object run_saving(Prepared& p) {
   const Arguments& a = p.a;
   nb::object rstd = new_row_values(a.x, p.job.rstd), mean = nb::none();
   if (a.statistic == Statistic::kLayer) mean = new_row_values(a.x, p.job.mean);
   run(p);
   nb::object sum = a.residual ? nb::borrow(a.residual_out.object) : nb::none();
   return nb::make_tuple(nb::borrow(a.out.object), sum, rstd, mean);
+}
+
+nb::object norm_saving(PyObject* const* args) {
+  Prepared p;
+  if (const Refusal no = prepare(p, args, Caller::kHasCheckedMemory)) return refuse(no);
+  return run_saving(p);
+}
+
+nb::object try_norm_saving(PyObject* const* args) {
+  if (quick_path_is_off) return nb::none();
+  Prepared p;
+  if (prepare(p, args, Caller::kDifferentiates)) return nb::none();
+  return run_saving(p);
 }
 
 // An output as make_output() would make it, without memory of its own: a plan asks of an address
@@ -218,6 +243,10 @@ Arguments and result are those of try_norm(), but a Refusal where there is no re
                                        R"(Run norm(), and keep what norm_backward() needs.
 
 Returns (y, residual_out or None, rstd, mean or None), or a Refusal.)"),
+      method<kNormFields, try_norm_saving>(
+          "try_norm_saving", R"(Run norm_saving() for an eager call that needs gradients.
+
+Returns None where it needs none, and where Python has to look at the call.)"),
       method<kNormFields, plan>("plan",
                                 R"(Tell what norm() would do, without making or running anything.
 

@@ -9,9 +9,10 @@ namespace normkit {
 // choice to Python.
 inline thread_local bool quick_path_is_off = false;
 
-// A quick call is an eager one of which nothing has been checked; of any other the caller has
-// checked that what is written overlaps nothing.
-enum class Caller { kQuick, kHasCheckedMemory };
+// A quick call is an eager one of which nothing has been checked, and a differentiated one a quick
+// one that needs gradients; of any other the caller has checked that what is written overlaps
+// nothing.
+enum class Caller { kQuick, kDifferentiates, kHasCheckedMemory };
 
 struct Prepared {
   Arguments a;

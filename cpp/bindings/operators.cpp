@@ -270,17 +270,21 @@ Source source_of(nb::handle given) {
   return source;
 }
 
-void find_conversions(nb::handle torch) {
-  if (conversions.to_tensor) return;
+// False where this torch lacks one.
+bool find_conversions(nb::handle torch) {
+  if (conversions.to_tensor) return true;
+  constexpr const char* kFromTensor = "unsafe_alloc_void_ptr_from_tensor";
+  constexpr const char* kToTensor = "alloc_tensor_by_stealing_from_void_ptr";
+  if (!nb::hasattr(torch.attr("_C"), "_aoti")) return false;
   nb::object aoti = torch.attr("_C").attr("_aoti");
-  conversions.from_tensor =
-      nb::object(aoti.attr("unsafe_alloc_void_ptr_from_tensor")).release().ptr();
+  if (!nb::hasattr(aoti, kFromTensor) || !nb::hasattr(aoti, kToTensor)) return false;
   for (const char* name : {"float32", "float16", "bfloat16", "float64", "int64", "int32", "int16",
                            "int8", "uint8", "bool", "complex64", "complex128"})
     conversions.dtypes.emplace_back(shim::dtype_code(name),
                                     nb::object(torch.attr(name)).release().ptr());
-  conversions.to_tensor =
-      nb::object(aoti.attr("alloc_tensor_by_stealing_from_void_ptr")).release().ptr();
+  conversions.from_tensor = nb::object(aoti.attr(kFromTensor)).release().ptr();
+  conversions.to_tensor = nb::object(aoti.attr(kToTensor)).release().ptr();
+  return true;
 }
 
 void* library_for(const char* key) {
@@ -293,8 +297,8 @@ void* library_for(const char* key) {
 bool implement(nb::handle torch, const char* name, nb::sequence types, nb::sequence sources,
                nb::sequence unless, nb::sequence outputs, int x, nb::handle empty_dtype,
                nb::handle function, nb::handle implementation) {
-  if (!shim::functions() || count == kMost) return false;
-  find_conversions(torch);
+  if (!shim::functions() || !find_conversions(torch)) return false;
+  if (count == kMost) throw std::runtime_error("more operators than there are places for");
   Operator op;
   for (nb::handle type : types) op.arguments.push_back(argument_of(nb::str(type).c_str()));
   for (nb::handle source : sources) op.sources.push_back(source_of(source));

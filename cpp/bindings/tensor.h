@@ -44,6 +44,8 @@ struct Torch {
   PyObject* contiguous_format = nullptr;
   PyObject* no_arguments = nullptr;  // an empty tuple
   Function is_grad_enabled;
+  bool (*grad_mode)() = nullptr;  // torch's C function for it, where it has one: 20 ns less
+  Function is_transforming;
   Function is_inference_mode_enabled;
   Function is_autocast_enabled;
   Function is_tracing;

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from typing import Any, Literal, NamedTuple, TypedDict, cast
 
 import torch
@@ -208,6 +208,9 @@ _option_values = attrgetter(*OPTIONS)
 PLAIN_OPTIONS = tuple(name for name in OPTIONS if name != "round_sum")
 # Those of them that change rstd or mean.
 OF_STATISTICS = ("round_sum", "clamp_inf", "round_rstd")
+# And those that kernels of gradients have to know.
+OF_BACKWARD = ("weight_offset", "round_before_weight", "clamp_inf")
+_of_backward = itemgetter(*(OPTIONS.index(name) for name in OF_BACKWARD))
 
 
 @dataclass
@@ -226,13 +229,20 @@ class Formula:
     @classmethod
     def of(cls, call: Call) -> Formula:
         """That of a call."""
-        return cls(call.layer, call.per_head, call.keeps_output, call.eps, _option_values(call))
+        layer, per_head = call.kind & LAYER != 0, call.kind & PER_HEAD != 0
+        from_output = call.memory_efficient and call.keeps_output
+        return cls(layer, per_head, from_output, call.eps, _option_values(call))
 
     @classmethod
     def of_values(cls, values: Sequence[Any]) -> Formula:
         """That of which `values` are."""
         layer, per_head, from_output, eps, *options = values
         return cls(layer, per_head, from_output, eps, tuple(options))
+
+    def of_backward(self) -> tuple[Any, ...]:
+        """The values of OF_BACKWARD, quicker than by name."""
+        values: tuple[Any, ...] = _of_backward(self.given)
+        return values
 
     @property
     def options(self) -> Options:

@@ -164,13 +164,14 @@ def test_explain_answers_for_functions_of_normkit_only() -> None:
     )
 
 
-# Private names of torch that the quick path looks up in a module's dict at every call.
+# Private names of torch that the quick path reads.
 @pytest.mark.parametrize(
     "path",
     [
         "autograd.forward_ad._current_level",
         "utils._python_dispatch._is_in_torch_dispatch_mode",
         "_C._is_tracing",
+        "_C._are_functorch_transforms_active",
         "_C._increment_version",
         "Tensor._version",
         "Tensor.__dlpack_c_exchange_api__",

@@ -317,7 +317,7 @@ def test_another_mode_compiles_another_graph(name: str) -> None:
             assert_equal_bits(made, getattr(normkit, name)(*given))
     assert seen == [1, 2, 2]
     operators = [called(graph, "normkit") for graph in recorder.graphs]
-    assert operators == [[f"normkit.{name}.default"], []]
+    assert operators == [[f"normkit.{name}_kernel.default"], []]
 
 
 def test_a_mode_holds_until_the_end_of_its_with_or_for_good() -> None:
@@ -342,7 +342,7 @@ def test_a_mode_can_be_set_inside_of_a_compiled_function() -> None:
         return normkit.layer_norm(x)
 
     x = torch.randn(3, 8)
-    assert operators_of(call, [x]) == ["normkit.rms_norm.default"]
+    assert operators_of(call, [x]) == ["normkit.rms_norm_kernel.default"]
     assert operators_of(normkit.layer_norm, [x]) == []  # nothing is left behind
     torch.testing.assert_close(compiled(call)(x), call(x))
 
@@ -357,7 +357,7 @@ def test_a_mode_holds_in_every_thread() -> None:
             )
             thread.start()
             thread.join()
-    assert found == [[], ["normkit.rms_norm.default"]]
+    assert found == [[], ["normkit.rms_norm_kernel.default"]]
 
 
 def test_a_backend_that_is_asked_for_by_name_runs_the_operator() -> None:
@@ -377,7 +377,7 @@ def test_a_backend_that_is_asked_for_by_name_runs_the_operator() -> None:
     with ThreadPoolExecutor(1) as pool:  # a thread that has not named a backend before
         pool.submit(alternate).result()
     operators = [called(graph, "normkit") for graph in recorder.graphs]
-    assert operators == [[], *[["normkit.rms_norm.default"]] * 2]
+    assert operators == [[], *[["normkit.rms_norm_kernel.default"]] * 2]
 
 
 def test_modes_are_called_by_name() -> None:
@@ -393,7 +393,7 @@ def test_auto_inlines_small_calls_on_the_cpu_and_leaves_large_ones_to_the_kernel
     small, large = torch.ones(inline.FEW_ELEMENTS // 8, 8), torch.ones(inline.FEW_ELEMENTS // 4, 8)
     with compile_mode("auto"):
         assert operators_of(normkit.rms_norm, [small]) == []
-        assert operators_of(normkit.rms_norm, [large]) == ["normkit.rms_norm.default"]
+        assert operators_of(normkit.rms_norm, [large]) == ["normkit.rms_norm_kernel.default"]
 
 
 def test_auto_compiles_at_most_two_graphs_for_all_numbers_of_rows() -> None:
@@ -403,7 +403,7 @@ def test_auto_compiles_at_most_two_graphs_for_all_numbers_of_rows() -> None:
         for rows in (3, 40, inline.FEW_ELEMENTS, 7, 2 * inline.FEW_ELEMENTS):
             call(torch.ones(rows, 2))
     operators = [called(graph, "normkit") for graph in recorder.graphs]
-    assert operators == [[], ["normkit.rms_norm.default"]]
+    assert operators == [[], ["normkit.rms_norm_kernel.default"]]
 
 
 def test_auto_takes_sizes_that_only_data_decide() -> None:

@@ -32,6 +32,8 @@ KERNELS = [
 ]
 CALLED = [(name, form) for name in NAMES for form in ("_kernel", *FORMS[1:])]
 
+# Torch's own deep copies warn, and what it reads a package with.
+uses_inductor = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 needs_kernels = pytest.mark.skipif(
     not native.NATIVE_OPERATORS, reason="no extension, or torch lacks the C functions"
 )
@@ -177,3 +179,18 @@ def test_a_torch_without_the_functions_runs_operators_in_python() -> None:
         [sys.executable, "-c", WITHOUT_KERNELS, path], capture_output=True, text=True
     )
     assert done.stdout == "as before\n", done.stderr
+
+
+@needs_kernels
+@uses_inductor
+def test_an_ahead_of_time_package_runs_without_a_python_frame(tmp_path: Path) -> None:
+    module = normkit.RMSNorm(8).requires_grad_(False)
+    x = torch.randn(3, 8)
+    program = torch.export.export(module, (x,))
+    package = str(tmp_path / "norm.pt2")
+    torch._inductor.aoti_compile_and_package(program, package_path=package)
+    run = torch._inductor.aoti_load_package(package)
+    with frames_of_normkit() as entered:
+        made = run(x)
+    assert entered == []
+    assert_equal_bits(made, module(x))

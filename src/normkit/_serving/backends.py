@@ -78,12 +78,14 @@ def _refuse_quickly(*_: object) -> None:
 
 # The first try of an eager call; None where it has to be looked at.
 quick: Callable[..., Result | None]
+# Likewise of one that needs gradients; None, too, where it needs none.
+quick_saving: Callable[..., Saved | None]
 # Likewise of several calls, one on each of several devices.
 quick_tp: Callable[..., list[Tensor] | None]
 if _missing or ALWAYS_DISPATCH:
-    quick = quick_tp = _refuse_quickly
+    quick = quick_saving = quick_tp = _refuse_quickly
 else:
-    quick, quick_tp = _C.try_norm, _C.norm_tp
+    quick, quick_saving, quick_tp = _C.try_norm, _C.try_norm_saving, _C.norm_tp
 
 
 @dataclass(frozen=True)

@@ -105,15 +105,15 @@ def backward(
     mean: Tensor | None,
 ) -> Gradients:
     """Make the gradients of a norm; backend is what `use_backend` named for the forward pass."""
-    options = formula.options
-    if not backward_refusal(backend, options["clamp_inf"]):
+    weight_offset, round_before_weight, clamp_inf = formula.of_backward()
+    if not backward_refusal(backend, clamp_inf):
         native = natives[backend].norm_backward
         kind = formula.layer + 2 * formula.per_head + 8 * formula.from_output
         rest = (
             rstd,
             mean,
-            options["weight_offset"],
-            options["round_before_weight"],
+            weight_offset,
+            round_before_weight,
             wanted.x,
             wanted.residual,
             wanted.weight + 2 * wanted.bias,

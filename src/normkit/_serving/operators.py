@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from normkit._serving import dispatch
-from normkit._serving.backends import quick, wanted_backend
+from normkit._serving.backends import quick, quick_saving, wanted_backend
 from normkit._serving.checks import check
 from normkit._serving.dispatch import Wanted
 from normkit._serving.native import Kernel, backward_kernel, give_kernel, kernel_of
@@ -115,6 +115,9 @@ class _Operator(NamedTuple):
         # Inductor hands over by name what has a default, which takes torch twice the time.
         needed = {name: field._replace(default=...) for name, field in self.arguments.items()}
         self._replace(arguments=needed).define(name + KERNEL)
+        # Where gradients are recorded all the same, what it runs is plain torch, which has them.
+        fallthrough = torch.library.fallthrough_kernel
+        _library.impl(name + KERNEL, fallthrough, "Autograd")  # type: ignore[no-untyped-call]
         called = getattr(torch.ops.normkit, name + KERNEL).default
         defaults = tuple(argument.default for argument in self.arguments.values())
 
@@ -213,7 +216,7 @@ def result_of(ctx: NormContext, formula: Formula, call: Call, saved: Saved) -> R
     y, residual_out = saved[:2]
     if residual_out is None:
         return y
-    if not any(ctx.needs_input_grad[1:3]):
+    if not any(ctx.needs_input_grad[-4:-2]):
         ctx.mark_non_differentiable(residual_out)
     return y, residual_out
 
@@ -248,17 +251,35 @@ def gradients(
 
 def run_with_gradient(call: Call) -> Result:
     """Run an eager call that needs a gradient; `dispatch.save` checks it."""
-    tensors = (call.x, call.residual, call.weight, call.bias)
-    made: Result = _Norm.apply(call, *tensors)  # type: ignore[no-untyped-call]
+    with torch.no_grad():
+        saved = dispatch.save(call)
+    made: Result = _Norm.apply(call, saved, *_inputs(call))  # type: ignore[no-untyped-call]
+    return made
+
+
+def _inputs(call: Call) -> tuple[Tensor | None, ...]:
+    return call.x, call.residual, call.weight, call.bias
+
+
+def run_with_gradient_quickly(call: Call) -> Result | None:
+    """Run an eager call that needs a gradient and nothing else; None for any other call."""
+    saved = quick_saving(*call.native())
+    # The backward pass wants numbers that torch can add.
+    if saved is None or not (
+        type(call.memory_efficient) is bool
+        and type(call.eps) is float
+        and type(call.weight_offset) is float
+    ):
+        return None
+    made: Result = _apply(call, saved, *_inputs(call))
     return made
 
 
 class _Norm(torch.autograd.Function):
-    """Autograd function for eager calls that need a gradient."""
+    """What eager calls that need a gradient leave with autograd."""
 
     @staticmethod
-    def forward(ctx: NormContext, call: Call, *_: Tensor | None) -> Result:
-        saved = dispatch.save(call)
+    def forward(ctx: NormContext, call: Call, saved: Saved, *_: Tensor | None) -> Result:
         ctx.set_materialize_grads(False)
         return result_of(ctx, Formula.of(call), call, saved)
 
@@ -266,9 +287,14 @@ class _Norm(torch.autograd.Function):
     def backward(
         ctx: NormContext, grad_y: Tensor | None, grad_residual_out: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[1:]
+        needed = ctx.needs_input_grad[2:]
         made = gradients(ctx, needed, grad_y, grad_residual_out, dispatch.backward)
-        return None, *made
+        return None, None, *made
+
+
+# Not by torch's own apply(), which asks at every call for transforms of torch.func, and looks for
+# tensors that one has left behind: such calls do not come here.  It takes half of an empty node.
+_apply: Callable[..., Any] = super(torch.autograd.Function, _Norm).apply
 
 
 # ---------------------------------------------------------------- operators

@@ -16,6 +16,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.overrides import handle_torch_function, has_torch_function
 
 from normkit._serving import dispatch, inline, nested, operators
@@ -46,6 +47,10 @@ PLUG_INS = {"DTensor": "normkit.parallel._dtensor"}
 
 def serve(call: Call) -> Result:
     """Check and run a call that the quick path did not take."""
+    if not is_dynamo_compiling():
+        differentiated = operators.run_with_gradient_quickly(call)
+        if differentiated is not None:
+            return differentiated
     if type(call.x) not in PLAIN:
         if nested.is_jagged(call.x):
             return _run_jagged(call)
