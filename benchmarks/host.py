@@ -46,7 +46,11 @@ CALLS = {
     "forward and backward": {name: code + BACKWARD for name, code in FUNCTIONS.items()},
     "4 devices, out=": {"rms_norm": "; ".join(["rms_norm(x, w, out=y)"] * 4), "rms_norm_tp": TP},
     "4 devices, allocating": {"rms_norm": "; ".join(["rms_norm(x, w)"] * 4), "rms_norm_tp": NEW},
-    "operator": {"rms_norm": "operator(x, w)", "rms_norm_": "writing_operator(y, w)"},
+    "operator": {
+        "rms_norm": "operator(x, w)",
+        "rms_norm_kernel": "kernel(x, w, None, 1e-6, 0.0, False, False, False, None, False)",
+        "rms_norm_": "writing_operator(y, w)",
+    },
     "compiled call": {"rms_norm": "compiled(x, w)", "F.rms_norm": "compiled_torch(x, w)"},
 }
 
@@ -58,6 +62,7 @@ def operands(rows: int, n: int, grad: bool, device: str) -> dict[str, Any]:
     names |= {"w": torch.nn.Parameter(w.clone()), "shape": (n,), "F": F}
     names |= {"rms_norm": normkit.rms_norm, "layer_norm": normkit.layer_norm}
     names |= {"operator": torch.ops.normkit.rms_norm.default}
+    names |= {"kernel": torch.ops.normkit.rms_norm_kernel.default}  # what compiled graphs call
     names |= {"writing_operator": torch.ops.normkit.rms_norm_.default}
     names |= {"rms": normkit.RMSNorm(n), "layer": normkit.LayerNorm(n, bias=False)}
     names |= {"torch_rms": torch.nn.RMSNorm(n, eps=1e-6), "identity": torch.nn.Identity()}

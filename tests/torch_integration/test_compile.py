@@ -229,7 +229,7 @@ def test_modules_without_affine_and_of_several_dimensions_compile() -> None:
 def test_errors_inside_compiled_functions_name_the_argument() -> None:
     x, residual, weight, _ = tensors("add_rms_norm", (4, 8))
     wrong: list[tuple[str, Callable[[], Any]]] = [
-        (r"weight: expected shape \(8,\)", lambda: normkit.rms_norm(x, torch.ones(7))),
+        (r"weight: expected shape .*, got \(7,\)", lambda: normkit.rms_norm(x, torch.ones(7))),
         (r"residual: expected x's shape", lambda: normkit.add_rms_norm(x, residual[:3], weight)),
         (r"bias: expected shape", lambda: normkit.layer_norm(x, weight, torch.ones(2, 8))),
         (r"x: expected float32", lambda: normkit.rms_norm(x.int(), weight)),

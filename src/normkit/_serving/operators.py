@@ -357,7 +357,7 @@ def _register_functional(op: Op) -> None:
         return tuple(made)
 
     def fake(*values: object) -> tuple[Tensor, ...]:
-        call = call_of(values)
+        call = check(call_of(values))
         made = [_empty_like(call.x, call.out_dtype)]
         if call.residual is not None:
             made.append(_empty_like(call.residual))
@@ -413,8 +413,8 @@ def _register_writing(op: Op, form: str, arguments: Fields) -> None:
         if quick(*read(values)) is None:
             dispatch.run(check(op.call(named(values), in_place=in_place)))
 
-    def fake(*_: object) -> None:
-        return None
+    def fake(*values: object) -> None:
+        check(op.call(named(values), in_place=in_place))
 
     made = _Operator(arguments, "()", write, fake, kernel_of(op, arguments))
     made.define(op.name + form)
@@ -498,8 +498,8 @@ for _op in OPS.values():
     _register(_op)
 _register_backward()
 
-# The arguments that every form takes, as tracers can walk them.
-_TAKEN = {op.name: tuple(op.fields) for op in OPS.values()}
+# The arguments that every form takes: one text, of which Dynamo makes one guard.
+_TAKEN = {op.name: " ".join(op.fields) for op in OPS.values()}
 _GRADIENTS = ("grad_x", "grad_residual", "grad_weight", "grad_bias")
 
 # (name, arguments, outputs) of the operators that take DTensors.
@@ -507,7 +507,7 @@ SHARDED = tuple(
     (name + form, arguments, outputs)
     for name, arguments, outputs in (
         *(
-            (op.name, (*_TAKEN[op.name], "out_dtype", "memory_efficient"), _outputs(op))
+            (op.name, (*op.fields, "out_dtype", "memory_efficient"), _outputs(op))
             for op in OPS.values()
         ),
         ("norm_backward", tuple(_BACKWARD), _GRADIENTS),
@@ -529,7 +529,7 @@ def call_operator(call: Call) -> Result:
     name = call.op
     values = [
         call.statistic if taken == "kind" else getattr(call, taken)
-        for taken in _TAKEN[name.rstrip("_")]
+        for taken in _TAKEN[name.rstrip("_")].split()
     ]
     if call.in_place:
         _FORMS[name](*values)

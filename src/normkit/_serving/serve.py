@@ -19,10 +19,13 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from torch.overrides import handle_torch_function, has_torch_function
 
-from normkit._serving import dispatch, inline, nested, operators
+from normkit._serving import dispatch, nested, operators
 from normkit._serving.backends import ALWAYS_DISPATCH, falls_back, wanted_backend
 from normkit._serving.checks import check
-from normkit._serving.dispatch import Explanation
+from normkit._serving.dispatch import Explanation, run_by_reference
+from normkit._serving.inline import chosen as is_inlined
+from normkit._serving.inline import run as run_inlined
+from normkit._serving.operators import call_operator
 from normkit._spec import OPS, Call, Result
 from normkit.reference import is_transformed
 
@@ -47,10 +50,11 @@ PLUG_INS = {"DTensor": "normkit.parallel._dtensor"}
 
 def serve(call: Call) -> Result:
     """Check and run a call that the quick path did not take."""
-    if not is_dynamo_compiling():
-        differentiated = operators.run_with_gradient_quickly(call)
-        if differentiated is not None:
-            return differentiated
+    if is_dynamo_compiling():
+        return _serve_compiled(call)
+    differentiated = operators.run_with_gradient_quickly(call)
+    if differentiated is not None:
+        return differentiated
     if type(call.x) not in PLAIN:
         if nested.is_jagged(call.x):
             return _run_jagged(call)
@@ -59,10 +63,7 @@ def serve(call: Call) -> Result:
     call = _autocast(call)
     transformed = is_transformed()
     if torch.compiler.is_compiling():
-        check(call)
-        if transformed:
-            return dispatch.run_by_reference(call)
-        return inline.run(call) if inline.chosen(call) else operators.call_operator(call)
+        return _run_compiled(call, transformed)
     transformed = transformed or torch._C._is_tracing()
     if ALWAYS_DISPATCH or torch._C._len_torch_dispatch_stack() > 0 or not _is_plain(call):
         call = check(call)
@@ -87,6 +88,26 @@ def serve(call: Call) -> Result:
     ):
         call = check(call)
     return operators.run_with_gradient(call)
+
+
+def _serve_compiled(call: Call) -> Result:
+    """Trace a call.
+
+    At each call of what it compiled Dynamo looks whether all that this reads is as it was, twice
+    where two modules have one thing by a name: functions are imported, and little is read.
+    """
+    if getattr(call.x, "is_nested", False) and nested.is_jagged(call.x):
+        return _run_jagged(call)
+    if not getattr(call.x, "is_cpu", True):
+        call = _autocast(call)
+    return _run_compiled(call, is_transformed())
+
+
+def _run_compiled(call: Call, transformed: bool) -> Result:
+    if not transformed and not is_inlined(call):
+        return call_operator(call)  # whose fakes check it
+    check(call)
+    return run_by_reference(call) if transformed else run_inlined(call)
 
 
 _signature = cache(inspect.signature)
