@@ -278,10 +278,15 @@ bool find_conversions(nb::handle torch) {
   if (!nb::hasattr(torch.attr("_C"), "_aoti")) return false;
   nb::object aoti = torch.attr("_C").attr("_aoti");
   if (!nb::hasattr(aoti, kFromTensor) || !nb::hasattr(aoti, kToTensor)) return false;
-  for (const char* name : {"float32", "float16", "bfloat16", "float64", "int64", "int32", "int16",
-                           "int8", "uint8", "bool", "complex64", "complex128"})
-    conversions.dtypes.emplace_back(shim::dtype_code(name),
-                                    nb::object(torch.attr(name)).release().ptr());
+  for (const char* name : {"float32",       "float16",         "bfloat16",    "float64",
+                           "int64",         "int32",           "int16",       "int8",
+                           "uint64",        "uint32",          "uint16",      "uint8",
+                           "bool",          "complex32",       "complex64",   "complex128",
+                           "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz",
+                           "float8_e8m0fnu"})
+    if (nb::hasattr(torch, name))
+      conversions.dtypes.emplace_back(shim::dtype_code(name),
+                                      nb::object(torch.attr(name)).release().ptr());
   conversions.from_tensor = nb::object(aoti.attr(kFromTensor)).release().ptr();
   conversions.to_tensor = nb::object(aoti.attr(kToTensor)).release().ptr();
   return true;
