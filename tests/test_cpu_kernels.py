@@ -151,6 +151,26 @@ def test_stores_around_the_caches_give_the_same_bits(dtype):
     assert torch.equal(normkit.rms_norm_(x, weight), expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_that_end_within_a_line_are_stored_through_the_caches(dtype):
+    """Stores around the caches need whole lines, and what lies behind such a row is not its own."""
+    n, line_multiple, rows = 4100, 4128, 1024
+    while "around the caches" not in _plan_of(rows, line_multiple, dtype):
+        rows *= 2
+    x = _randn(4, n, dtype=dtype, seed=0).repeat(rows // 4, 1)
+    out = torch.full((rows, line_multiple), 7.0, dtype=dtype)
+    assert "around the caches" not in normkit.explain("rms_norm", x, out=out[:, :n]).plan
+    normkit.rms_norm(x, out=out[:, :n])
+    assert torch.equal(out[:4, :n], normkit.rms_norm(x[:4]))
+    assert torch.equal(out[-4:, :n], out[:4, :n])
+    assert bool((out[:, n:] == 7.0).all())
+
+
+def _plan_of(rows: int, n: int, dtype: torch.dtype) -> str:
+    x, out = torch.empty(rows, n, dtype=dtype), torch.empty(rows, n, dtype=dtype)
+    return normkit.explain("rms_norm", x, out=out).plan
+
+
 def test_torch_sets_the_number_of_threads(two_threads):
     x = torch.randn(64, 4096)
     assert "2 threads" in normkit.explain("rms_norm", x).plan

@@ -294,8 +294,8 @@ void row_norm_backward(const RowNormBackward& norm) {
   job.threads = threads_for(traffic, job.parts);
   job.fetch = traffic > kFetchBytes;
   // Float32 2048x4096 on Zen 4: a fifth faster; bfloat16, half as much: no difference.
-  job.stream =
-      job.uniform && traffic > last_cache_bytes() && on_cache_lines(norm.grad_x, norm.outer_dims);
+  job.stream = job.uniform && traffic > last_cache_bytes() &&
+               on_cache_lines(norm.grad_x, norm.outer_dims, norm.n);
   job.weight = gradient_of(norm.grad_weight, norm.weight);
   job.bias = gradient_of(norm.grad_bias, norm.bias);
   reserve(job);

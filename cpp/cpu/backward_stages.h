@@ -189,7 +189,7 @@ struct Backward {
 
   template <bool kUsual, bool kBias, bool kAdds>
   static void walk(const BackwardBlock& b) {
-    if (!b.stream) return Walk<kUsual, kBias, kAdds, false>::rows(b);
+    if (!kUsual || !b.stream) return Walk<kUsual, kBias, kAdds, false>::rows(b);
     Walk<kUsual, kBias, kAdds, true>::rows(b);
     end_of_stream();
   }

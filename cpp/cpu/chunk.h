@@ -80,16 +80,34 @@ NORMKIT_INLINE void store_chunk(typename T::Item* p, const Chunk& c) {
   }
 }
 
-// The last count < 64 elements of a row, zeros after them.
+// The last count < 64 elements of a row, zeros after them.  Out of line, as is its counterpart:
+// there are many callers, and few rows have such an end.
 template <class T, bool kSplitLanes = false>
-NORMKIT_INLINE Chunk load_tail(const typename T::Item* p, int64_t count) {
-  alignas(64) typename T::Item item[kChunk] = {};
-  std::memcpy(item, p, count * sizeof(*p));
-  return load_chunk<T, kSplitLanes>(item);
+[[gnu::noinline]] Chunk load_tail(const typename T::Item* p, int64_t count) {
+  // What one step loads: one vector, or the even and the odd columns of two.
+  constexpr int kStep = kSplitLanes ? 2 : 1;
+  constexpr int64_t kItems = kStep * kWidth;
+  const auto load = [](Chunk& c, int step, const typename T::Item* from) {
+    if constexpr (kSplitLanes) {
+      const int k = step / kQuarter * kHalf + step % kQuarter;
+      load_split(from, c.v[k], c.v[k + kQuarter]);
+    } else {
+      c.v[step] = T::load(from);
+    }
+  };
+  const typename T::Item none[kItems] = {};
+  typename T::Item rest[kItems] = {};
+  std::memcpy(rest, p + count / kItems * kItems, count % kItems * sizeof(*p));
+  Chunk c;
+  for (int step = 0; step < kVecs / kStep; ++step) {
+    const int64_t left = count - step * kItems;
+    load(c, step, left >= kItems ? p + step * kItems : left > 0 ? rest : none);
+  }
+  return c;
 }
 
 template <class T, bool kSplitLanes = false>
-NORMKIT_INLINE void store_tail(typename T::Item* p, const Chunk& c, int64_t count) {
+[[gnu::noinline]] void store_tail(typename T::Item* p, const Chunk& c, int64_t count) {
   alignas(64) typename T::Item item[kChunk];
   store_chunk<T, kSplitLanes>(item, c);
   std::memcpy(p, item, count * sizeof(*p));
@@ -98,12 +116,19 @@ NORMKIT_INLINE void store_tail(typename T::Item* p, const Chunk& c, int64_t coun
 // All ones in the lanes of the first count columns, for sums that a zero column must not enter.
 template <bool kSplitLanes>
 NORMKIT_INLINE Chunk first_columns(int64_t count) {
-  alignas(64) float mask[kChunk];
-  for (int64_t i = 0; i < kChunk; ++i) {
-    const uint32_t bits = i < count ? ~0u : 0u;
-    std::memcpy(&mask[kSplitLanes ? split_lane(i) : i], &bits, 4);
+  uint32_t bits[2 * kWidth] = {};
+  std::memset(bits, 0xff, sizeof bits / 2);
+  float mask[2 * kWidth];
+  std::memcpy(mask, bits, sizeof mask);
+  Chunk c;
+  for (int k = 0; k < kVecs; ++k) {
+    // In split order the lanes from `lane` on have every other column from `first` on.
+    const int64_t lane = int64_t{k} * kWidth;
+    const int64_t first = kSplitLanes ? lane / 32 * 32 + lane % 16 * 2 + lane % 32 / 16 : lane;
+    const int64_t lanes = kSplitLanes ? (count - first + 1) / 2 : count - first;
+    c.v[k] = load(mask + kWidth - (lanes < 0 ? 0 : lanes < kWidth ? lanes : kWidth));
   }
-  return load_chunk<Float32>(mask);
+  return c;
 }
 
 }  // namespace

@@ -21,6 +21,18 @@ class Cursor {
   }
   // Null where the tensor is absent.
   char* at(int t) const { return tensors_[t]->data ? tensors_[t]->data + at_[t] : nullptr; }
+  // Rows from here on that lie at one stride.
+  int64_t run() const {
+    return outer_dims_ > 0 ? outer_size_[outer_dims_ - 1] - index_[outer_dims_ - 1] : 1;
+  }
+  int64_t stride(int t) const { return outer_dims_ > 0 ? tensors_[t]->stride[outer_dims_ - 1] : 0; }
+  // Steps over `rows` of that run.
+  void skip(int64_t rows) {
+    if (outer_dims_ == 0) return;
+    index_[outer_dims_ - 1] += rows - 1;
+    for (int t = 0; t < kTensors; ++t) at_[t] += (rows - 1) * stride(t);
+    next();
+  }
   void next() {
     for (int d = outer_dims_ - 1; d >= 0; --d) {
       const bool wraps = ++index_[d] == outer_size_[d];

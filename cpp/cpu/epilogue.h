@@ -45,73 +45,108 @@ struct Apply {
     const char* next;  // null: none
   };
 
-  template <bool kBias, bool kStream>
-  NORMKIT_INLINE void chunk(const Row& row, Chunk c, int64_t i) const {
+  static Row row_of(const Block& b, int r) {
+    return {static_cast<const typename S::Item*>(b.source[r]),
+            static_cast<const Affine*>(b.weight[r]), static_cast<const Affine*>(b.bias[r]),
+            static_cast<typename O::Item*>(b.out[r]), static_cast<const char*>(b.next[r])};
+  }
+  static Apply of(const Block& b, int r) { return {set1(b.rstd[r]), set1(b.mean[r])}; }
+
+  // Weight and bias of the columns in c; the bias may be left out.
+  template <bool kBias>
+  static NORMKIT_INLINE void affine(Chunk& c, const Chunk& weight, const Affine* bias) {
+    if constexpr (kBias)
+      scale_and_shift(c, weight, load_chunk<W, kSplitAffine>(bias));
+    else
+      scale(c, weight);
+  }
+
+  static NORMKIT_INLINE void fetch_next(const Row& row, int64_t i) {
     if (row.next)
       for (size_t line = 0; line < kChunk * sizeof(*row.x); line += 64)
         fetch(row.next + i * sizeof(*row.x) + line);
-    normalise(c);
-    const Chunk weight = load_chunk<W, kSplitAffine>(row.weight + i);
-    if constexpr (kBias)
-      scale_and_shift(c, weight, load_chunk<W, kSplitAffine>(row.bias + i));
-    else
-      scale(c, weight);
-    store_chunk<O, kSplitLanes, kStream>(row.out + i, c);
   }
 
+  // A row of at least one chunk.  The last chunk ends where the row does: what it repeats of the
+  // one before it gets the same values again.
+  //
+  // Each chunk is loaded before the one in front of it is stored: x may be what is stored, and out
+  // often begins a line behind x, modulo 4096, where a load so close behind a store of the same low
+  // address bits waits for it (Zen 4: 10 % of the whole norm).
   template <bool kBias, bool kStream>
-  NORMKIT_INLINE void apply(const Row& row, int64_t n) const {
-    int64_t i = 0;
-    if (kChunk <= n) {
-      // Each chunk is loaded before the one in front of it is stored: out often begins a line
-      // behind x, modulo 4096, and a load so close behind a store of the same low address bits
-      // waits for it (Zen 4: 10 % of the whole norm).
-      Chunk c = load_chunk<S, kSplitLanes>(row.x);
-      for (; i + 2 * kChunk <= n; i += kChunk) {
-        const Chunk following = load_chunk<S, kSplitLanes>(row.x + i + kChunk);
-        chunk<kBias, kStream>(row, c, i);
-        c = following;
-      }
-      chunk<kBias, kStream>(row, c, i);
-      i += kChunk;
-    }
-    if (i < n) {
-      const int64_t count = n - i;
-      Chunk c = load_tail<S, kSplitLanes>(row.x + i, count);
+  NORMKIT_INLINE void along(const Row& row, int64_t n) const {
+    const int64_t last = n - kChunk;
+    Chunk c = load_chunk<S, kSplitLanes>(row.x);
+    for (int64_t i = 0, affine_at = 0;; affine_at += kChunk) {
+      const int64_t following_at = i + kChunk < last ? i + kChunk : last;
+      const Chunk following = load_chunk<S, kSplitLanes>(row.x + following_at);
+      fetch_next(row, i);
       normalise(c);
-      const Chunk weight = affine_tail(row.weight + i, count);
-      if constexpr (kBias)
-        scale_and_shift(c, weight, affine_tail(row.bias + i, count));
-      else
-        scale(c, weight);
-      store_tail<O, kSplitLanes>(row.out + i, c, count);
+      // Prepared rows in split order have whole chunks, the last one of the last columns.
+      const int64_t at = kSplitLanes && !kSplitAffine ? affine_at : i;
+      affine<kBias>(c, load_chunk<W, kSplitAffine>(row.weight + at), row.bias + at);
+      store_chunk<O, kSplitLanes, kStream>(row.out + i, c);
+      if (i == last) break;
+      i = following_at;
+      c = following;
     }
-  }
-
-  // Prepared rows in split order are whole chunks: their last columns are not their last floats.
-  static NORMKIT_INLINE Chunk affine_tail(const Affine* row, int64_t count) {
-    if constexpr (kSplitLanes && !kSplitAffine) return load_chunk<W>(row);
-    return load_tail<W, kSplitAffine>(row, count);
   }
 
   template <bool kBias, bool kStream>
   static void rows(const Block& b) {
-    for (int r = 0; r < b.rows; ++r) {
-      const Row row{static_cast<const typename S::Item*>(b.source[r]),
-                    static_cast<const Affine*>(b.weight[r]), static_cast<const Affine*>(b.bias[r]),
-                    static_cast<typename O::Item*>(b.out[r]), static_cast<const char*>(b.next[r])};
-      Apply{set1(b.rstd[r]), set1(b.mean[r])}.template apply<kBias, kStream>(row, b.n);
+    for (int r = 0; r < b.rows; ++r) of(b, r).template along<kBias, kStream>(row_of(b, r), b.n);
+  }
+
+  // Short rows of whole chunks that share weight and bias: these stay in registers from row to row.
+  template <bool kBias, bool kStream>
+  static void across(const Block& b) {
+    const Row first = row_of(b, 0);
+    for (int64_t i = 0; i < b.n; i += kChunk) {
+      const Chunk weight = load_chunk<W, kSplitAffine>(first.weight + i);
+      Chunk bias;
+      if constexpr (kBias) bias = load_chunk<W, kSplitAffine>(first.bias + i);
+      for (int r = 0; r < b.rows; ++r) {
+        const Row row = row_of(b, r);
+        Chunk c = load_chunk<S, kSplitLanes>(row.x + i);
+        fetch_next(row, i);
+        of(b, r).normalise(c);
+        if constexpr (kBias)
+          scale_and_shift(c, weight, bias);
+        else
+          scale(c, weight);
+        store_chunk<O, kSplitLanes, kStream>(row.out + i, c);
+      }
     }
   }
 
-  static void stage(Block& b) {
-    if (b.stream) {
-      b.has_bias ? rows<true, true>(b) : rows<false, true>(b);
-      end_of_stream();
-    } else {
-      b.has_bias ? rows<true, false>(b) : rows<false, false>(b);
+  // Rows of less than a chunk, which go through one of their own.
+  template <bool kBias>
+  static void short_rows(const Block& b) {
+    alignas(64) typename S::Item x[kChunk] = {};
+    alignas(64) Affine weight[kChunk] = {}, bias[kChunk] = {};
+    alignas(64) typename O::Item out[kChunk];
+    // Prepared rows in split order have a whole chunk.
+    const int64_t affine_count = kSplitLanes && !kSplitAffine ? kChunk : b.n;
+    for (int r = 0; r < b.rows; ++r) {
+      Row row = row_of(b, r);
+      std::memcpy(x, row.x, b.n * sizeof(*x));
+      std::memcpy(weight, row.weight, affine_count * sizeof(*weight));
+      if constexpr (kBias) std::memcpy(bias, row.bias, affine_count * sizeof(*bias));
+      of(b, r).template along<kBias, false>({x, weight, bias, out, nullptr}, kChunk);
+      std::memcpy(row.out, out, b.n * sizeof(*out));
     }
   }
+
+  template <bool kBias>
+  static void choose(const Block& b) {
+    if (b.n < kChunk) return short_rows<kBias>(b);
+    const bool crossing = b.shared && b.n <= kShortRow && b.n % kChunk == 0;
+    if (!b.stream) return crossing ? across<kBias, false>(b) : rows<kBias, false>(b);
+    crossing ? across<kBias, true>(b) : rows<kBias, true>(b);
+    end_of_stream();
+  }
+
+  static void stage(Block& b) { b.has_bias ? choose<true>(b) : choose<false>(b); }
 };
 
 template <class S, class T, class O>

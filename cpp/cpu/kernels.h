@@ -21,6 +21,9 @@ constexpr Layout layout_of(DType source, DType out) {
   return source == DType::kBFloat16 && out == DType::kBFloat16 ? Layout::kSplit : Layout::kNatural;
 }
 
+// Rows of up to this many columns are worked on side by side.
+constexpr int64_t kShortRow = 256;
+
 struct Block {
   int rows;
   int64_t n;
@@ -38,6 +41,7 @@ struct Block {
   float mean[kMaxBlockRows];
   float rstd[kMaxBlockRows];
   bool has_bias;
+  bool shared;  // all rows have the first one's weight and bias
   bool stream;  // write around the caches
 };
 

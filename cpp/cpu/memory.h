@@ -50,9 +50,10 @@ inline int64_t last_cache_bytes() {
   return bytes;
 }
 
-// Whether every row begins with a cache line, as stores around the caches need it.
-inline bool on_cache_lines(const RowsOf& rows, int outer_dims) {
-  bool all = reinterpret_cast<uintptr_t>(rows.data) % 64 == 0;
+// Whether every row begins and ends with a cache line, as stores around the caches need it.
+inline bool on_cache_lines(const RowsOf& rows, int outer_dims, int64_t n) {
+  bool all =
+      reinterpret_cast<uintptr_t>(rows.data) % 64 == 0 && n * item_size(rows.dtype) % 64 == 0;
   for (int d = 0; d < outer_dims; ++d) all = all && rows.stride[d] % 64 == 0;
   return all;
 }

@@ -133,8 +133,12 @@ void prepare(Block& b, const Stages& s) {
     for (int r = 0; r < b.rows; ++r) b.x[r] = b.residual_out[r];
     s.clamp_sum(b);
   }
-  for (int r = 0; r < b.rows; ++r)
-    b.source[r] = s.wide ? b.wide[r] : s.add ? b.residual_out[r] : b.x[r];
+  if (s.wide)
+    std::copy_n(b.wide, b.rows, b.source);
+  else if (s.add)
+    std::copy_n(b.residual_out, b.rows, b.source);
+  else
+    std::copy_n(b.x, b.rows, b.source);
 }
 
 // b.sum becomes the sum of squares, about b.mean where there is one.
@@ -174,17 +178,29 @@ struct AffinePair {
   AffineRows weight, bias;
 };
 
+AffineRows prepared_to_apply(const Affine& affine, const Job& job, float offset, float*& buffer) {
+  const Layout layout = job.stages.layout;
+  float* row = buffer;
+  const int64_t n = job.norm.n;
+  const AffineRows rows = prepared(affine, n, layout, offset, job.kernels, buffer);
+  if (layout == Layout::kSplit && n > kChunk && n % kChunk && affine.data)
+    // The apply stage takes the last 64 columns of a row, where these are not whole chunks.
+    for (int64_t group = 0; group < affine.groups; ++group, row += padded(n))
+      job.kernels.affine[int(affine.dtype)][int(layout)](
+          affine.data + group * affine.stride + (n - kChunk) * item_size(affine.dtype), kChunk,
+          offset == 0.f ? -0.f : offset, row + padded(n) - kChunk);
+  return rows;
+}
+
 // Each part prepares its own: to read what another core has just written takes longer than to write
 // it again (4096 columns on Zen 4: 0.14 us to write, 8 us to fetch).
 AffinePair affine_of(const Job& job, int part) {
   const RowNorm& norm = job.norm;
   if (job.stages.affine_as_stored) return {stored(norm.weight), stored(norm.bias)};
-  const Layout layout = job.stages.layout;
   float* buffer = job.affine + part * job.affine_floats;
   AffinePair pair;
-  pair.weight =
-      prepared(norm.weight, norm.n, layout, norm.options.weight_offset, job.kernels, buffer);
-  if (norm.bias.data) pair.bias = prepared(norm.bias, norm.n, layout, 0.f, job.kernels, buffer);
+  pair.weight = prepared_to_apply(norm.weight, job, norm.options.weight_offset, buffer);
+  if (norm.bias.data) pair.bias = prepared_to_apply(norm.bias, job, 0.f, buffer);
   return pair;
 }
 
@@ -207,16 +223,29 @@ void run_part(void* context, int part) {
     b.n = norm.n;
     b.rows = static_cast<int>(std::min(job.plan.block_rows, end - row));
     b.has_bias = affine.bias.data != nullptr;
+    b.shared = groups_of(norm.weight, norm.bias) == 1;
     b.stream = job.plan.stream;
-    for (int r = 0; r < b.rows; ++r, cursor.next()) {
-      b.x[r] = cursor.at(kX);
-      b.residual[r] = cursor.at(kResidual);
-      b.out[r] = cursor.at(kOut);
-      b.residual_out[r] = cursor.at(kResidualOut);
-      b.wide[r] = wide ? wide + r * padded(norm.n) : nullptr;
+    const auto place = [&cursor](auto* rows, int tensor, int64_t count) {
+      char* row = cursor.at(tensor);
+      const int64_t stride = cursor.stride(tensor);
+      for (int64_t r = 0; row && r < count; ++r) rows[r] = row + r * stride;
+    };
+    for (int64_t r = 0, run; r < b.rows; r += run, cursor.skip(run)) {
+      run = std::min(b.rows - r, cursor.run());
+      place(b.x + r, kX, run);
+      place(b.residual + r, kResidual, run);
+      place(b.out + r, kOut, run);
+      place(b.residual_out + r, kResidualOut, run);
+    }
+    for (int r = 0; wide && r < b.rows; ++r) b.wide[r] = wide + r * padded(norm.n);
+    if (b.shared) {
+      std::fill_n(b.weight, b.rows, affine.weight.data);
+      std::fill_n(b.bias, b.rows, affine.bias.data);
+      return;
+    }
+    for (int r = 0; r < b.rows; ++r, affine_cursor.next()) {
       b.weight[r] = affine.weight.row(affine_cursor.group());
       b.bias[r] = affine.bias.row(affine_cursor.group());
-      affine_cursor.next();
     }
   };
   Block blocks_in_flight[2];
@@ -226,8 +255,9 @@ void run_part(void* context, int part) {
   for (int64_t row = begin; row < end; row += job.plan.block_rows) {
     const bool more = row + block->rows < end;
     if (more) fill(*next, row + block->rows);
-    for (int r = 0; r < block->rows; ++r)
-      block->next[r] = job.plan.fetch && more && r < next->rows ? next->x[r] : nullptr;
+    const int fetched = job.plan.fetch && more ? std::min(block->rows, next->rows) : 0;
+    std::copy_n(next->x, fetched, block->next);
+    std::fill_n(block->next + fetched, block->rows - fetched, nullptr);
     run(*block, job.stages, norm, row);
     for (int r = 0; norm.rstd && r < block->rows; ++r) norm.rstd[row + r] = block->rstd[r];
     for (int r = 0; norm.mean && r < block->rows; ++r) norm.mean[row + r] = block->mean[r];
@@ -269,7 +299,8 @@ Plan plan(const RowNorm& norm) {
   // Little of so much stays in the cache.  At just its size either way has won (Zen 4, 33.5 MB:
   // through it, rms of 32768x128 float32 a quarter faster, layer of 2048x4096 bfloat16 a fifth
   // slower), and what reads y next finds it there.
-  p.stream = traffic > last_cache_bytes() && !in_place && on_cache_lines(norm.out, norm.outer_dims);
+  p.stream = traffic > last_cache_bytes() && !in_place &&
+             on_cache_lines(norm.out, norm.outer_dims, norm.n);
   p.fetch = traffic > kFetchBytes;
   const int64_t block_bytes = p.stream ? kStreamedBlockBytes : kBlockBytes;
   p.block_rows =

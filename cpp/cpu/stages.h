@@ -82,6 +82,19 @@ NORMKIT_INLINE Chunk sum_run(const typename T::Item* x, int64_t n, const Term& t
   return acc;
 }
 
+// Fewer than 128 columns at the end of the row below.
+[[gnu::noinline]] Chunk add_last_pairs(Chunk acc, const uint16_t* x, int64_t n) {
+  constexpr int64_t kPairs = 2 * kWidth;
+  int k = 0;
+  for (; n >= kPairs; n -= kPairs, x += kPairs, ++k) acc.v[k] = add_squares(acc.v[k], x);
+  if (n > 0) {
+    uint16_t rest[kPairs] = {};
+    std::memcpy(rest, x, n * sizeof(*x));
+    acc.v[k] = add_squares(acc.v[k], rest);
+  }
+  return acc;
+}
+
 // The squares of bfloat16 rows are added in pairs of columns, as the dot product of AVX512_BF16
 // adds them: columns 2j and 2j + 1 of each 128 to partial sum j.
 template <>
@@ -92,12 +105,7 @@ NORMKIT_INLINE Chunk sum_run<BFloat16, Squares>(const uint16_t* x, int64_t n, co
   };
   int64_t i = 0;
   for (; i + 2 * kChunk <= n; i += 2 * kChunk) add_pairs(x + i);
-  if (i < n) {
-    alignas(64) uint16_t rest[2 * kChunk] = {};
-    std::memcpy(rest, x + i, (n - i) * sizeof(*x));
-    add_pairs(rest);
-  }
-  return acc;
+  return i < n ? add_last_pairs(acc, x + i, n - i) : acc;
 }
 
 // Partial sums of n columns, of which run(i, count) makes those of columns [i, i + count): level k

@@ -45,16 +45,18 @@ inline void stream_half(uint16_t* p, V v) { stream_eight(p, to_half(v)); }
 inline V load_bfloat(const uint16_t* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_eight(p)), 16));
 }
-// Nearest even by integers; the upper half of each lane is the bfloat16.  A NaN would overflow into
-// a number when its payload is all ones, so NaNs are made quiet first.
-inline __m256i rounded_bits(V v) {
+// Nearest even by integers, of numbers; the upper half of each lane is the bfloat16.
+inline __m256i rounded_numbers(V v) {
   const __m256i bits = _mm256_castps_si256(v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i up = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
-  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x00400000));
+  return _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+}
+// A NaN would overflow into a number when its payload is all ones, so NaNs are made quiet instead.
+inline __m256i rounded_bits(V v) {
+  const V quiet = _mm256_or_ps(v, _mm256_castsi256_ps(_mm256_set1_epi32(0x00400000)));
   const V is_nan = _mm256_cmp_ps(v, v, _CMP_UNORD_Q);
   return _mm256_castps_si256(
-      _mm256_blendv_ps(_mm256_castsi256_ps(up), _mm256_castsi256_ps(quiet), is_nan));
+      _mm256_blendv_ps(_mm256_castsi256_ps(rounded_numbers(v)), quiet, is_nan));
 }
 inline V round_bfloat(V v) {
   return _mm256_castsi256_ps(
@@ -89,11 +91,18 @@ inline V add_squares(V sum, const uint16_t* p) {
 struct Joined {
   __m256i a, b;
 };
-inline __m256i join(V even, V odd) {
-  return _mm256_blend_epi16(_mm256_srli_epi32(rounded_bits(even), 16), rounded_bits(odd), 0xaa);
+inline __m256i join(__m256i even, __m256i odd) {
+  return _mm256_blend_epi16(_mm256_srli_epi32(even, 16), odd, 0xaa);
 }
+// One question for all four, since to look after NaNs in each takes as long as to round.
 inline Joined join(V even_a, V odd_a, V even_b, V odd_b) {
-  return {join(even_a, odd_a), join(even_b, odd_b)};
+  const V nan = _mm256_or_ps(_mm256_cmp_ps(even_a, odd_a, _CMP_UNORD_Q),
+                             _mm256_cmp_ps(even_b, odd_b, _CMP_UNORD_Q));
+  if (__builtin_expect(_mm256_movemask_ps(nan), 0))
+    return {join(rounded_bits(even_a), rounded_bits(odd_a)),
+            join(rounded_bits(even_b), rounded_bits(odd_b))};
+  return {join(rounded_numbers(even_a), rounded_numbers(odd_a)),
+          join(rounded_numbers(even_b), rounded_numbers(odd_b))};
 }
 inline void store_joined(uint16_t* p, __m256i bits) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bits);

@@ -47,14 +47,16 @@ inline V load_bfloat(const uint16_t* p) {
   const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
-// Nearest even by integers; the upper half of each lane is the bfloat16.  A NaN would overflow into
-// a number when its payload is all ones, so NaNs are made quiet first.
-inline __m512i rounded_bits(V v) {
+// Nearest even by integers, of numbers; the upper half of each lane is the bfloat16.
+inline __m512i rounded_numbers(V v) {
   const __m512i bits = _mm512_castps_si512(v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
-  return _mm512_mask_or_epi32(up, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), bits,
-                              _mm512_set1_epi32(0x00400000));
+  return _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+}
+// A NaN would overflow into a number when its payload is all ones, so NaNs are made quiet instead.
+inline __m512i rounded_bits(V v) {
+  return _mm512_mask_or_epi32(rounded_numbers(v), _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q),
+                              _mm512_castps_si512(v), _mm512_set1_epi32(0x00400000));
 }
 inline V round_bfloat(V v) {
   return _mm512_castsi512_ps(_mm512_and_si512(rounded_bits(v), _mm512_set1_epi32(0xffff0000u)));
@@ -99,9 +101,12 @@ inline V add_squares(V sum, const uint16_t* p) {
 struct Joined {
   __m512i a, b;
 };
-inline __m512i join_by_integers(V even, V odd) {
-  return _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(rounded_bits(even), 16),
-                                 rounded_bits(odd));
+inline __m512i join(__m512i even, __m512i odd) {
+  return _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(even, 16), odd);
+}
+inline Joined join_by_integers(V even_a, V odd_a, V even_b, V odd_b) {
+  return {join(rounded_bits(even_a), rounded_bits(odd_a)),
+          join(rounded_bits(even_b), rounded_bits(odd_b))};
 }
 #ifdef NORMKIT_AVX512_BF16
 // The instruction rounds to nearest even but takes subnormals for zero; any zero among the results
@@ -115,12 +120,18 @@ inline Joined join(V even_a, V odd_a, V even_b, V odd_b) {
   if (__builtin_expect(!_kortestz_mask32_u8(_mm512_testn_epi16_mask(a, magnitude),
                                             _mm512_testn_epi16_mask(b, magnitude)),
                        0))
-    return {join_by_integers(even_a, odd_a), join_by_integers(even_b, odd_b)};
+    return join_by_integers(even_a, odd_a, even_b, odd_b);
   return {_mm512_permutexvar_epi16(order, a), _mm512_permutexvar_epi16(order, b)};
 }
 #else
+// One question for all four, since to look after NaNs in each takes as long as to round.
 inline Joined join(V even_a, V odd_a, V even_b, V odd_b) {
-  return {join_by_integers(even_a, odd_a), join_by_integers(even_b, odd_b)};
+  if (__builtin_expect(!_kortestz_mask16_u8(_mm512_cmp_ps_mask(even_a, odd_a, _CMP_UNORD_Q),
+                                            _mm512_cmp_ps_mask(even_b, odd_b, _CMP_UNORD_Q)),
+                       0))
+    return join_by_integers(even_a, odd_a, even_b, odd_b);
+  return {join(rounded_numbers(even_a), rounded_numbers(odd_a)),
+          join(rounded_numbers(even_b), rounded_numbers(odd_b))};
 }
 #endif
 inline void store_joined(uint16_t* p, __m512i bits) { _mm512_storeu_si512(p, bits); }
