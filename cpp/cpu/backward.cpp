@@ -24,7 +24,6 @@ int64_t parts_of(int64_t rows) {
 
 // Rows whose x and grad_y stay in the second-level cache between the stages.
 constexpr int64_t kBlockBytes = 64 << 10;
-constexpr int64_t kFetchBytes = 4 << 20;  // as in the forward pass
 
 thread_local Scratch scratch;
 
@@ -57,7 +56,6 @@ struct Job {
   int64_t parts = 0;
   int threads = 0;
   bool stream = false;
-  bool fetch = false;
   AffineGradient weight{}, bias{};
   float* affine = nullptr;    // prepared weight and bias
   int64_t affine_floats = 0;  // of one thread
@@ -129,42 +127,69 @@ Affines affines_of(const Job& job, int thread) {
   return a;
 }
 
-// The stages' view of rows [row, row + b.rows), the cursor standing at the first.
-void fill(BackwardBlock& b, const Part& part, Cursor<kOperands>& cursor, int64_t row,
-          int64_t part_index) {
+// The weights of rows [row, row + b.rows), and where their gradients are summed up.
+void fill_affine(BackwardBlock& b, const Part& part, int64_t row, int64_t part_index) {
   const Job& job = part.job;
-  const RowNormBackward& norm = job.norm;
   const auto sums = [&](const AffineGradient& gradient, int64_t group) -> float* {
     if (!gradient.out) return nullptr;
     return gradient.sums +
            (part_index * gradient.rows + (gradient.rows > 1 ? group : 0)) * job.padded;
   };
+  GroupCursor cursor(job.norm.weight, job.norm.bias, row);
+  for (int r = 0; r < b.rows; ++r, cursor.next()) {
+    b.weight[r] = static_cast<const float*>(part.affine.weight.row(cursor.group()));
+    b.grad_weight[r] = sums(job.weight, cursor.group());
+    b.grad_bias[r] = sums(job.bias, cursor.group());
+  }
+}
+
+// Rows that the stages take as they are.
+void fill_uniform(BackwardBlock& b, Cursor<kOperands>& cursor) {
+  for (int64_t r = 0, run; r < b.rows; r += run, cursor.skip(run)) {
+    run = std::min(b.rows - r, cursor.run());
+    cursor.place(kGradY, run, b.grad_y + r);
+    cursor.place(kGradResidualOut, run, b.grad_residual_out + r);
+    cursor.place(kX, run, b.x + r);
+    cursor.place(kGradX, run, b.grad_x + r);
+  }
+}
+
+// Rows that are widened first.
+void fill_widened(BackwardBlock& b, const Part& part, Cursor<kOperands>& cursor, int64_t row) {
+  const Job& job = part.job;
+  const RowNormBackward& norm = job.norm;
   GroupCursor affine_cursor(norm.weight, norm.bias, row);
   for (int r = 0; r < b.rows; ++r, cursor.next(), affine_cursor.next()) {
-    const int64_t group = affine_cursor.group();
-    const float* weight = static_cast<const float*>(part.affine.weight.row(group));
-    b.weight[r] = weight;
-    b.grad_weight[r] = sums(job.weight, group);
-    b.grad_bias[r] = sums(job.bias, group);
     const auto read = [&](Operand which, Wide wide) -> const void* {
       const char* from = cursor.at(which);
-      if (!from || job.uniform) return from;
+      if (!from) return nullptr;
       widen(job, job.operands[which], from, part.wide_row(wide, r));
       return part.wide_row(wide, r);
     };
     b.grad_y[r] = read(kGradY, kWideGradY);
     b.grad_residual_out[r] = read(kGradResidualOut, kWideGradResidualOut);
     if (norm.from_output || norm.residual.data)
-      b.x[r] = source(part, cursor.at(kX), cursor.at(kResidual), weight,
-                      static_cast<const float*>(part.affine.bias.row(group)), r);
+      b.x[r] = source(part, cursor.at(kX), cursor.at(kResidual), b.weight[r],
+                      static_cast<const float*>(part.affine.bias.row(affine_cursor.group())), r);
     else
       b.x[r] = read(kX, kWideX);
-    b.grad_x[r] = cursor.at(kGradX);
-    if (!job.uniform) b.grad_x[r] = job.wants_rows() ? part.wide_row(kWideGradX, r) : nullptr;
-    b.mean[r] = norm.mean ? norm.mean[row + r] : 0.f;
-    b.rstd[r] = norm.rstd[row + r];
-    b.scale[r] = norm.from_output ? 1.f : b.rstd[r];
+    b.grad_x[r] = job.wants_rows() ? part.wide_row(kWideGradX, r) : nullptr;
   }
+}
+
+// The stages' view of rows [row, row + b.rows), the cursor standing at the first.
+void fill(BackwardBlock& b, const Part& part, Cursor<kOperands>& cursor, int64_t row) {
+  const RowNormBackward& norm = part.job.norm;
+  part.job.uniform ? fill_uniform(b, cursor) : fill_widened(b, part, cursor, row);
+  std::copy_n(norm.rstd + row, b.rows, b.rstd);
+  if (norm.mean)
+    std::copy_n(norm.mean + row, b.rows, b.mean);
+  else
+    std::fill_n(b.mean, b.rows, 0.f);
+  if (norm.from_output)
+    std::fill_n(b.scale, b.rows, 1.f);
+  else
+    std::copy_n(b.rstd, b.rows, b.scale);
 }
 
 // Rows of grad_x that the stages left as float32.
@@ -176,16 +201,6 @@ void narrow_rows(const Part& part, const BackwardBlock& b, Cursor<kOperands>& cu
             static_cast<const float*>(b.grad_x[r]), b.n, to);
 }
 
-// Rows that the apply stage fetches while it stores these: those the cursor stands at now.
-void fill_next(BackwardBlock& b, Cursor<kOperands> cursor, int64_t rows_left) {
-  for (int r = 0; r < b.rows; ++r) {
-    const bool there = r < rows_left;
-    b.next_x[r] = there ? cursor.at(kX) : nullptr;
-    b.next_grad_y[r] = there ? cursor.at(kGradY) : nullptr;
-    if (there) cursor.next();
-  }
-}
-
 void run_part(const Part& part, Cursor<kOperands>& cursor, int64_t begin, int64_t end, int64_t p) {
   const Job& job = part.job;
   const RowNormBackward& norm = job.norm;
@@ -195,12 +210,11 @@ void run_part(const Part& part, Cursor<kOperands>& cursor, int64_t begin, int64_
   b.shared = groups_of(norm.weight, norm.bias) == 1;
   b.rounded = norm.options.round_before_weight ? norm.normalised : DType::kFloat32;
   b.stream = job.stream;
-  b.fetch = job.fetch;
   for (int64_t row = begin; row < end; row += b.rows) {
     b.rows = static_cast<int>(std::min(job.block_rows, end - row));
     Cursor<kOperands> outputs = cursor;
-    fill(b, part, cursor, row, p);
-    if (b.fetch) fill_next(b, cursor, norm.rows - row - b.rows);
+    if (row == begin || !b.shared) fill_affine(b, part, row, p);
+    fill(b, part, cursor, row);
     if (norm.split.step == Step::kApply)
       combine(b, norm, row);
     else
@@ -292,9 +306,8 @@ void row_norm_backward(const RowNormBackward& norm) {
   for (const RowsOf* rows : operands.rows)
     if (rows->data) traffic += norm.rows * norm.n * item_size(rows->dtype);
   job.threads = threads_for(traffic, job.parts);
-  job.fetch = traffic > kFetchBytes;
   // Float32 2048x4096 on Zen 4: a fifth faster; bfloat16, half as much: no difference.
-  job.stream = job.uniform && traffic > last_cache_bytes() &&
+  job.stream = job.uniform && fills_last_cache(traffic) &&
                on_cache_lines(norm.grad_x, norm.outer_dims, norm.n);
   job.weight = gradient_of(norm.grad_weight, norm.weight);
   job.bias = gradient_of(norm.grad_bias, norm.bias);

@@ -4,20 +4,23 @@
 // two means, and once for grad_x and for what it adds to the gradients of weight and bias.  Rows
 // are taken in fours there, so that the weight is loaded and those sums are stored once for four.
 #pragma once
+#include <iterator>
+
 #include "stages.h"
 
 namespace normkit::cpu {
 namespace {
 
-template <class T>
-NORMKIT_INLINE Chunk round_chunk(Chunk c) {
-  for (int k = 0; k < kVecs; ++k) c.v[k] = T::round(c.v[k]);
+template <class T, int kCount>
+NORMKIT_INLINE Vecs<kCount> rounded_to(Vecs<kCount> c) {
+  for (V& v : c.v) v = T::round(v);
   return c;
 }
 
-NORMKIT_INLINE Chunk round_chunk(const Chunk& c, DType dtype) {
-  if (dtype == DType::kFloat16) return round_chunk<Float16>(c);
-  if (dtype == DType::kBFloat16) return round_chunk<BFloat16>(c);
+template <int kCount>
+NORMKIT_INLINE Vecs<kCount> rounded_to(const Vecs<kCount>& c, DType dtype) {
+  if (dtype == DType::kFloat16) return rounded_to<Float16>(c);
+  if (dtype == DType::kBFloat16) return rounded_to<BFloat16>(c);
   return c;
 }
 
@@ -48,40 +51,57 @@ struct Backward {
           scale(set1(b.scale[r])) {}
   };
 
-  // 64 columns of a row: count of them at its end, and zeros behind.
+  // Columns that are worked on together: a part of a chunk, so that they stay in registers beside
+  // the sums for weight and bias; whole chunks in split order, and at the end of a row.
+  static constexpr int kPart = kSplitLanes || kVecs < 8 ? kVecs : kHalf;
   template <bool kTail>
-  static NORMKIT_INLINE Chunk load(const Item* p, int64_t count) {
-    return kTail ? load_tail<T, kSplitLanes>(p, count) : load_chunk<T, kSplitLanes>(p);
+  using Columns = Vecs<kTail ? kVecs : kPart>;
+
+  // At the end of a row there are count columns, and zeros behind.
+  template <bool kTail>
+  static NORMKIT_INLINE Columns<kTail> load(const Item* p, int64_t count) {
+    if constexpr (kTail) {
+      return load_tail<T, kSplitLanes>(p, count);
+    } else if constexpr (kSplitLanes) {
+      return load_chunk<T, kSplitLanes>(p);
+    } else {
+      Columns<kTail> c;
+      for (int k = 0; k < kPart; ++k) c.v[k] = T::load(p + k * kWidth);
+      return c;
+    }
   }
   // Rows in split order are whole chunks, those in natural order may be the caller's own.
   template <bool kTail>
-  static NORMKIT_INLINE Chunk load_weight(const float* p, int64_t count) {
-    return kTail && !kSplitLanes ? load_tail<Float32>(p, count) : load_chunk<Float32>(p);
+  static NORMKIT_INLINE Columns<kTail> load_weight(const float* p, int64_t count) {
+    if constexpr (kTail && !kSplitLanes) {
+      return load_tail<Float32>(p, count);
+    } else {
+      Columns<kTail> c;
+      for (V& v : c.v) v = cpu::load(p), p += kWidth;
+      return c;
+    }
   }
 
-  static NORMKIT_INLINE void fetch_columns(const char* row, int64_t i) {
-    if (!row) return;
-    for (size_t line = 0; line < kChunk * sizeof(Item); line += 64)
-      fetch(row + i * sizeof(Item) + line);
-  }
-
-  static NORMKIT_INLINE Chunk normalised(const Row& row, Chunk x) {
-    for (int k = 0; k < kVecs; ++k) {
-      if constexpr (kLayer) x.v[k] = sub(x.v[k], row.mean);
-      x.v[k] = mul(x.v[k], row.scale);
+  template <int kCount>
+  static NORMKIT_INLINE Vecs<kCount> normalised(const Row& row, Vecs<kCount> x) {
+    for (V& v : x.v) {
+      if constexpr (kLayer) v = sub(v, row.mean);
+      v = mul(v, row.scale);
     }
     return x;
   }
 
+  // Adds the terms of some columns to the partial sums of these.
   template <bool kTail>
-  static NORMKIT_INLINE void add_terms(TwoSums& sums, const Row& row, int64_t i, int64_t count) {
-    const Chunk xhat = normalised(row, load<kTail>(row.x + i, count));
-    const Chunk grad_y = load<kTail>(row.grad_y + i, count);
-    const Chunk weight = load_weight<kTail>(row.weight + i, count);
-    for (int k = 0; k < kVecs; ++k) {
+  static NORMKIT_INLINE void add_terms(V* g_sums, V* gx_sums, const Row& row, int64_t i,
+                                       int64_t count) {
+    const Columns<kTail> xhat = normalised(row, load<kTail>(row.x + i, count));
+    const Columns<kTail> grad_y = load<kTail>(row.grad_y + i, count);
+    const Columns<kTail> weight = load_weight<kTail>(row.weight + i, count);
+    for (size_t k = 0; k < std::size(xhat.v); ++k) {
       const V g = mul(grad_y.v[k], weight.v[k]);
-      if constexpr (kLayer) sums.g.v[k] = add(sums.g.v[k], g);
-      sums.gx.v[k] = fma(g, xhat.v[k], sums.gx.v[k]);
+      if constexpr (kLayer) g_sums[k] = add(g_sums[k], g);
+      gx_sums[k] = fma(g, xhat.v[k], gx_sums[k]);
     }
   }
 
@@ -89,8 +109,10 @@ struct Backward {
     TwoSums sums{zeros(), zeros()};
     int64_t i = begin;
     const int64_t end = begin + count;
-    for (; i + kChunk <= end; i += kChunk) add_terms<false>(sums, row, i, kChunk);
-    if (i < end) add_terms<true>(sums, row, i, end - i);
+    for (; i + kChunk <= end; i += kChunk)
+      for (int k = 0; k < kVecs; k += kPart)
+        add_terms<false>(sums.g.v + k, sums.gx.v + k, row, i + k * kWidth, kChunk);
+    if (i < end) add_terms<true>(sums.g.v, sums.gx.v, row, i, end - i);
     return sums;
   }
 
@@ -110,16 +132,17 @@ struct Backward {
     }
   }
 
-  // What some rows add to the gradients of weight and bias in 64 columns.
+  // What some rows add to the gradients of weight and bias in some columns.
+  template <int kCount>
   struct AffineGradients {
-    Chunk weight = zeros(), bias = zeros();
+    Vecs<kCount> weight = zeros<kCount>(), bias = zeros<kCount>();
 
     NORMKIT_INLINE void add_to(const BackwardBlock& b, int r, int64_t i) const {
       if (b.grad_weight[r]) add_to(b.grad_weight[r] + i, weight);
       if (b.grad_bias[r]) add_to(b.grad_bias[r] + i, bias);
     }
-    static NORMKIT_INLINE void add_to(float* sums, const Chunk& c) {
-      for (int k = 0; k < kVecs; ++k, sums += kWidth) store(sums, add(cpu::load(sums), c.v[k]));
+    static NORMKIT_INLINE void add_to(float* sums, const Vecs<kCount>& c) {
+      for (int k = 0; k < kCount; ++k, sums += kWidth) store(sums, add(cpu::load(sums), c.v[k]));
     }
   };
 
@@ -128,25 +151,24 @@ struct Backward {
   template <bool kUsual, bool kBias, bool kAdds, bool kStream>
   struct Walk {
     template <bool kTail>
+    using Sums = AffineGradients<kTail ? kVecs : kPart>;
+
+    template <bool kTail>
     static NORMKIT_INLINE void chunk(const BackwardBlock& b, int r, int64_t i, int64_t count,
-                                     const Chunk& weight, AffineGradients& sums) {
+                                     const Columns<kTail>& weight, Sums<kTail>& sums) {
       const Row row(b, r);
-      if (b.fetch) {
-        fetch_columns(b.next_x[r], i);
-        fetch_columns(b.next_grad_y[r], i);
-      }
-      const Chunk xhat = normalised(row, load<kTail>(row.x + i, count));
-      const Chunk grad_y = load<kTail>(row.grad_y + i, count);
-      const Chunk forward = kUsual ? xhat : round_chunk(xhat, b.rounded);
-      for (int k = 0; k < kVecs; ++k) {
+      const Columns<kTail> xhat = normalised(row, load<kTail>(row.x + i, count));
+      const Columns<kTail> grad_y = load<kTail>(row.grad_y + i, count);
+      const Columns<kTail> forward = kUsual ? xhat : rounded_to(xhat, b.rounded);
+      for (size_t k = 0; k < std::size(xhat.v); ++k) {
         sums.weight.v[k] = fma(grad_y.v[k], forward.v[k], sums.weight.v[k]);
         if constexpr (kBias) sums.bias.v[k] = add(sums.bias.v[k], grad_y.v[k]);
       }
       if (!b.grad_x[r]) return;
       const V rstd = set1(b.rstd[r]);
-      const V g_shift = set1(-b.rstd[r] * b.g_mean[r]), gx_scale = set1(-b.rstd[r] * b.gx_mean[r]);
-      Chunk grad_x;
-      for (int k = 0; k < kVecs; ++k) {
+      const V g_shift = set1(b.g_shift[r]), gx_scale = set1(b.gx_scale[r]);
+      Columns<kTail> grad_x;
+      for (size_t k = 0; k < std::size(xhat.v); ++k) {
         const V along_xhat = kLayer ? fma(xhat.v[k], gx_scale, g_shift) : mul(xhat.v[k], gx_scale);
         grad_x.v[k] = fma(mul(grad_y.v[k], weight.v[k]), rstd, along_xhat);
       }
@@ -156,22 +178,25 @@ struct Backward {
       Item* out = static_cast<Item*>(b.grad_x[r]) + i;
       if constexpr (kTail)
         store_tail<T, kSplitLanes>(out, grad_x, count);
-      else
+      else if constexpr (kSplitLanes)
         store_chunk<T, kSplitLanes, kStream>(out, grad_x);
+      else
+        for (int k = 0; k < kPart; ++k)
+          (kStream ? T::stream : T::store)(out + k * kWidth, grad_x.v[k]);
     }
 
     template <bool kTail>
     static NORMKIT_INLINE void columns(const BackwardBlock& b, int first, int last, int64_t i) {
       const int64_t count = kTail ? b.n - i : kChunk;
       if (kUsual || b.shared) {
-        const Chunk weight = load_weight<kTail>(b.weight[0] + i, count);
-        AffineGradients sums;
+        const Columns<kTail> weight = load_weight<kTail>(b.weight[0] + i, count);
+        Sums<kTail> sums;
         for (int r = first; r < last; ++r) chunk<kTail>(b, r, i, count, weight, sums);
         sums.add_to(b, first, i);
         return;
       }
       for (int r = first; r < last; ++r) {
-        AffineGradients sums;
+        Sums<kTail> sums;
         chunk<kTail>(b, r, i, count, load_weight<kTail>(b.weight[r] + i, count), sums);
         sums.add_to(b, r, i);
       }
@@ -181,7 +206,7 @@ struct Backward {
       for (int first = 0; first < b.rows; first += kBackwardRows) {
         const int last = b.rows - first < kBackwardRows ? b.rows : first + kBackwardRows;
         int64_t i = 0;
-        for (; i + kChunk <= b.n; i += kChunk) columns<false>(b, first, last, i);
+        for (; i < b.n / kChunk * kChunk; i += kPart * kWidth) columns<false>(b, first, last, i);
         if (i < b.n) columns<true>(b, first, last, i);
       }
     }
@@ -195,6 +220,10 @@ struct Backward {
   }
 
   static void apply_stage(BackwardBlock& b) {
+    for (int r = 0; r < b.rows; ++r) {
+      b.g_shift[r] = -b.rstd[r] * b.g_mean[r];
+      b.gx_scale[r] = -b.rstd[r] * b.gx_mean[r];
+    }
     const bool adds = b.grad_residual_out[0];
     if (!b.shared || b.rounded != DType::kFloat32)
       return adds ? walk<false, true, true>(b) : walk<false, true, false>(b);

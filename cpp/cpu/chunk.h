@@ -14,9 +14,11 @@ namespace {
 
 constexpr int kVecs = kChunk / kWidth;
 
-struct Chunk {
-  V v[kVecs];
+template <int kCount>
+struct Vecs {
+  V v[kCount];
 };
+using Chunk = Vecs<kVecs>;
 
 // Element types: what is stored, and how a vector of it becomes float32 lanes and back.
 struct Float32 {

@@ -25,7 +25,13 @@ class Cursor {
   int64_t run() const {
     return outer_dims_ > 0 ? outer_size_[outer_dims_ - 1] - index_[outer_dims_ - 1] : 1;
   }
-  int64_t stride(int t) const { return outer_dims_ > 0 ? tensors_[t]->stride[outer_dims_ - 1] : 0; }
+  // Pointers to the next `count` rows of that run, or nulls where the tensor is absent.
+  template <class Pointer>
+  void place(int t, int64_t count, Pointer* rows) const {
+    char* row = at(t);
+    const int64_t step = row ? stride(t) : 0;
+    for (int64_t r = 0; r < count; ++r) rows[r] = row + r * step;
+  }
   // Steps over `rows` of that run.
   void skip(int64_t rows) {
     if (outer_dims_ == 0) return;
@@ -44,6 +50,8 @@ class Cursor {
   }
 
  private:
+  int64_t stride(int t) const { return outer_dims_ > 0 ? tensors_[t]->stride[outer_dims_ - 1] : 0; }
+
   const RowsOf* tensors_[kTensors];
   int outer_dims_;
   const int64_t* outer_size_;

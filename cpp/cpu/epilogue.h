@@ -64,7 +64,7 @@ struct Apply {
   static NORMKIT_INLINE void fetch_next(const Row& row, int64_t i) {
     if (row.next)
       for (size_t line = 0; line < kChunk * sizeof(*row.x); line += 64)
-        fetch(row.next + i * sizeof(*row.x) + line);
+        NORMKIT_FETCH(row.next + i * sizeof(*row.x) + line);
   }
 
   // A row of at least one chunk.  The last chunk ends where the row does: what it repeats of the

@@ -70,11 +70,11 @@ struct BackwardBlock {
   float rstd[kMaxBlockRows];
   float g_mean[kMaxBlockRows];   // of g = grad_y * weight; layer norm only
   float gx_mean[kMaxBlockRows];  // of g * xhat
-  DType rounded;                 // what the forward pass rounded xhat to; kFloat32: nothing
-  bool stream;                   // write around the caches
-  bool fetch;                    // the rows below come next, and are fetched; null: none
-  const char* next_x[kMaxBlockRows];
-  const char* next_grad_y[kMaxBlockRows];
+  // Made of these by the apply stage: grad_x = g * rstd + xhat * gx_scale + g_shift
+  float g_shift[kMaxBlockRows];
+  float gx_scale[kMaxBlockRows];
+  DType rounded;  // what the forward pass rounded xhat to; kFloat32: nothing
+  bool stream;    // write around the caches
 };
 
 using BackwardStage = void (*)(BackwardBlock&);

@@ -17,14 +17,16 @@ namespace {
 
 constexpr int64_t kRun = 1024;
 
-NORMKIT_INLINE Chunk zeros() {
-  Chunk c;
-  for (int k = 0; k < kVecs; ++k) c.v[k] = zero();
+template <int kCount = kVecs>
+NORMKIT_INLINE Vecs<kCount> zeros() {
+  Vecs<kCount> c;
+  for (V& v : c.v) v = zero();
   return c;
 }
 
-NORMKIT_INLINE void add_to(Chunk& a, const Chunk& b) {
-  for (int k = 0; k < kVecs; ++k) a.v[k] = add(a.v[k], b.v[k]);
+template <int kCount>
+NORMKIT_INLINE void add_to(Vecs<kCount>& a, const Vecs<kCount>& b) {
+  for (int k = 0; k < kCount; ++k) a.v[k] = add(a.v[k], b.v[k]);
 }
 
 // The 64 partial sums of a chunk, folded in half again and again.

@@ -83,7 +83,7 @@ inline float fold(const V (&v)[8]) {
   return vget_lane_f32(d, 0) + vget_lane_f32(d, 1);
 }
 
-inline void fetch(const char* p) { __builtin_prefetch(p, 0); }
+#define NORMKIT_FETCH(p) __builtin_prefetch(p, 0)
 inline void end_of_stream() {}
 
 }  // namespace
