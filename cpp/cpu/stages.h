@@ -84,19 +84,6 @@ NORMKIT_INLINE Chunk sum_run(const typename T::Item* x, int64_t n, const Term& t
   return acc;
 }
 
-// Fewer than 128 columns at the end of the row below.
-[[gnu::noinline]] Chunk add_last_pairs(Chunk acc, const uint16_t* x, int64_t n) {
-  constexpr int64_t kPairs = 2 * kWidth;
-  int k = 0;
-  for (; n >= kPairs; n -= kPairs, x += kPairs, ++k) acc.v[k] = add_squares(acc.v[k], x);
-  if (n > 0) {
-    uint16_t rest[kPairs] = {};
-    std::memcpy(rest, x, n * sizeof(*x));
-    acc.v[k] = add_squares(acc.v[k], rest);
-  }
-  return acc;
-}
-
 // The squares of bfloat16 rows are added in pairs of columns, as the dot product of AVX512_BF16
 // adds them: columns 2j and 2j + 1 of each 128 to partial sum j.
 template <>
@@ -107,7 +94,14 @@ NORMKIT_INLINE Chunk sum_run<BFloat16, Squares>(const uint16_t* x, int64_t n, co
   };
   int64_t i = 0;
   for (; i + 2 * kChunk <= n; i += 2 * kChunk) add_pairs(x + i);
-  return i < n ? add_last_pairs(acc, x + i, n - i) : acc;
+  if (i < n) {
+    constexpr int64_t kPairs = 2 * kWidth;
+    uint16_t rest[kPairs] = {};
+    if (const int64_t count = n % kPairs) std::memcpy(rest, x + n - count, count * sizeof(*x));
+    for (int k = 0; k < kVecs && i < n; ++k, i += kPairs)
+      acc.v[k] = add_squares(acc.v[k], n - i < kPairs ? rest : x + i);
+  }
+  return acc;
 }
 
 // Partial sums of n columns, of which run(i, count) makes those of columns [i, i + count): level k
