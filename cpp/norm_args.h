@@ -62,6 +62,21 @@ inline constexpr Flag kFlags[] = {
     {"round_rstd", &NormOptions::round_rstd},
 };
 
+// What a modulated norm does around the norm itself, whose result is n:
+//   before  x counts as gate * x
+//   after   y = n * (1 + scale) + shift
+// Each may be absent.  In float32; or, with round_each, each operation is rounded to the dtype in
+// which torch would have made it: n to that of what is normalised, 1 + scale to scale's, a product
+// or a sum to the one of its operands where both have it, and to float32 otherwise.
+struct Modulation {
+  Affine gate, scale, shift;
+  bool round_each = false;
+  explicit operator bool() const { return gate.data || scale.data || shift.data; }
+};
+
+// The dtype of what torch computes of two tensors.
+constexpr DType promoted(DType a, DType b) { return a == b ? a : DType::kFloat32; }
+
 enum class Step : uint8_t { kWhole, kStatistics, kApply };
 
 // Rows that are split into `parts` of n columns each, of which this process has one: every part
@@ -82,12 +97,14 @@ constexpr int planes_of(Statistic statistic) { return statistic == Statistic::kL
 
 struct RowNorm {
   Statistic statistic;
+  int64_t first_row = 0;  // of a part of a call: that many rows stand before it
   int64_t rows;
   int64_t n;
   int outer_dims;
   int64_t outer_size[kMaxOuterDims];  // the last one runs fastest
   RowsOf x, residual, out, residual_out;
   Affine weight, bias;
+  Modulation modulation;
   NormOptions options;
   float* rstd;  // one a row, as it multiplied, for the backward pass; null when not asked for
   float* mean;  // likewise; null for kRms

@@ -5,6 +5,13 @@
 
 namespace normkit::cuda {
 
+// What stands around the norm, in the words of Modulation; read by one kernel alone.
+struct ModulationArgs {
+  LaunchAffine gate, scale, shift;
+  bool round_each;
+  DType gated, product;  // what gate * x, and n * (1 + scale), are rounded to
+};
+
 struct RowNormArgs : Grid {
   LaunchRows x, residual, out, residual_out;
   LaunchAffine weight, bias;
@@ -17,6 +24,7 @@ struct RowNormArgs : Grid {
   NormOptions options;    // but for weight_offset, which is as launch_offset() makes it
   DType normalised;       // what round_before_weight and round_rstd round to
   SplitArgs split;
+  ModulationArgs modulation;
 };
 
 using Kernel = void (*)(RowNormArgs);

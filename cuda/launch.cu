@@ -9,8 +9,9 @@
 namespace normkit::cuda {
 
 template <class T>
-Kernel kernel_of(Statistic statistic, bool adds, const Plan& plan);    // instances_*.cu
-Kernel streamed_kernel_of(Statistic statistic, bool adds, Step step);  // instances_streamed.cu
+Kernel kernel_of(Statistic statistic, bool adds, const Plan& plan);  // instances_*.cu
+Kernel streamed_kernel_of(Statistic statistic, bool adds, Step step,
+                          bool modulated);  // instances_streamed.cu
 
 namespace {
 
@@ -25,6 +26,7 @@ bool all_of(const RowNorm& norm, const F& f) {
 }
 
 Access access_of(const RowNorm& norm) {
+  if (norm.modulation) return Access::kAny;  // it has one kernel, for all
   const int64_t pack = pack_size(norm);
   const auto wide = [&](const auto& t) { return is_wide(norm, t, pack); };
   if (norm.n % pack != 0 || !all_of(norm, wide)) return Access::kAny;
@@ -67,12 +69,17 @@ RowNormArgs args_of(const RowNorm& norm, const Plan& plan) {
   a.options.weight_offset = launch_offset(norm.options.weight_offset);
   a.normalised = normalised_dtype(norm);
   a.split = {norm.split, planes_of(norm.statistic)};
+  const Modulation& m = norm.modulation;
+  a.modulation = {launch_affine(norm, m.gate, pack),    launch_affine(norm, m.scale, pack),
+                  launch_affine(norm, m.shift, pack),   m.round_each,
+                  promoted(norm.x.dtype, m.gate.dtype), promoted(a.normalised, m.scale.dtype)};
   return a;
 }
 
 Kernel kernel_for(const RowNorm& norm, const Plan& plan) {
   const bool adds = norm.residual.data != nullptr;
-  if (plan.packs == 0) return streamed_kernel_of(norm.statistic, adds, norm.split.step);
+  if (plan.packs == 0)
+    return streamed_kernel_of(norm.statistic, adds, norm.split.step, bool(norm.modulation));
   switch (norm.x.dtype) {
     case DType::kFloat32:
       return kernel_of<float>(norm.statistic, adds, plan);
@@ -114,6 +121,22 @@ void point(RowNormArgs& a, const RowNorm& norm) {
   a.split.gathered = norm.split.gathered;
 }
 
+// A norm whose weight is 1 + scale and whose bias is shift, where that is all there is to it.
+bool is_plain_norm(const RowNorm& norm) {
+  const Modulation& m = norm.modulation;
+  return (m.scale.data || m.shift.data) && !m.round_each && !m.gate.data && !norm.weight.data &&
+         !norm.bias.data;
+}
+
+RowNorm as_plain_norm(const RowNorm& norm) {
+  RowNorm plain = norm;
+  plain.weight = norm.modulation.scale;
+  plain.bias = norm.modulation.shift;
+  plain.options.weight_offset = plain.weight.data ? 1.f : 0.f;
+  plain.modulation = {};
+  return plain;
+}
+
 void start(Launch& launch, void* stream) {
   launch.config.stream = stream;
   if (const char* error = NORMKIT_LAUNCH(launch.kernel, launch.config, launch.args))
@@ -123,6 +146,7 @@ void start(Launch& launch, void* stream) {
 }  // namespace
 
 std::string describe(const RowNorm& norm, int index) {
+  if (is_plain_norm(norm)) return describe(as_plain_norm(norm), index);
   const Device& on = device(index);
   const Plan p = plan_of(norm, on);
   const auto text = [](int64_t value) { return std::to_string(value); };
@@ -151,9 +175,10 @@ std::string describe(const RowNorm& norm, int index) {
 
 void row_norm(const RowNorm& norm, int index, void* stream) {
   if (norm.rows == 0) return;
+  if (is_plain_norm(norm)) return row_norm(as_plain_norm(norm), index, stream);
   const DeviceGuard guard(index);
   const Device& on = device(index);
-  if (is_one_launch(norm)) {
+  if (is_one_launch(norm) && !norm.modulation) {
     thread_local Memo<Launch> memo;
     const LaunchKey key = key_of(norm, on, index);
     Launch* launch = memo.find(key);

@@ -1,6 +1,7 @@
 // From a call to launches: what the forward and the backward pass share of it.
 #pragma once
 #include <algorithm>
+#include <type_traits>
 
 #include "rows.cuh"
 
@@ -57,10 +58,20 @@ LaunchAffine launch_affine(const Norm& norm, const Affine& from, int64_t pack) {
           from.data && is_wide(norm, from, pack)};
 }
 
-// Rows of weight and bias that a launch walks: row % heads picks one.
+// Rows of weight and bias, or of what modulates, that a launch walks: all that have several have
+// them alike.
+inline Affine map_of(const RowNorm& norm) {
+  const Modulation& m = norm.modulation;
+  for (const Affine* of : {&norm.weight, &norm.bias, &m.gate, &m.scale, &m.shift})
+    if (of->groups > 1) return *of;
+  return {};
+}
+inline Affine map_of(const RowNormBackward& norm) {
+  return norm.weight.groups > 1 ? norm.weight : norm.bias.groups > 1 ? norm.bias : Affine{};
+}
 template <class Norm>
 int64_t heads_of(const Norm& norm) {
-  return groups_of(norm.weight, norm.bias);
+  return std::max<int64_t>(map_of(norm).groups, 1);  // there may be none, where there are no rows
 }
 
 template <class Norm>
@@ -70,7 +81,11 @@ Grid grid_of(const Norm& norm) {
     const int from = norm.outer_dims - 2 + d;
     grid.size[d] = divisor(from >= 0 ? norm.outer_size[from] : 1);
   }
+  const Affine map = map_of(norm);
   grid.heads = divisor(heads_of(norm));
+  grid.inner = divisor(map.inner);
+  if constexpr (std::is_same_v<Norm, RowNorm>)
+    grid.first = static_cast<uint32_t>(norm.first_row % (map.inner * heads_of(norm)));
   grid.rows = static_cast<uint32_t>(norm.rows);
   grid.dims = norm.outer_dims;
   return grid;
@@ -105,6 +120,7 @@ Norm slice(const Norm& norm, int64_t begin, int64_t count) {
   if (part.mean) part.mean += begin * inside;
   if (part.split.statistics) part.split.statistics += begin * inside;
   if (part.split.gathered) part.split.gathered += begin * inside;
+  if constexpr (std::is_same_v<Norm, RowNorm>) part.first_row += begin * inside;
   part.rows = inside * count;
   part.outer_size[0] = count;
   return part;
@@ -138,6 +154,10 @@ void for_launches(const Norm& norm, const F& f) {
     return;
   }
   int64_t step = kMaxLaunchRows / inside;
+  if constexpr (std::is_same_v<Norm, RowNorm>) {
+    for (int64_t i = 0; i < size; i += step) f(slice(norm, i, std::min(step, size - i)));
+    return;
+  }
   const int64_t heads = heads_of(norm);
   if (norm.outer_dims > 1 || heads <= step) {
     if (norm.outer_dims == 1) step -= step % heads;  // so that each part begins at head 0

@@ -32,7 +32,9 @@ struct LaunchAffine {
 // The rows of a launch.
 struct Grid {
   Divisor size[2];  // of the second and the last dimension
-  Divisor heads;
+  Divisor heads;    // row (first + row) / inner % heads of weight and bias is that of a row
+  Divisor inner;
+  uint32_t first;
   uint32_t rows;
   int dims;
 };
@@ -44,7 +46,11 @@ struct Place {
 
   Place() = default;
   __device__ __forceinline__ Place(const Grid& a, uint32_t row) : at{0, 0, row} {
-    head = a.heads.value == 1 ? 0 : row - a.heads.divide(row) * a.heads.value;
+    head = 0;
+    if (a.heads.value != 1) {
+      const uint32_t at_head = a.inner.divide(a.first + row);
+      head = at_head - a.heads.divide(at_head) * a.heads.value;
+    }
     if (a.dims == 1) return;
     const uint32_t outer = a.size[1].divide(row);
     at[2] = row - outer * a.size[1].value;

@@ -24,8 +24,9 @@ __device__ __forceinline__ void round_all(DType dtype, Floats<kSize>& v) {
 
 // A group of lanes a row.  The sum with the residual is made anew in each pass and written last, so
 // that outputs may be inputs.  Packs are of eight columns for every dtype.  Where a row of this
-// length may also stay in registers, it is added up in the order of that kernel (a.turns).
-template <Statistic kStatistic, bool kAdds, Step kStep = Step::kWhole>
+// length may also stay in registers, it is added up in the order of that kernel (a.turns).  One
+// that is kModulated serves both statistics, and adds a residual where there is one.
+template <Statistic kStatistic, bool kAdds, Step kStep = Step::kWhole, bool kModulated = false>
 __global__ void __launch_bounds__(kMostLanes, 1) streamed_row_norm_kernel(RowNormArgs a) {
   constexpr int kSize = kLongPack, kQuads = kSize / 4;
   using Access = Any<kSize>;
@@ -41,6 +42,8 @@ __global__ void __launch_bounds__(kMostLanes, 1) streamed_row_norm_kernel(RowNor
   const Place place(a, live ? row : 0);
   const RowAt x_row = place.of(a.x, a.dims);
   const RowAt residual_row = kAdds ? place.of(a.residual, a.dims) : RowAt{};
+  const ModulationArgs& m = a.modulation;
+  const RowAt gate_row = kModulated ? place.of(m.gate) : RowAt{};
   const RowAt weight_row = place.of(a.weight), bias_row = place.of(a.bias);
   wait_for_previous_kernel();
 
@@ -48,7 +51,13 @@ __global__ void __launch_bounds__(kMostLanes, 1) streamed_row_norm_kernel(RowNor
   const auto values_of = [&](int64_t column, Values& sum) {
     Values v = Access::load(x_row, column, end);
     clamp_infinities(a, a.x.dtype, v);
-    if constexpr (kAdds) {
+    if (kModulated && m.gate.data) {
+      const Values gate = Access::load(gate_row, column, end);
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) v.v[i] *= gate.v[i];
+      if (m.round_each) round_all(m.gated, v);
+    }
+    if (kAdds && (!kModulated || a.residual.data)) {
       const Values residual = Access::load(residual_row, column, end);
 #pragma unroll
       for (int i = 0; i < kSize; ++i) v.v[i] += residual.v[i];
@@ -101,7 +110,8 @@ __global__ void __launch_bounds__(kMostLanes, 1) streamed_row_norm_kernel(RowNor
     mean = mean_of_parts(a.split, 1, row);
     squares = squares_of_parts(a.split, row, a.n, mean);
   } else {
-    if (kStatistic == Statistic::kLayer && (kStep == Step::kWhole || a.split.planes == 2))
+    if (kStatistic == Statistic::kLayer &&
+        ((kStep == Step::kWhole && !kModulated) || a.split.planes == 2))
       mean = mean_of(a, sum_of_row(std::false_type{}, 0.f, sum_storage));
     squares = sum_of_row(std::true_type{}, mean, squares_storage);
   }
@@ -118,7 +128,8 @@ __global__ void __launch_bounds__(kMostLanes, 1) streamed_row_norm_kernel(RowNor
     for (int64_t column = lane * kSize; column < end; column += lanes * kSize) {
       Values sum, weight = filled<kSize>(1.f), bias = filled<kSize>(-0.f);  // v + -0 is v
       Values v = values_of(column, sum);
-      if constexpr (kAdds) Access::store(place.of(a.residual_out, a.dims), column, end, sum);
+      if (kAdds && (!kModulated || a.residual.data))
+        Access::store(place.of(a.residual_out, a.dims), column, end, sum);
       if (a.weight.data) weight = Access::load(weight_row, column, end);
       if (a.bias.data) bias = Access::load(bias_row, column, end);
 #pragma unroll
@@ -127,6 +138,23 @@ __global__ void __launch_bounds__(kMostLanes, 1) streamed_row_norm_kernel(RowNor
 #pragma unroll
       for (int i = 0; i < kSize; ++i)
         v.v[i] = fmaf(v.v[i], weight.v[i] + a.options.weight_offset, bias.v[i]);
+      if constexpr (kModulated) {
+        if (m.round_each) round_all(a.normalised, v);
+        if (m.scale.data) {
+          Values factor = Access::load(place.of(m.scale), column, end);
+#pragma unroll
+          for (int i = 0; i < kSize; ++i) factor.v[i] += 1.f;
+          if (m.round_each) round_all(m.scale.dtype, factor);
+#pragma unroll
+          for (int i = 0; i < kSize; ++i) v.v[i] *= factor.v[i];
+          if (m.round_each) round_all(m.product, v);
+        }
+        if (m.shift.data) {
+          const Values shift = Access::load(place.of(m.shift), column, end);
+#pragma unroll
+          for (int i = 0; i < kSize; ++i) v.v[i] += shift.v[i];
+        }
+      }
       Access::store(place.of(a.out, a.dims), column, end, v);
     }
   }

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import normkit
 from normkit import _C
+from normkit._spec import NATIVE
 from normkit.testing import assert_accurate
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -246,11 +247,13 @@ def test_result_lies_in_memory_as_torch_s_own_norms_lay_it():
 
 @pytest.mark.parametrize("entry", [_C.try_norm, _C.norm, _C.norm_saving, _C.plan])
 def test_kernels_need_every_field_of_a_call(entry):
-    with pytest.raises(TypeError, match=str(len(_C.fields))):
-        entry(0, torch.ones(4))
-    with pytest.raises(TypeError, match="str"):
-        entry("rms", torch.ones(4), *[None] * (len(_C.fields) - 2))
-    assert list(inspect.signature(entry).parameters) == list(_C.fields)
+    for given in (2, len(NATIVE) - 1, len(NATIVE) + 1, len(_C.fields) - 1, len(_C.fields) + 1):
+        with pytest.raises(TypeError, match=str(len(NATIVE))):
+            entry(0, torch.ones(4), *[None] * (given - 2))
+    for count in (len(NATIVE), len(_C.fields)):
+        with pytest.raises(TypeError, match="str"):
+            entry("rms", torch.ones(4), *[None] * (count - 2))
+    assert list(inspect.signature(entry).parameters) == list(NATIVE)
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")

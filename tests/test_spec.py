@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -15,8 +14,10 @@ import normkit
 from normkit._serving import backends, dispatch, native, operators
 from normkit._spec import (
     FIELDS,
+    MODULATED,
+    MODULATION,
+    MODULATORS,
     NATIVE,
-    OF_RESULTS,
     OF_STATISTICS,
     OPS,
     OPTIONS,
@@ -39,10 +40,7 @@ def expected_of(op: Op, *, in_place: bool) -> dict[str, object]:
     taken = {name: field.default for name, field in op.fields.items()}
     if in_place:
         return taken
-    results = {name: FIELDS[name].default for name in OF_RESULTS}
-    if not op.adds:
-        del results["residual_out"]
-    return taken | results
+    return taken | {name: field.default for name, field in op.results.items()}
 
 
 @pytest.mark.parametrize("in_place", [False, True])
@@ -53,7 +51,7 @@ def test_signatures_are_those_of_the_table(op: Op, in_place: bool) -> None:
     found = {name: ... if p.default is p.empty else p.default for name, p in parameters.items()}
     assert found == expected_of(op, in_place=in_place)
     positional = [n for n, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
-    tensors = [n for n in ("x", "residual", "weight", "bias") if n in op.fields]
+    tensors = [n for n in ("x", "residual", *MODULATORS, "weight", "bias") if n in op.fields]
     assert positional == [*tensors, "eps"]
 
 
@@ -71,7 +69,7 @@ def test_modules_and_operators_have_the_defaults_of_the_table(op: Op) -> None:
 def test_a_call_is_the_arguments_of_the_extension() -> None:
     if backends._missing:
         pytest.skip("no extension")
-    assert normkit._C.fields == NATIVE
+    assert normkit._C.fields == NATIVE + MODULATION
     assert tuple(field.name for field in fields(Call))[: len(NATIVE)] == NATIVE
 
 
@@ -90,6 +88,7 @@ def test_operators_hand_the_extension_what_a_call_does(
         if not field.type.startswith("Tensor")
     }
     given |= {"x": x, "weight": weight} | ({"residual": residual} if op.adds else {})
+    given |= {name: torch.rand(8) for name in MODULATORS if name in op.fields}
     outputs = {"out": torch.empty_like(x)} if form == "_out" else {}
     outputs |= {"residual_out": torch.empty_like(x)} if outputs and op.adds else {}
     with torch.no_grad(), normkit.use_backend("reference"):  # which no kernel of torch's runs
@@ -102,9 +101,7 @@ def test_operators_hand_the_extension_what_a_call_does(
 @pytest.mark.parametrize("form", ["", "_", "_out"])
 def test_kernels_of_operators_hand_the_extension_what_a_call_does(op: Op, form: str) -> None:
     schema = getattr(torch.ops.normkit, op.name + form).default._schema
-    of_results = {"out_dtype": FIELDS["out_dtype"], "memory_efficient": FIELDS["memory_efficient"]}
-    outputs = {"out": FIELDS["out"], "residual_out": FIELDS["residual_out"]}
-    known = {**op.fields, **of_results, **outputs}
+    known = {**op.fields, **op.results}
     arguments = {argument.name: known[argument.name] for argument in schema.arguments}
     examples = (0.25, True, "layer", torch.float16)
     given = {
@@ -187,4 +184,4 @@ def test_kinds_name_every_op_once() -> None:
             in_place = op.call(given, in_place=True)
             assert in_place.op == op.name + "_"
             assert in_place.out is x
-    assert math.log2(max(op.bits for op in OPS.values()) + 1) <= 3
+    assert max(op.bits for op in OPS.values()) < 2 * MODULATED

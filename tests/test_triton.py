@@ -26,6 +26,7 @@ from conformance.support import (
     PLAIN,
     RMS,
     Guarded,
+    Inputs,
     Op,
     assert_same_bits,
     assert_same_results,
@@ -38,7 +39,7 @@ from devices import call_on
 from normkit import reference
 from normkit._serving import backends
 from normkit._serving import triton as _triton
-from normkit.testing import Inputs, make_inputs
+from normkit.testing import make_inputs
 from starting import loaded
 
 pytestmark = pytest.mark.usefixtures("triton_is_there")

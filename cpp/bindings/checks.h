@@ -9,11 +9,14 @@ namespace normkit {
 
 struct Arguments {
   Tensor x{"x"}, residual{"residual"}, weight{"weight"}, bias{"bias"}, out{"out"},
-      residual_out{"residual_out"};
+      residual_out{"residual_out"}, gate{"gate"}, scale{"scale"}, shift{"shift"};
   Statistic statistic;
   bool per_head, adds = false;
   NormOptions options;
+  bool round_each = false;
   std::optional<DType> out_dtype;  // none: that of out, or x's
+
+  bool is_modulated() const { return gate || scale || shift; }
 };
 
 inline bool same_shape(const Tensor& a, const Tensor& b) {
@@ -65,6 +68,60 @@ inline bool is_packed(const Tensor& t) {
   return {};
 }
 
+// The rows of a gate, scale or shift, which has x's first dimensions, or ones in their place, and
+// its last: row r of x takes row r / inner % groups.  False where none of them says it.
+inline bool find_rows(const Tensor& t, const Tensor& x, Affine& map) {
+  map = {t.data, t.dtype, 0, 1, 1};
+  bool is_outside = false;  // of a dimension that t has, and that was not the outermost one
+  for (int d = x.ndim - 2; d >= 0; --d) {
+    if (x.shape[d] == 1) continue;
+    if (d >= t.ndim - 1 || t.shape[d] == 1) {
+      if (map.groups == 1) map.inner *= x.shape[d];
+      is_outside = map.groups != 1;
+      continue;
+    }
+    const int64_t stride = t.strides[d] * item_size(t.dtype);
+    if (map.groups == 1) map.stride = stride;
+    if (is_outside || stride != map.stride * map.groups) return false;
+    map.groups *= t.shape[d];
+  }
+  return true;
+}
+
+// All of them that have several rows are to have them alike.
+inline Refusal check_modulation(const Arguments& a) {
+  Affine alike;
+  for (const Tensor* t : {&a.gate, &a.scale, &a.shift}) {
+    if (!*t) continue;
+    bool fits = t->ndim >= 1 && t->ndim <= a.x.ndim && t->size(1) == a.x.size(1);
+    for (int d = 0; fits && d < t->ndim - 1; ++d)
+      fits = t->shape[d] == 1 || t->shape[d] == a.x.shape[d];
+    if (!fits) return {t->name, "does not fit x's shape", Refusal::kShape};
+    Affine map;
+    if ((t->size(1) > 1 && t->stride(1) != 1) || !find_rows(*t, a.x, map))
+      return {t->name, "has rows of strides that no kernel takes", Refusal::kStrides};
+    if (map.groups == 1) continue;
+    if (alike.groups != 1 && (map.groups != alike.groups || map.inner != alike.inner))
+      return {t->name, "has other rows than another of them", Refusal::kStrides};
+    alike = map;
+  }
+  return {};
+}
+
+// Where round_each rounds y to 16 bits, it has to be stored so, and the product with it.
+inline Refusal check_roundings(const Arguments& a) {
+  if (!a.round_each) return {};
+  DType dtype = a.residual && a.options.round_sum ? a.residual.dtype : a.x.dtype;
+  if (a.scale) dtype = promoted(dtype, a.scale.dtype);
+  if (a.scale && a.shift && dtype != DType::kFloat32 && a.shift.dtype != dtype)
+    return {"shift", "is not of the dtype of the product with scale", Refusal::kDtype};
+  if (a.shift) dtype = promoted(dtype, a.shift.dtype);
+  const DType out = a.out ? a.out.dtype : a.out_dtype.value_or(a.x.dtype);
+  if (dtype != DType::kFloat32 && out != dtype)
+    return {"the output", "is not of the dtype that round_each rounds it to", Refusal::kDtype};
+  return {};
+}
+
 // Whether the memory from the first to the last element of one crosses that of the other.
 inline bool share_memory(const Tensor& a, const Tensor& b) {
   return a && b && a.data < b.data + b.extent() && b.data < a.data + a.extent();
@@ -94,7 +151,7 @@ inline bool rows_are_apart(const Tensor& t) {
 }
 
 inline Refusal check_memory(const Arguments& a) {
-  const Tensor* inputs[] = {&a.x, &a.residual, &a.weight, &a.bias};
+  const Tensor* inputs[] = {&a.x, &a.residual, &a.weight, &a.bias, &a.gate, &a.scale, &a.shift};
   for (const Tensor* written : {&a.out, &a.residual_out}) {
     if (!*written) continue;
     if (!rows_are_apart(*written)) return {written->name, "may overlap itself", Refusal::kMemory};
@@ -102,10 +159,14 @@ inline Refusal check_memory(const Arguments& a) {
       if (may_overlap(*written, *input))
         return {written->name, "may overlap an input", Refusal::kMemory};
   }
-  // The sum is written before weight and bias are read: not even one memory of one row is harmless.
-  for (const Tensor* affine : {&a.weight, &a.bias})
+  // The sum is written before these are read, and rows of x share them: not even one memory of one
+  // row is harmless.
+  for (const Tensor* affine : {&a.weight, &a.bias, &a.gate, &a.scale, &a.shift})
     if (share_memory(a.residual_out, *affine))
-      return {"residual_out", "overlaps weight or bias", Refusal::kMemory};
+      return {"residual_out", "overlaps what is read after it is written", Refusal::kMemory};
+  for (const Tensor* rows : {&a.gate, &a.scale, &a.shift})
+    if (share_memory(a.out, *rows))
+      return {a.out.name, "overlaps gate, scale or shift", Refusal::kMemory};
   if (share_memory(a.out, a.residual_out))
     return {a.out.name, "may overlap residual_out", Refusal::kMemory};
   return {};
@@ -126,6 +187,13 @@ inline Refusal check(const Arguments& a, bool memory_checked) {
     return {"residual", a.residual ? "is not None" : "is None", Refusal::kOption};
   for (const Tensor* t : {&a.residual, &a.weight, &a.bias, &a.out, &a.residual_out})
     if (const Refusal no = check_device(*t, a.x)) return no;
+  if (a.is_modulated()) {
+    for (const Tensor* t : {&a.gate, &a.scale, &a.shift})
+      if (const Refusal no = check_device(*t, a.x)) return no;
+    if (a.gate && !a.residual) return {"gate", "is not None", Refusal::kOption};
+    if (const Refusal no = check_modulation(a)) return no;
+    if (const Refusal no = check_roundings(a)) return no;
+  }
   for (const Tensor* t : {&a.x, &a.residual})
     if (const Refusal no = check_rows(*t, a.x, Refusal::kStrides)) return no;
   for (const Tensor* t : {&a.out, &a.residual_out})
@@ -192,6 +260,13 @@ inline void lay_out(const Arguments& a, RowNorm& norm) {
   norm.options = a.options;
   if (!a.weight) norm.options.weight_offset = 0.f;
   norm.rstd = norm.mean = nullptr;
+  norm.modulation = {};
+  if (a.is_modulated()) {
+    norm.modulation.round_each = a.round_each;
+    if (a.gate) find_rows(a.gate, a.x, norm.modulation.gate);
+    if (a.scale) find_rows(a.scale, a.x, norm.modulation.scale);
+    if (a.shift) find_rows(a.shift, a.x, norm.modulation.shift);
+  }
   const Tensor* const tensors[] = {&a.x, &a.residual, &a.out, &a.residual_out};
   RowsOf* const rows[] = {&norm.x, &norm.residual, &norm.out, &norm.residual_out};
   lay_out_rows(a.x, tensors, rows, norm);

@@ -143,6 +143,25 @@ inline constexpr auto kNormFields = with_options<Arguments>(
         {"residual_out", member<&Arguments::residual_out>},
     });
 
+template <size_t kBefore, size_t kBehind>
+constexpr auto joined(const std::array<Field<Arguments>, kBefore>& before,
+                      const Field<Arguments> (&behind)[kBehind]) {
+  std::array<Field<Arguments>, kBefore + kBehind> all{};
+  size_t at = 0;
+  for (const auto& field : before) all[at++] = field;
+  for (const auto& field : behind) all[at++] = field;
+  return all;
+}
+
+// What a modulated norm has besides; other calls end before these.
+inline constexpr auto kModulatedFields =
+    joined(kNormFields, {
+                            {"gate", member<&Arguments::gate>},
+                            {"scale", member<&Arguments::scale>},
+                            {"shift", member<&Arguments::shift>},
+                            {"round_each", member<&Arguments::round_each>},
+                        });
+
 inline constexpr Field<BackwardArguments> kBackwardFields[] = {
     {"kind", kind},
     {"grad_y", member<&BackwardArguments::grad_y>},
@@ -265,17 +284,40 @@ PyObject* entry(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return nullptr;
 }
 
-// text begins behind the signature, which inspect.signature() reads.
+// A function whose last arguments may be left out, all of them at once.
+template <const auto& kFields, nb::object (*kFunction)(PyObject* const*), const auto& kMoreFields,
+          nb::object (*kFunctionOfMore)(PyObject* const*)>
+PyObject* entry_of_either(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+  if (count == static_cast<Py_ssize_t>(std::size(kMoreFields)))
+    return entry<kMoreFields, kFunctionOfMore>(self, args, count);
+  return entry<kFields, kFunction>(self, args, count);
+}
+
+using FastCall = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
+
+// Puts the signature, which inspect.signature() reads, in front of the text; `doc` keeps it.
+template <class Fields>
+PyMethodDef method_of(const char* name, const Fields& fields, FastCall function, std::string& doc,
+                      const char* text) {
+  doc = std::string(name) + "(";
+  for (const auto& field : fields) doc += std::string(field.name) + ", ";
+  doc += std::string("/)\n--\n\n") + text;
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)),
+          METH_FASTCALL, doc.c_str()};
+}
+
 template <const auto& kFields, nb::object (*kFunction)(PyObject* const*)>
 PyMethodDef method(const char* name, const char* text) {
-  static const std::string doc = [&] {
-    std::string signature = std::string(name) + "(";
-    for (const auto& field : kFields) signature += std::string(field.name) + ", ";
-    return signature + "/)\n--\n\n" + text;
-  }();
-  return {name,
-          reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(entry<kFields, kFunction>)),
-          METH_FASTCALL, doc.c_str()};
+  static std::string doc;
+  return method_of(name, kFields, entry<kFields, kFunction>, doc, text);
+}
+
+template <const auto& kFields, nb::object (*kFunction)(PyObject* const*), const auto& kMoreFields,
+          nb::object (*kFunctionOfMore)(PyObject* const*)>
+PyMethodDef method(const char* name, const char* text) {
+  static std::string doc;
+  return method_of(name, kFields, entry_of_either<kFields, kFunction, kMoreFields, kFunctionOfMore>,
+                   doc, text);
 }
 
 }  // namespace normkit

@@ -60,6 +60,9 @@ const Tensor* find_differentiated(const Arguments& a) {
   // in place, out is x, which need not be asked twice
   for (const Tensor* t : {&a.x, &a.residual, &a.weight, &a.bias, &a.out, &a.residual_out})
     if (*t && (t == &a.x || t->object != a.x.object) && requires_grad(*t)) return t;
+  if (a.is_modulated())
+    for (const Tensor* t : {&a.gate, &a.scale, &a.shift})
+      if (*t && requires_grad(*t)) return t;
   return nullptr;
 }
 
@@ -132,8 +135,9 @@ void Prepared::count_writes() const {
 
 namespace {
 
+template <const auto& kFields>
 Refusal prepare(Prepared& p, PyObject* const* args, Caller caller) {
-  if (const Refusal no = read<kNormFields>(p.a, args)) return no;
+  if (const Refusal no = read<kFields>(p.a, args)) return no;
   if (const Refusal no = p.check(caller)) return no;
   return p.make_outputs();
 }
@@ -148,17 +152,19 @@ nb::object result_of(const Prepared& p) {
   return p.a.residual ? nb::make_tuple(y, nb::borrow(p.a.residual_out.object)) : y;
 }
 
+template <const auto& kFields>
 nb::object try_norm(PyObject* const* args) {
   if (quick_path_is_off) return nb::none();
   Prepared p;
-  if (prepare(p, args, Caller::kQuick)) return nb::none();
+  if (prepare<kFields>(p, args, Caller::kQuick)) return nb::none();
   run(p);
   return result_of(p);
 }
 
+template <const auto& kFields>
 nb::object norm(PyObject* const* args) {
   Prepared p;
-  if (const Refusal no = prepare(p, args, Caller::kHasCheckedMemory)) return refuse(no);
+  if (const Refusal no = prepare<kFields>(p, args, Caller::kHasCheckedMemory)) return refuse(no);
   run(p);
   return result_of(p);
 }
@@ -173,16 +179,17 @@ nb::object run_saving(Prepared& p) {
   return nb::make_tuple(nb::borrow(a.out.object), sum, rstd, mean);
 }
 
+template <const auto& kFields>
 nb::object norm_saving(PyObject* const* args) {
   Prepared p;
-  if (const Refusal no = prepare(p, args, Caller::kHasCheckedMemory)) return refuse(no);
+  if (const Refusal no = prepare<kFields>(p, args, Caller::kHasCheckedMemory)) return refuse(no);
   return run_saving(p);
 }
 
 nb::object try_norm_saving(PyObject* const* args) {
   if (quick_path_is_off) return nb::none();
   Prepared p;
-  if (prepare(p, args, Caller::kDifferentiates)) return nb::none();
+  if (prepare<kNormFields>(p, args, Caller::kDifferentiates)) return nb::none();
   return run_saving(p);
 }
 
@@ -210,10 +217,11 @@ class Announced {
   std::vector<int64_t> strides_;
 };
 
+template <const auto& kFields>
 nb::object plan(PyObject* const* args) {
   Prepared p;
   Arguments& a = p.a;
-  if (const Refusal no = read<kNormFields>(a, args)) return refuse(no);
+  if (const Refusal no = read<kFields>(a, args)) return refuse(no);
   if (const Refusal no = p.check(Caller::kHasCheckedMemory)) return refuse(no);
   Announced out, residual_out;
   if (!a.out) out.stand_in(a.out, a.x, a.out_dtype.value_or(a.x.dtype));
@@ -228,34 +236,36 @@ nb::object plan(PyObject* const* args) {
 
 void add_norm(nb::module_& m) {
   static PyMethodDef methods[] = {
-      method<kNormFields, try_norm>(
+      method<kNormFields, try_norm<kNormFields>, kModulatedFields, try_norm<kModulatedFields>>(
           "try_norm", R"(Run a row norm of eager tensors, where nothing speaks against it.
 
 Returns y, or (y, residual_out) when there is a residual; None where Python has to look at the call.
 
 kind is 0 for rms and 1 for layer, plus 2 when weight and bias may have a row per head, plus 4 when
 there is a residual.  The other arguments are those of normkit.functional.)"),
-      method<kNormFields, norm>(
+      method<kNormFields, norm<kNormFields>, kModulatedFields, norm<kModulatedFields>>(
           "norm", R"(Run a row norm for a caller who has checked that outputs overlap nothing.
 
 Arguments and result are those of try_norm(), but a Refusal where there is no result.)"),
-      method<kNormFields, norm_saving>("norm_saving",
-                                       R"(Run norm(), and keep what norm_backward() needs.
+      method<kNormFields, norm_saving<kNormFields>, kModulatedFields,
+             norm_saving<kModulatedFields>>("norm_saving",
+                                            R"(Run norm(), and keep what norm_backward() needs.
 
 Returns (y, residual_out or None, rstd, mean or None), or a Refusal.)"),
       method<kNormFields, try_norm_saving>(
           "try_norm_saving", R"(Run norm_saving() for an eager call that needs gradients.
 
 Returns None where it needs none, and where Python has to look at the call.)"),
-      method<kNormFields, plan>("plan",
-                                R"(Tell what norm() would do, without making or running anything.
+      method<kNormFields, plan<kNormFields>, kModulatedFields, plan<kModulatedFields>>(
+          "plan",
+          R"(Tell what norm() would do, without making or running anything.
 
 Returns (name of the backend, its plan in words), or a Refusal.)"),
       {nullptr, nullptr, 0, nullptr}};
   add_methods(m, methods);
 
   nb::list names;
-  for (const auto& field : kNormFields) names.append(field.name);
+  for (const auto& field : kModulatedFields) names.append(field.name);
   m.attr("fields") = nb::tuple(names);
   m.def(
       "set_quick_path", [](bool on) { quick_path_is_off = !on; }, nb::arg("on"),

@@ -42,12 +42,17 @@ inline AffineRows stored(const Affine& affine) {
   return {affine.data, affine.groups > 1 ? affine.stride : 0};
 }
 
+// Whether the stages read it where it is: a float32 one in natural order.
+inline bool is_as_read(const Affine& affine, Layout layout, float offset) {
+  return affine.data && affine.dtype == DType::kFloat32 && layout == Layout::kNatural &&
+         offset == 0.f;
+}
+
 // A float32 weight in natural order, or a copy of any other, with the offset added; ones where
 // there is none, since the product with 1 is exact.
 inline AffineRows prepared(const Affine& affine, int64_t columns, Layout layout, float offset,
                            const Kernels& kernels, float*& buffer) {
-  if (affine.data && affine.dtype == DType::kFloat32 && layout == Layout::kNatural && offset == 0.f)
-    return stored(affine);
+  if (is_as_read(affine, layout, offset)) return stored(affine);
   if (offset == 0.f) offset = -0.f;  // a weight of -0 plus 0 would be +0
   const int64_t n = padded(columns);
   const AffineRows rows{reinterpret_cast<const char*>(buffer),
@@ -55,11 +60,22 @@ inline AffineRows prepared(const Affine& affine, int64_t columns, Layout layout,
   for (int64_t group = 0; group < affine.groups; ++group, buffer += n) {
     if (affine.data)
       kernels.affine[int(affine.dtype)][int(layout)](affine.data + group * affine.stride, columns,
-                                                     offset, buffer);
+                                                     offset, false, buffer);
     else
       std::fill_n(buffer, n, 1.f);
   }
   return rows;
+}
+
+// Where a row is not whole chunks, the apply stage takes its last 64 columns as one: in split order
+// the last chunk of a prepared row holds those.
+inline void add_last_chunk(const Affine& affine, int64_t group, int64_t columns, Layout layout,
+                           float offset, bool rounds, const Kernels& kernels, float* row) {
+  if (layout != Layout::kSplit || columns < kChunk || columns % kChunk == 0) return;
+  const int64_t first = columns - kChunk;
+  kernels.affine[int(affine.dtype)][int(layout)](
+      affine.data + group * affine.stride + first * item_size(affine.dtype), kChunk,
+      offset == 0.f ? -0.f : offset, rounds, row + padded(columns) - kChunk);
 }
 
 }  // namespace normkit::cpu

@@ -92,7 +92,7 @@ struct Part {
 };
 
 void widen(const Job& job, const RowsOf& rows, const char* from, float* to) {
-  job.kernels.affine[int(rows.dtype)][int(Layout::kNatural)](from, job.norm.n, -0.f, to);
+  job.kernels.affine[int(rows.dtype)][int(Layout::kNatural)](from, job.norm.n, -0.f, false, to);
 }
 
 // What was normalised, or xhat itself where x is the output.

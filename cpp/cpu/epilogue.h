@@ -1,14 +1,20 @@
 // From a normalised row to the output: rounding, weight and bias, and the store.
 #pragma once
+#include <type_traits>
+
 #include "chunk.h"
 
 namespace normkit::cpu {
 namespace {
 
+// The product with the weight and the sum with the bias are one operation.
+struct Fused {};
+
 // S is normalised, its normalised value rounded to T before the weight, the result stored as O. The
 // weight and the bias are of type W: float32 prepared by affine_row, or as stored, which spares a
-// short call the preparation and a long one half of their room in the first-level cache.
-template <class S, class T, class O, class W, bool kLayer>
+// short call the preparation and a long one half of their room in the first-level cache.  Their
+// product is rounded to P before the bias is added, unless that is Fused.
+template <class S, class T, class O, class W, bool kLayer, class P = Fused>
 struct Apply {
   static constexpr bool kSplitLanes = layout_of(S::kDType, O::kDType) == Layout::kSplit;
   static constexpr bool kSplitAffine = kSplitLanes && W::kDType == DType::kBFloat16;
@@ -20,21 +26,31 @@ struct Apply {
       if constexpr (kLayer) c.v[k] = sub(c.v[k], mean);
       c.v[k] = mul(c.v[k], rstd);
     }
-    if constexpr (kSplitLanes && T::kDType == DType::kBFloat16) {
+    round<T>(c);
+  }
+  template <class To>
+  static NORMKIT_INLINE void round(Chunk& c) {
+    if constexpr (kSplitLanes && To::kDType == DType::kBFloat16) {
       for (int k = 0; k < kQuarter; ++k) {
         const Joined joined = join(c, k);
         split(joined.a, c.v[k], c.v[k + kQuarter]);
         split(joined.b, c.v[k + kHalf], c.v[k + kHalf + kQuarter]);
       }
     } else {
-      for (int k = 0; k < kVecs; ++k) c.v[k] = T::round(c.v[k]);
+      for (int k = 0; k < kVecs; ++k) c.v[k] = To::round(c.v[k]);
     }
   }
   static NORMKIT_INLINE void scale(Chunk& c, const Chunk& weight) {
     for (int k = 0; k < kVecs; ++k) c.v[k] = mul(c.v[k], weight.v[k]);
   }
   static NORMKIT_INLINE void scale_and_shift(Chunk& c, const Chunk& weight, const Chunk& bias) {
-    for (int k = 0; k < kVecs; ++k) c.v[k] = fma(c.v[k], weight.v[k], bias.v[k]);
+    if constexpr (std::is_same_v<P, Fused>) {
+      for (int k = 0; k < kVecs; ++k) c.v[k] = fma(c.v[k], weight.v[k], bias.v[k]);
+    } else {
+      scale(c, weight);
+      round<P>(c);
+      for (int k = 0; k < kVecs; ++k) c.v[k] = add(c.v[k], bias.v[k]);
+    }
   }
 
   struct Row {
@@ -147,7 +163,18 @@ struct Apply {
   }
 
   static void stage(Block& b) { b.has_bias ? choose<true>(b) : choose<false>(b); }
+  // Without a bias no product is rounded before anything.
+  static void modulate(Block& b) { choose<true>(b); }
 };
+
+template <class T, class P, class O>
+constexpr void fill_modulate(Kernels& k) {
+  Stage(&of)[2] = k.modulate[int(T::kDType)][int(P::kDType)][int(O::kDType)];
+  of[int(Statistic::kRms)] = Apply<T, T, O, Float32, false, P>::modulate;
+  // Of what is usual; the others are normalised first.
+  if constexpr (std::is_same_v<T, P> && std::is_same_v<T, O>)
+    of[int(Statistic::kLayer)] = Apply<T, T, O, Float32, true, P>::modulate;
+}
 
 template <class S, class T, class O>
 constexpr void fill_apply(Kernels& k) {

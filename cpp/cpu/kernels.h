@@ -35,6 +35,11 @@ struct Block {
   void* out[kMaxBlockRows];
   const void* weight[kMaxBlockRows];  // float32 in the apply stage's layout, or as stored
   const void* bias[kMaxBlockRows];
+  const void* gate[kMaxBlockRows];   // float32; null: none
+  const void* scale[kMaxBlockRows];  // 1 + scale as float32, in the layout of the stage that has it
+  const void* shift[kMaxBlockRows];
+  void*
+      normalised[kMaxBlockRows];  // the row between norm and modulation, where they are two stages
   const void*
       next[kMaxBlockRows];  // a row to fetch in the apply stage, since it comes next; or null
   float sum[kMaxBlockRows];
@@ -87,10 +92,15 @@ struct Kernels {
   Stage sum[3];  // [source]: sum of the row
   Stage squares[3][2];  // [source][centred]: sum of squares, about the mean if centred
   RstdStage rstd;       // from the sums of squares
-  void (*affine[3][2])(const void* item, int64_t n, float offset, float* out);  // [item][layout]
+  void (*affine[3][2])(const void* item, int64_t n, float offset, bool rounds,
+                       float* out);  // [item][layout]
   // [source][rounded to][out][weight and bias as stored][statistic]; rounding to kFloat32 is none.
   // "As stored" is there for 16-bit source, output, weight and bias of one type.
   Stage apply[3][3][3][2][2];
+  Stage gate[3][3];  // [x][product]: wide = gate * x
+  // [source, and what xhat is rounded to][product][out][statistic]: apply, with the product rounded
+  // before the bias is added.  Null for what is made in two stages, or no kernel's.
+  Stage modulate[3][3][3][2];
 
   BackwardStage backward_sums[3][2];   // [item][statistic]: g_mean and gx_mean
   BackwardStage backward_apply[3][2];  // [item][statistic]: grad_x, and what rows add to the sums

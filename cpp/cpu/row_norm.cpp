@@ -4,10 +4,12 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <optional>
 
 #include "affine.h"
 #include "cursor.h"
 #include "memory.h"
+#include "modulation.h"
 #include "platform.h"
 #include "statistics.h"
 #include "threads.h"
@@ -61,6 +63,7 @@ constexpr int64_t kFetchBytes = 8 << 20;
 
 thread_local Scratch affine_scratch;
 thread_local Scratch wide_scratch;
+thread_local Scratch modulation_scratch;
 
 // ---------------------------------------------------------------- weight and bias
 
@@ -69,10 +72,10 @@ thread_local Scratch wide_scratch;
 // 0.14 us to make, 0.02 us saved a row in bfloat16, 0.08 us in float16), nor where it crowds x and
 // y out of the first-level cache, which only bfloat16 minds: widening float16 again costs more than
 // a longer way to the weight.
-bool affine_as_stored(const RowNorm& norm, DType source) {
+bool affine_as_stored(const RowNorm& norm, DType source, DType out) {
   const bool few = norm.rows < 4 * groups_of(norm.weight, norm.bias);
   const bool crowding = source == DType::kBFloat16 && norm.n * (norm.bias.data ? 2 : 1) > 2048;
-  return (few || crowding) && source != DType::kFloat32 && norm.out.dtype == source &&
+  return (few || crowding) && source != DType::kFloat32 && out == source &&
          norm.options.weight_offset == 0.f && norm.weight.data && norm.weight.dtype == source &&
          (!norm.bias.data || norm.bias.dtype == source);
 }
@@ -81,16 +84,55 @@ bool affine_as_stored(const RowNorm& norm, DType source) {
 
 struct Stages {
   Stage clamp_x = nullptr;    // wide = clamped x, which stands for x from here on
+  Stage gate = nullptr;       // wide = gate * x, likewise
   Stage add = nullptr;        // residual_out = x + residual
   Stage clamp_sum = nullptr;  // wide = clamped residual_out
   Stage sum = nullptr;        // layer norm only
   Stage squares = nullptr;
   RstdStage rstd = nullptr;
   Stage apply = nullptr;
+  // y from what the norm itself gives, where one stage cannot take weight and bias and scale and
+  // shift; or has_scale: apply takes scale and shift for weight and bias.
+  Stage modulate = nullptr;
+  bool has_scale = false;
   bool wide = false;  // the row that is normalised is kept as float32
   bool affine_as_stored = false;
   Layout layout = Layout::kNatural;
+  Layout modulation_layout = Layout::kNatural;
 };
+
+void choose_apply(Stages& s, const RowNorm& norm, DType source, const Kernels& kernels) {
+  const Modulation& m = norm.modulation;
+  const DType out = norm.out.dtype, normalised = normalised_dtype(norm);
+  const bool layer = norm.statistic == Statistic::kLayer;
+  const bool modulated = m.scale.data || m.shift.data;
+  // What the norm itself gives, and its product with 1 + scale.
+  const DType of_norm = m.round_each ? normalised : DType::kFloat32;
+  const DType product = promoted(of_norm, m.scale.dtype);
+  const bool rounds_product = m.round_each && m.scale.data && m.shift.data;
+  DType rounded = norm.options.round_before_weight ? normalised : DType::kFloat32;
+  if (modulated && !norm.weight.data && !norm.bias.data) {
+    const DType xhat = m.round_each ? normalised : rounded;
+    if (!rounds_product)
+      s.apply = kernels.apply[int(source)][int(xhat)][int(out)][0][layer];
+    else if (source == of_norm)
+      s.apply = kernels.modulate[int(source)][int(product)][int(out)][layer];
+    s.has_scale = s.apply;
+    s.modulation_layout = layout_of(source, out);
+    if (s.has_scale) return;
+  }
+  const DType to = modulated ? of_norm : out;
+  // For statistics there is none, and it need not be prepared.
+  s.affine_as_stored = norm.split.step == Step::kStatistics || affine_as_stored(norm, source, to);
+  s.apply = kernels.apply[int(source)][int(rounded)][int(to)][s.affine_as_stored][layer];
+  s.layout = layout_of(source, to);
+  if (!modulated) return;
+  s.modulation_layout = layout_of(of_norm, out);
+  s.modulate =
+      rounds_product
+          ? kernels.modulate[int(of_norm)][int(product)][int(out)][int(Statistic::kRms)]
+          : kernels.apply[int(of_norm)][int(DType::kFloat32)][int(out)][0][int(Statistic::kRms)];
+}
 
 Stages stages_of(const RowNorm& norm, const Kernels& kernels) {
   Stages s;
@@ -99,6 +141,13 @@ Stages stages_of(const RowNorm& norm, const Kernels& kernels) {
   if (norm.options.clamp_inf && x == DType::kFloat16) {
     s.clamp_x = kernels.clamp;
     s.wide = true;
+    x = DType::kFloat32;
+  }
+  if (norm.modulation.gate.data) {
+    const DType product = norm.modulation.round_each
+                              ? promoted(norm.x.dtype, norm.modulation.gate.dtype)
+                              : DType::kFloat32;
+    s.gate = kernels.gate[int(x)][int(product)];
     x = DType::kFloat32;
   }
   if (norm.residual.data) {
@@ -110,16 +159,11 @@ Stages stages_of(const RowNorm& norm, const Kernels& kernels) {
     }
   }
   const DType source = s.wide ? DType::kFloat32 : normalised;
-  const DType rounded = norm.options.round_before_weight ? normalised : DType::kFloat32;
   const bool layer = norm.statistic == Statistic::kLayer;
   if (layer) s.sum = kernels.sum[int(source)];
   s.squares = kernels.squares[int(source)][layer];
   s.rstd = kernels.rstd;
-  // For statistics there is none, and it need not be prepared.
-  s.affine_as_stored = norm.split.step == Step::kStatistics || affine_as_stored(norm, source);
-  s.apply =
-      kernels.apply[int(source)][int(rounded)][int(norm.out.dtype)][s.affine_as_stored][layer];
-  s.layout = layout_of(source, norm.out.dtype);
+  choose_apply(s, norm, source, kernels);
   return s;
 }
 
@@ -127,6 +171,10 @@ Stages stages_of(const RowNorm& norm, const Kernels& kernels) {
 void prepare(Block& b, const Stages& s) {
   if (s.clamp_x) {
     s.clamp_x(b);
+    for (int r = 0; r < b.rows; ++r) b.x[r] = b.wide[r];
+  }
+  if (s.gate) {
+    s.gate(b);
     for (int r = 0; r < b.rows; ++r) b.x[r] = b.wide[r];
   }
   if (s.add) s.add(b);
@@ -152,6 +200,35 @@ void add_up(Block& b, const Stages& s) {
   s.squares(b);
 }
 
+// 1 + scale and shift become weight and bias.
+void take_modulation(Block& b) {
+  b.has_bias = b.shift[0];
+  std::copy_n(b.scale, b.rows, b.weight);
+  std::copy_n(b.shift, b.rows, b.bias);
+  const auto is_first = [](const void* const(&rows)[kMaxBlockRows], int count) {
+    return std::all_of(rows, rows + count, [&](const void* row) { return row == rows[0]; });
+  };
+  b.shared = is_first(b.weight, b.rows) && is_first(b.bias, b.rows);
+}
+
+// The norm goes to memory of this thread, and as the row of a norm whose rstd is 1 from there to
+// the output.
+void apply_and_modulate(Block& b, const Stages& s) {
+  const bool stream = b.stream;
+  b.stream = false;
+  for (int r = 0; r < b.rows; ++r) std::swap(b.out[r], b.normalised[r]);
+  s.apply(b);
+  b.stream = stream;
+  take_modulation(b);
+  for (int r = 0; r < b.rows; ++r) {
+    b.source[r] = b.out[r];
+    b.out[r] = b.normalised[r];
+    b.next[r] = nullptr;
+    b.rstd[r] = 1.f;
+  }
+  s.modulate(b);
+}
+
 // The block's first row is `row`.
 void run(Block& b, const Stages& s, const RowNorm& norm, int64_t row) {
   prepare(b, s);
@@ -162,7 +239,9 @@ void run(Block& b, const Stages& s, const RowNorm& norm, int64_t row) {
     if (norm.split.step == Step::kStatistics) return save_statistics(b, norm, row);
   }
   take_rstd(b, norm, s.rstd);
-  s.apply(b);
+  if (norm.rstd) std::copy_n(b.rstd, b.rows, norm.rstd + row);
+  if (norm.mean) std::copy_n(b.mean, b.rows, norm.mean + row);
+  s.modulate ? apply_and_modulate(b, s) : s.apply(b);
 }
 
 struct Job {
@@ -173,6 +252,9 @@ struct Job {
   float* affine;  // affine_floats for each part, where weight and bias are not used as stored
   int64_t affine_floats;
   float* wide;  // block_rows rows for each part
+  float*
+      modulation;  // modulation_floats for each part: rows of ModulationCursor, and normalised ones
+  int64_t modulation_floats;
 };
 
 struct AffinePair {
@@ -181,15 +263,12 @@ struct AffinePair {
 
 AffineRows prepared_to_apply(const Affine& affine, const Job& job, float offset, float*& buffer) {
   const Layout layout = job.stages.layout;
-  float* row = buffer;
   const int64_t n = job.norm.n;
+  float* row = buffer;
   const AffineRows rows = prepared(affine, n, layout, offset, job.kernels, buffer);
-  if (layout == Layout::kSplit && n > kChunk && n % kChunk && affine.data)
-    // The apply stage takes the last 64 columns of a row, where these are not whole chunks.
+  if (affine.data && !is_as_read(affine, layout, offset))
     for (int64_t group = 0; group < affine.groups; ++group, row += padded(n))
-      job.kernels.affine[int(affine.dtype)][int(layout)](
-          affine.data + group * affine.stride + (n - kChunk) * item_size(affine.dtype), kChunk,
-          offset == 0.f ? -0.f : offset, row + padded(n) - kChunk);
+      add_last_chunk(affine, group, n, layout, offset, false, job.kernels, row);
   return rows;
 }
 
@@ -197,6 +276,7 @@ AffineRows prepared_to_apply(const Affine& affine, const Job& job, float offset,
 // it again (4096 columns on Zen 4: 0.14 us to write, 8 us to fetch).
 AffinePair affine_of(const Job& job, int part) {
   const RowNorm& norm = job.norm;
+  if (job.stages.has_scale) return {};
   if (job.stages.affine_as_stored) return {stored(norm.weight), stored(norm.bias)};
   float* buffer = job.affine + part * job.affine_floats;
   AffinePair pair;
@@ -220,6 +300,14 @@ void run_part(void* context, int part) {
   const RowsOf* const tensors[] = {&norm.x, &norm.residual, &norm.out, &norm.residual_out};
   Cursor cursor(tensors, norm.outer_dims, norm.outer_size, begin);
   GroupCursor affine_cursor(norm.weight, norm.bias, begin);
+  std::optional<ModulationCursor> modulation_cursor;
+  float* normalised = nullptr;
+  if (job.modulation) {
+    float* const memory = job.modulation + part * job.modulation_floats;
+    normalised = memory + ModulationCursor::floats(norm, job.plan.block_rows);
+    modulation_cursor.emplace(norm, job.stages.modulation_layout, job.plan.block_rows, begin,
+                              job.kernels, memory);
+  }
   const auto fill = [&](Block& b, int64_t row) {
     b.n = norm.n;
     b.rows = static_cast<int>(std::min(job.plan.block_rows, end - row));
@@ -237,12 +325,16 @@ void run_part(void* context, int part) {
     if (b.shared) {
       std::fill_n(b.weight, b.rows, affine.weight.data);
       std::fill_n(b.bias, b.rows, affine.bias.data);
-      return;
+    } else {
+      for (int r = 0; r < b.rows; ++r, affine_cursor.next()) {
+        b.weight[r] = affine.weight.row(affine_cursor.group());
+        b.bias[r] = affine.bias.row(affine_cursor.group());
+      }
     }
-    for (int r = 0; r < b.rows; ++r, affine_cursor.next()) {
-      b.weight[r] = affine.weight.row(affine_cursor.group());
-      b.bias[r] = affine.bias.row(affine_cursor.group());
-    }
+    if (!modulation_cursor) return;
+    modulation_cursor->fill(b);
+    for (int r = 0; r < b.rows; ++r) b.normalised[r] = normalised + r * padded(norm.n);
+    if (job.stages.has_scale) take_modulation(b);
   };
   Block blocks_in_flight[2];
   Block* block = &blocks_in_flight[0];
@@ -255,8 +347,6 @@ void run_part(void* context, int part) {
     std::copy_n(next->x, fetched, block->next);
     std::fill_n(block->next + fetched, block->rows - fetched, nullptr);
     run(*block, job.stages, norm, row);
-    for (int r = 0; norm.rstd && r < block->rows; ++r) norm.rstd[row + r] = block->rstd[r];
-    for (int r = 0; norm.mean && r < block->rows; ++r) norm.mean[row + r] = block->mean[r];
     std::swap(block, next);
   }
 }
@@ -315,16 +405,22 @@ std::string describe(const RowNorm& norm) {
 void row_norm(const RowNorm& norm) {
   if (norm.rows == 0) return;
   const Kernels& kernels = kernels_in_use();
-  Job job{norm, plan(norm), stages_of(norm, kernels), kernels, nullptr, 0, nullptr};
-  if (!job.stages.affine_as_stored) {
+  Job job{norm, plan(norm), stages_of(norm, kernels), kernels, nullptr, 0, nullptr, nullptr, 0};
+  if (!job.stages.affine_as_stored && !job.stages.has_scale) {
     job.affine_floats = padded(norm.n) * (norm.weight.groups + norm.bias.groups);
     job.affine = affine_scratch.reserve(job.plan.threads * job.affine_floats);
   }
-  if (job.stages.wide || job.stages.clamp_x)
+  if (norm.modulation) {
+    job.modulation_floats =
+        ModulationCursor::floats(norm, job.plan.block_rows) + job.plan.block_rows * padded(norm.n);
+    job.modulation = modulation_scratch.reserve(job.plan.threads * job.modulation_floats);
+  }
+  if (job.stages.wide || job.stages.clamp_x || job.stages.gate)
     job.wide = wide_scratch.reserve(job.plan.threads * job.plan.block_rows * padded(norm.n));
   run_on_threads(job.plan.threads, run_part, &job);
   if (job.affine) affine_scratch.trim();
   if (job.wide) wide_scratch.trim();
+  if (job.modulation) modulation_scratch.trim();
 }
 
 }  // namespace normkit::cpu

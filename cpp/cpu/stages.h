@@ -177,21 +177,46 @@ void clamp_stage(Block& b) {
   }
 }
 
-// Weight or bias as float32 lanes, padded to whole chunks with zeros.
+// Weight or bias as float32 lanes, padded to whole chunks with zeros; rounds: weight + offset is
+// rounded to what the weight is of.
 template <class T, Layout kLayout>
-void affine_row(const void* row, int64_t n, float offset, float* out) {
+void affine_row(const void* row, int64_t n, float offset, bool rounds, float* out) {
   const auto* item = static_cast<const typename T::Item*>(row);
   constexpr bool kSplitLanes = kLayout == Layout::kSplit && T::kDType == DType::kBFloat16;
   for (int64_t i = 0; i < n; i += kChunk, out += kChunk) {
     Chunk c = n - i < kChunk ? load_tail<T, kSplitLanes>(item + i, n - i)
                              : load_chunk<T, kSplitLanes>(item + i);
     for (int k = 0; k < kVecs; ++k) c.v[k] = add(c.v[k], set1(offset));
+    if (rounds)
+      for (int k = 0; k < kVecs; ++k) c.v[k] = T::round(c.v[k]);
     if constexpr (kLayout == Layout::kNatural || kSplitLanes) {
       store_chunk<Float32>(out, c);
     } else {
       alignas(64) float natural[kChunk];
       store_chunk<Float32>(natural, c);
       for (int k = 0; k < kChunk; ++k) out[split_lane(k)] = natural[k];
+    }
+  }
+}
+
+// wide = gate * x, rounded to R.  x may be wide itself.
+template <class X, class R>
+void gate_stage(Block& b) {
+  const auto product = [](Chunk c, const Chunk& gate) {
+    for (int k = 0; k < kVecs; ++k) c.v[k] = R::round(mul(c.v[k], gate.v[k]));
+    return c;
+  };
+  for (int r = 0; r < b.rows; ++r) {
+    const auto* x = static_cast<const typename X::Item*>(b.x[r]);
+    const auto* gate = static_cast<const float*>(b.gate[r]);
+    float* wide = b.wide[r];
+    int64_t i = 0;
+    for (; i + kChunk <= b.n; i += kChunk)
+      store_chunk<Float32>(wide + i, product(load_chunk<X>(x + i), load_chunk<Float32>(gate + i)));
+    if (i < b.n) {
+      const int64_t count = b.n - i;
+      const Chunk c = product(load_tail<X>(x + i, count), load_tail<Float32>(gate + i, count));
+      store_tail<Float32>(wide + i, c, count);
     }
   }
 }
@@ -240,6 +265,22 @@ constexpr void fill_add(Kernels& k) {
 }
 
 template <class T>
+constexpr void fill_modulation(Kernels& k) {
+  k.gate[int(T::kDType)][int(T::kDType)] = gate_stage<T, T>;
+  fill_modulate<T, T, T>(k);
+  if constexpr (T::kDType == DType::kFloat32) {
+    fill_modulate<T, T, Float16>(k);
+    fill_modulate<T, T, BFloat16>(k);
+  } else {
+    k.gate[int(T::kDType)][int(DType::kFloat32)] = gate_stage<T, Float32>;
+    k.gate[int(DType::kFloat32)][int(T::kDType)] = gate_stage<Float32, T>;  // of a clamped x
+    fill_modulate<T, Float32, Float32>(k);
+    fill_modulate<T, Float32, Float16>(k);
+    fill_modulate<T, Float32, BFloat16>(k);
+  }
+}
+
+template <class T>
 constexpr void fill_forward(Kernels& k) {
   const int t = int(T::kDType);
   k.affine[t][int(Layout::kNatural)] = affine_row<T, Layout::kNatural>;
@@ -253,6 +294,7 @@ constexpr void fill_forward(Kernels& k) {
   fill_source_and_out<T, Float32>(k);
   fill_source_and_out<T, Float16>(k);
   fill_source_and_out<T, BFloat16>(k);
+  fill_modulation<T>(k);
 }
 
 }  // namespace

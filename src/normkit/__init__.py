@@ -23,6 +23,12 @@ from normkit.functional import (
     rms_norm,
     rms_norm_,
 )
+from normkit.fusions import (
+    add_modulated_norm,
+    add_modulated_norm_,
+    modulated_norm,
+    modulated_norm_,
+)
 from normkit.modules import HeadNorm, LayerNorm, RMSNorm
 
 if _typing.TYPE_CHECKING:
@@ -43,6 +49,8 @@ __all__ = [
     "add_head_norm_",
     "add_layer_norm",
     "add_layer_norm_",
+    "add_modulated_norm",
+    "add_modulated_norm_",
     "add_rms_norm",
     "add_rms_norm_",
     "backends",
@@ -54,6 +62,8 @@ __all__ = [
     "layer_norm",
     "layer_norm_",
     "load_norm",
+    "modulated_norm",
+    "modulated_norm_",
     "recognise",
     "revert",
     "rms_norm",

@@ -195,10 +195,11 @@ class Op:
         return "y.copy_(x)" + "; residual_out.copy_(residual)" * self.adds
 
 
-# A head norm has both statistics, by an argument.
+# A head norm has both statistics, by an argument; benchmarks/modulated.py is about modulated ones.
 OPS = {
     op.name + "_layer" * (op.layer is None and layer): Op(op.name, layer, op.adds, op.per_head)
     for op in SPECS.values()
+    if not op.modulated
     for layer in ((False, True) if op.layer is None else (op.layer,))
 }
 HEAD_DIM = 128

@@ -33,7 +33,7 @@ FLOATS_TEXT = "float32, float16 or bfloat16"
 DEFAULT_EPS: dict[Kind, float] = {"rms": 1e-6, "layer": 1e-5}
 
 # The bits of a call's kind, as the extension has them; 0 is an rms norm of rows.
-LAYER, PER_HEAD, ADD = 1, 2, 4
+LAYER, PER_HEAD, ADD, MODULATED = 1, 2, 4, 16
 
 
 def is_layer(kind: Kind) -> bool:
@@ -92,7 +92,7 @@ class Options(PlainOptions, total=False):
 
 @dataclass
 class Call:
-    """One call of an op: the extension's arguments, and two that only Python knows.
+    """One call of an op: the extension's arguments, two that only Python knows, and MODULATION's.
 
     No NamedTuple, of which Dynamo of torch 2.10 cannot trace the properties.
     """
@@ -113,6 +113,10 @@ class Call:
     residual_out: Tensor | None = None
     memory_efficient: bool = False
     in_place: bool = False  # out is x and residual_out the residual, and so are they called
+    gate: Tensor | None = None
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    round_each: bool = False
 
     @property
     def op(self) -> str:
@@ -135,6 +139,11 @@ class Call:
         return bool(self.kind & ADD)
 
     @property
+    def modulated(self) -> bool:
+        """Whether it may have a gate, scale or shift."""
+        return bool(self.kind & MODULATED)
+
+    @property
     def statistic(self) -> Kind:
         """The norm in words."""
         return "layer" if self.layer else "rms"
@@ -151,7 +160,8 @@ class Call:
 
     def native(self) -> tuple[object, ...]:
         """The arguments of the extension."""
-        return _native_values(self)
+        values: tuple[object, ...] = _native_values(self)
+        return values + _modulation_values(self) if self.kind & MODULATED else values
 
     def options(self) -> Options:
         """All of OPTIONS."""
@@ -173,7 +183,7 @@ class Call:
 
     def inputs(self) -> list[tuple[str, Tensor]]:
         """Those that the call reads."""
-        return self._given("x", "residual", "weight", "bias")
+        return self._given("x", "residual", "weight", "bias", *MODULATORS)
 
     def written(self) -> list[tuple[str, Tensor]]:
         """Those that the call writes, under the names that its caller knows."""
@@ -195,12 +205,17 @@ class Call:
             or (self.weight is not None and self.weight.requires_grad)
             or (self.bias is not None and self.bias.requires_grad)
             or (self.residual is not None and self.residual.requires_grad)
+            or (self.modulated and any(t.requires_grad for _, t in self._given(*MODULATORS)))
         )
 
 
-# The fields that are the extension's arguments, in its order.
-NATIVE = tuple(field.name for field in fields(Call))[:-2]
+# The fields that are the extension's arguments, in its order; a modulated norm has more of them.
+_CALL = tuple(field.name for field in fields(Call))
+NATIVE = _CALL[: _CALL.index("memory_efficient")]
+MODULATION = _CALL[_CALL.index("gate") :]
+MODULATORS = MODULATION[:-1]  # the tensors among them
 _native_values = attrgetter(*NATIVE)
+_modulation_values = attrgetter(*MODULATION)
 
 # The options that change what is computed, in the order of a call.
 OPTIONS = NATIVE[NATIVE.index("eps") + 1 : NATIVE.index("out_dtype")]
@@ -281,6 +296,9 @@ Fields = dict[str, Field]
 FIELDS: Fields = {
     "x": Field("Tensor", ..., "what is normalised, row by row"),
     "residual": Field("Tensor", ..., "added to x first"),
+    "gate": Field("Tensor?", None, "modulated: multiplies x before it is added; None for no gate"),
+    "scale": Field("Tensor?", None, "modulated: 1 + scale multiplies the norm; None for no scale"),
+    "shift": Field("Tensor?", None, "modulated: added last; None for no shift"),
     "weight": Field("Tensor?", None, "multiplies xhat; None for no weight"),
     "bias": Field("Tensor?", None, "added last; None for no bias"),
     "eps": Field(
@@ -288,11 +306,14 @@ FIELDS: Fields = {
         1e-6,
         "added to the statistic; None: epsilon of the computing dtype",
     ),
-    "kind": Field("str", "rms", 'norms of heads: "rms" or "layer"'),
+    "kind": Field("str", "rms", '"rms" or "layer"; modulated: "layer" is the default'),
     "round_sum": Field(
         "bool",
         True,
         "fused adds: normalise the sum as rounded to residual's dtype",
+    ),
+    "round_each": Field(
+        "bool", False, "modulated: round each operation, as torch does (Flux, SD3, Qwen-Image)"
     ),
     "weight_offset": Field("float", 0.0, "added to the weight in float32 (Gemma: 1.0)"),
     "round_before_weight": Field("bool", False, "round xhat to x's dtype first (Llama, Qwen)"),
@@ -308,7 +329,7 @@ FIELDS: Fields = {
 FLAGS = tuple(name for name in OPTIONS if FIELDS[name].type == "bool")
 DEFAULT_OPTIONS = cast(Options, {name: FIELDS[name].default for name in OPTIONS})
 # What forms that write in place do not take.
-OF_RESULTS = ("out_dtype", "out", "residual_out", "memory_efficient")
+_OF_RESULTS = ("out_dtype", "out", "residual_out", "memory_efficient")
 
 
 class Op(NamedTuple):
@@ -318,29 +339,40 @@ class Op(NamedTuple):
     layer: bool | None  # None: the argument `kind` says it
     per_head: bool = False
     adds: bool = False
+    modulated: bool = False
 
     @property
     def bits(self) -> int:
         """The kind of its calls, but for what `kind` says."""
-        return bool(self.layer) * LAYER | self.per_head * PER_HEAD | self.adds * ADD
+        given = self.per_head * PER_HEAD | self.adds * ADD | self.modulated * MODULATED
+        return bool(self.layer) * LAYER | given
 
     @property
     def fields(self) -> Fields:
         """The arguments that every form takes, in the order of schemas."""
         eps = DEFAULT_EPS["layer" if self.layer else "rms"]
-        taken = {name: field for name, field in FIELDS.items() if name not in OF_RESULTS}
+        taken = {name: field for name, field in FIELDS.items() if name not in _OF_RESULTS}
         taken["eps"] = taken["eps"]._replace(default=eps)
-        if not self.adds:
-            del taken["residual"], taken["round_sum"]
         if self.layer is not None:
             del taken["kind"]
-        return taken
+        if not self.adds:
+            del taken["residual"], taken["gate"], taken["round_sum"]
+        if self.modulated:
+            taken["kind"] = taken["kind"]._replace(default="layer")
+            return taken
+        return {name: field for name, field in taken.items() if name not in MODULATION}
+
+    @property
+    def results(self) -> Fields:
+        """What the form that returns y takes besides."""
+        left_out = (() if self.adds else ("residual_out",)) + ("memory_efficient",) * self.modulated
+        return {name: FIELDS[name] for name in _OF_RESULTS if name not in left_out}
 
     def call(self, given: Mapping[str, Any], *, in_place: bool = False) -> Call:
         """Make the call that these arguments mean; those in place are written, too."""
         kind = self.bits
         if self.layer is None:
-            kind |= is_layer(given.get("kind", "rms")) * LAYER
+            kind |= is_layer(given.get("kind", self.fields["kind"].default)) * LAYER
         rest = {name: value for name, value in given.items() if name != "kind"}
         if in_place:
             rest |= {"out": rest["x"], "residual_out": rest.get("residual")}
@@ -356,6 +388,8 @@ OPS = {
         Op("add_rms_norm", False, adds=True),
         Op("add_layer_norm", True, adds=True),
         Op("add_head_norm", None, per_head=True, adds=True),
+        Op("modulated_norm", None, modulated=True),
+        Op("add_modulated_norm", None, adds=True, modulated=True),
     )
 }
 _NAMES = {

@@ -445,4 +445,9 @@ def add_head_norm_(
     return _serve_both(Call(*call, in_place=True)) if made is None else made
 
 
-FUNCTIONS.update((name + form, globals()[name + form]) for name in OPS for form in ("", "_"))
+FUNCTIONS.update(
+    (op.name + form, globals()[op.name + form])
+    for op in OPS.values()
+    if not op.modulated
+    for form in ("", "_")
+)

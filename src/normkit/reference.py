@@ -28,14 +28,17 @@ def norm(
     round_before_weight: bool = False,
     clamp_inf: bool = False,
     round_rstd: bool = False,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    round_each: bool = False,
     out_dtype: torch.dtype | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Normalise x over its last dimension.
 
-    ``y = round((x - mean) * rstd * (weight + weight_offset) + bias)`` with ``rstd = 1 /
-    sqrt(statistic + eps)``; kind "rms" has mean 0 and the mean of x^2 as statistic, kind "layer"
-    has the mean and the variance of x.
+    ``y = round(n * (1 + scale) + shift)`` with ``n = (x - mean) * rstd * (weight + weight_offset) +
+    bias`` and ``rstd = 1 / sqrt(statistic + eps)``; kind "rms" has mean 0 and the mean of x^2 as
+    statistic, kind "layer" has the mean and the variance of x.
 
     Args:
         x: shape (..., n), any floating dtype.
@@ -47,6 +50,10 @@ def norm(
         round_before_weight: round ``(x - mean) * rstd`` to x's dtype before weight multiplies it.
         clamp_inf: let +-inf in a float16 x count as +-65504.
         round_rstd: round rstd to x's dtype before it multiplies.
+        scale: x's first dimensions, or ones in their place, and its last; None for zeros.
+        shift: likewise.
+        round_each: round n to x's dtype, ``1 + scale`` to scale's, and the product and the sum to
+            the dtype in which torch computes them of two tensors.
         out_dtype: the dtype of the result; None is x's.
         compute_dtype: the dtype of everything in between; None is float64 for a float64 x, else
             float32.
@@ -68,7 +75,9 @@ def norm(
     xhat = _normalised(_widened(x, compute, clamp_inf), eps, kind, x.dtype if round_rstd else None)
     if round_before_weight:
         xhat = _rounded(xhat, x.dtype)
-    return _scaled(xhat, weight, bias, weight_offset).to(out_dtype or x.dtype)
+    n = _scaled(xhat, weight, bias, weight_offset)
+    y = modulated(n, scale, shift, x.dtype if round_each else None)
+    return y.to(out_dtype or x.dtype)
 
 
 def add_norm(
@@ -84,12 +93,16 @@ def add_norm(
     round_before_weight: bool = False,
     clamp_inf: bool = False,
     round_rstd: bool = False,
+    gate: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    round_each: bool = False,
     out_dtype: torch.dtype | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Add a residual to x, and normalise the sum over its last dimension.
 
-    ``residual_out = round(x + residual)``; ``y = norm(residual_out)``, or of the sum before
+    ``residual_out = round(gate * x + residual)``; ``y = norm(residual_out)``, or of the sum before
     rounding.
 
     Args:
@@ -106,6 +119,10 @@ def add_norm(
         clamp_inf: let +-inf in a float16 x, and with round_sum=True in a float16 residual_out where
             it is normalised, count as +-65504.
         round_rstd: round rstd before it multiplies, to the same dtype as round_before_weight.
+        gate: as scale; None for ones.
+        scale: as in `norm`.
+        shift: as in `norm`.
+        round_each: as in `norm`, of the dtype of round_before_weight; and the product with gate.
         out_dtype: the dtype of y; None is x's.
         compute_dtype: as in `norm`.
 
@@ -123,8 +140,9 @@ def add_norm(
         >>> reference.add_norm(x, residual=torch.tensor([2.0, 1.0]), eps=0.0, kind="layer")
         (tensor([-1.,  1.]), tensor([3., 4.]))
     """
-    compute = _compute_dtype(x, compute_dtype)
-    total = _widened(x, compute, clamp_inf) + residual.to(compute)
+    total = added(
+        x, residual, gate, round_each=round_each, clamp_inf=clamp_inf, compute_dtype=compute_dtype
+    )
     residual_out = total.to(residual.dtype)
     if round_sum:
         total = _rounded_sum(total, residual.dtype, clamp_inf)
@@ -132,7 +150,9 @@ def add_norm(
     xhat = _normalised(total, eps, kind, dtype if round_rstd else None)
     if round_before_weight:
         xhat = _rounded(xhat, dtype)
-    return _scaled(xhat, weight, bias, weight_offset).to(out_dtype or x.dtype), residual_out
+    n = _scaled(xhat, weight, bias, weight_offset)
+    y = modulated(n, scale, shift, dtype if round_each else None)
+    return y.to(out_dtype or x.dtype), residual_out
 
 
 def statistics(
@@ -144,6 +164,8 @@ def statistics(
     round_sum: bool = True,
     clamp_inf: bool = False,
     round_rstd: bool = False,
+    gate: Tensor | None = None,
+    round_each: bool = False,
     compute_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return what `norm`, or with a residual `add_norm`, takes of each row: (rstd, mean).
@@ -153,7 +175,7 @@ def statistics(
     `add_norm`.
     """
     compute = _compute_dtype(x, compute_dtype)
-    total = _normalised_row(x, residual, compute, round_sum, clamp_inf)
+    total = normalised_row(x, residual, compute, round_sum, clamp_inf, gate, round_each)
     dtype = _dtype_normalised(x, residual, round_sum) if round_rstd else None
     rstd, mean = _statistics(total, eps, kind, dtype)
     return rstd.squeeze(-1), None if mean is None else mean.squeeze(-1)
@@ -218,7 +240,7 @@ def norm_backward(
         if scale is not None:
             xhat = torch.where(scale == 0, 0.0, xhat / scale)
     else:
-        total = _normalised_row(x, residual, compute, round_sum, clamp_inf)
+        total = normalised_row(x, residual, compute, round_sum, clamp_inf)
         again, mean = _statistics(total, eps, kind, dtype if round_rstd else None)
         rstd = again.squeeze(-1) if rstd is None else rstd
         xhat = (total if mean is None else total - mean) * rstd.unsqueeze(-1)
@@ -240,13 +262,64 @@ def norm_backward(
 def added(
     x: Tensor,
     residual: Tensor,
+    gate: Tensor | None = None,
     *,
+    round_each: bool = False,
     clamp_inf: bool = False,
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Return the sum that `add_norm` normalises with round_sum=False: x + residual, unrounded."""
+    """Return the sum that `add_norm` normalises with round_sum=False, in the computing dtype."""
     compute = _compute_dtype(x, compute_dtype)
-    return _normalised_row(x, residual, compute, False, clamp_inf)
+    wide = _widened(x, compute, clamp_inf)
+    if gate is not None:
+        wide = wide * per_row(gate, x).to(compute)
+        if round_each:
+            wide = _rounded(wide, torch.promote_types(x.dtype, gate.dtype))
+    return wide + residual.to(compute)
+
+
+def per_row(t: Tensor, x: Tensor) -> Tensor:
+    """A gate, scale or shift with as many dimensions as x, so that torch broadcasts it."""
+    return t[(...,) + (None,) * (x.ndim - t.ndim) + (slice(None),)] if t.ndim < x.ndim else t
+
+
+def from_statistics(
+    x: Tensor,
+    rstd: Tensor,
+    mean: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    weight_offset: float,
+    clamp_inf: bool,
+    xhat_dtype: torch.dtype | None,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    """Return the norm of x again, from its `statistics`, with xhat and itself rounded as asked."""
+    xhat = _part_normalised(x, rstd, mean, clamp_inf)
+    if xhat_dtype is not None:
+        xhat = _rounded(xhat, xhat_dtype)
+    n = _scaled(xhat, weight, bias, weight_offset)
+    return n if dtype is None else _rounded(n, dtype)
+
+
+def modulated(
+    n: Tensor, scale: Tensor | None, shift: Tensor | None, dtype: torch.dtype | None
+) -> Tensor:
+    """Return ``n * (1 + scale) + shift``, each operation rounded; dtype: that of n, None: none."""
+    if dtype is not None:
+        n = _rounded(n, dtype)
+    if scale is not None:
+        factor = 1 + per_row(scale, n).to(n.dtype)
+        n = n * (factor if dtype is None else _rounded(factor, scale.dtype))
+        if dtype is not None:
+            dtype = torch.promote_types(dtype, scale.dtype)
+            n = _rounded(n, dtype)
+    if shift is not None:
+        n = n + per_row(shift, n).to(n.dtype)
+        if dtype is not None:
+            n = _rounded(n, torch.promote_types(dtype, shift.dtype))
+    return n
 
 
 def part_statistics(
@@ -384,13 +457,21 @@ def _clamped(wide: Tensor, dtype: torch.dtype, clamp_inf: bool) -> Tensor:
     return wide
 
 
-def _normalised_row(
-    x: Tensor, residual: Tensor | None, compute: torch.dtype, round_sum: bool, clamp_inf: bool
+def normalised_row(
+    x: Tensor,
+    residual: Tensor | None,
+    compute: torch.dtype,
+    round_sum: bool,
+    clamp_inf: bool,
+    gate: Tensor | None = None,
+    round_each: bool = False,
 ) -> Tensor:
-    total = _widened(x, compute, clamp_inf)
+    """Return what is normalised, in the computing dtype: x, or the sum."""
     if residual is None:
-        return total
-    total = total + residual.to(compute)
+        return _widened(x, compute, clamp_inf)
+    total = added(
+        x, residual, gate, round_each=round_each, clamp_inf=clamp_inf, compute_dtype=compute
+    )
     return _rounded_sum(total, residual.dtype, clamp_inf) if round_sum else total
 
 

@@ -20,6 +20,7 @@ __all__ = ["Inputs", "assert_accurate", "error_bound", "make_inputs"]
 _STORE = 1 + 2.0**-9  # of half a step of the output dtype
 _ARITHMETIC = 4 * 2.0**-24  # of the magnitude that the arithmetic in float32 handles
 _OFFSET = 2.0**-24  # of it again, for the rounding of weight + weight_offset
+_MODULATION = 3 * 2.0**-24  # of it again, for 1 + scale, its product, and the sum with the shift
 _UNDERFLOW = 2.0**-150  # half the smallest number of float32
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 
@@ -176,6 +177,9 @@ def assert_accurate(
     kind: str,
     residual: Tensor | None = None,
     residual_out: Tensor | None = None,
+    gate: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
     round_sum: bool = True,
     weight_offset: float = 0.0,
     round_before_weight: bool = False,
@@ -197,6 +201,11 @@ def assert_accurate(
         kind: "rms" or "layer".
         residual: as it was before the call; None if nothing was added.
         residual_out: what the call returned next to y; needed with a residual.
+        gate: of a modulated norm without round_each, as in the call.
+        scale: likewise; with it or a shift the 4 before t is a 7, for ``1 + scale``, its product
+            and the sum, and in t ``w * (1 + scale)`` is w and ``|bias * (1 + scale)| + |shift|``
+            the bias.
+        shift: likewise.
         round_sum: as in the call.
         weight_offset: as in the call.
         round_before_weight: as in the call.
@@ -223,7 +232,7 @@ def assert_accurate(
         raise ValueError("residual and residual_out: expected both or none")
     rounded_to = x.dtype
     if residual is not None and residual_out is not None:
-        total = _sum(x, residual, clamp_inf)
+        total = _sum(x, residual, gate, clamp_inf)
         _assert_same_bits(residual_out, total.to(residual.dtype))
         rounded_to = residual.dtype if round_sum else x.dtype
         x = residual_out if round_sum else total
@@ -238,6 +247,7 @@ def assert_accurate(
         rounded_to if round_rstd else None,
         clamp_inf,
     )
+    oracle.modulate(scale, shift)
     _assert_within(y, oracle)
 
 
@@ -261,6 +271,7 @@ class _Oracle:
         eps = torch.finfo(computing).eps if eps is None else _rounded(eps, computing)
         self.kind, self.xhat_dtype = kind, xhat_dtype
         self.weight, self.bias = _widened(weight), _widened(bias)
+        self.size_of_bias: Tensor | None = None  # None: that of the bias
         self.arithmetic = _ARITHMETIC
         if self.weight is not None:
             self.arithmetic += _OFFSET if weight_offset else 0.0
@@ -273,6 +284,20 @@ class _Oracle:
                     x, eps=eps, kind=kind, clamp_inf=clamp_inf, out_dtype=torch.float64
                 )
                 self.xhats = [torch.where(overflows, in_float32, xhat) for xhat in self.xhats]
+
+    def modulate(self, scale: Tensor | None, shift: Tensor | None) -> None:
+        """Have weight and bias stand for all that makes y of xhat."""
+        if scale is None and shift is None:
+            return
+        self.arithmetic += _MODULATION
+        if scale is not None:
+            factor = 1 + reference.per_row(scale, self.xhats[0]).double()
+            self.weight = factor if self.weight is None else self.weight * factor
+            self.bias = None if self.bias is None else self.bias * factor
+        if shift is not None:
+            wide = reference.per_row(shift, self.xhats[0]).double()
+            self.size_of_bias = wide.abs() + (0.0 if self.bias is None else self.bias.abs())
+            self.bias = wide if self.bias is None else self.bias + wide
 
     def stated(self) -> Tensor:
         """What `reference.norm` gives in float64."""
@@ -287,7 +312,11 @@ class _Oracle:
             for candidate in _roundings(xhat, self.xhat_dtype, _ARITHMETIC * self.t)
         ]
         scale = 1.0 if self.weight is None else self.weight.abs()
-        shift = 0.0 if self.bias is None else self.bias.abs()
+        shift: Tensor | float = 0.0
+        if self.size_of_bias is not None:
+            shift = self.size_of_bias
+        elif self.bias is not None:
+            shift = self.bias.abs()
         arithmetic = self.arithmetic * (self.t * scale + shift) + _UNDERFLOW * self.u * scale
         values = [self._scaled(xhat) for xhat in candidates]
         return [(y, _ulp(y, out_dtype) / 2 * _STORE + arithmetic) for y in values]
@@ -355,9 +384,12 @@ def _clamped(x: Tensor, clamp_inf: bool) -> Tensor:
     return wide
 
 
-def _sum(x: Tensor, residual: Tensor, clamp_inf: bool) -> Tensor:
+def _sum(x: Tensor, residual: Tensor, gate: Tensor | None, clamp_inf: bool) -> Tensor:
     """The sum in float32: normalised without round_sum, and rounded for residual_out."""
-    return _clamped(x, clamp_inf).float() + residual.float()
+    wide = _clamped(x, clamp_inf).float()
+    if gate is not None:
+        wide = wide * reference.per_row(gate, wide).float()
+    return wide + residual.float()
 
 
 def _ulp(value: Tensor, dtype: torch.dtype) -> Tensor:

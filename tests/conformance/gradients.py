@@ -8,7 +8,10 @@ bound of docs/numerics.md, ulp / 2 * (1 + 2^-9) + 4 * 2^-24 * t:
                 what it handles because rstd enters it three times
     of weight:  t = sum(|grad_y| * u)
     of bias:    t = sum(|grad_y|)
+    of shift:   t = sum(|grad_y|); of scale: t = sum(|grad_y| * (u * |w| + |bias|))
+    of gate:    t = sum(t of h * |x|), where h is the sum; of x: that of h times |gate|
 
+With a scale, grad_y is grad_y * (1 + scale) in all but the last two lines; the 4 is an 8 in all.
 With round_rstd, rstd is in all of this what the forward pass multiplied by.
 """
 
@@ -21,11 +24,12 @@ import torch
 from torch import Tensor
 
 import normkit
-from conformance.support import Op, run
-from normkit.testing import Inputs, make_inputs
+from conformance.support import Inputs, Op, run
+from normkit.testing import make_inputs
 
 _STORE = 1 + 2.0**-9
 _ARITHMETIC = 4 * 2.0**-24
+_MODULATED = 8 * 2.0**-24  # 1 + scale, the products with it and with the gate, and their sums
 
 
 class Gradients(NamedTuple):
@@ -33,6 +37,9 @@ class Gradients(NamedTuple):
     residual: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
+    gate: Tensor | None = None
+    scale: Tensor | None = None
+    shift: Tensor | None = None
 
 
 class Case(NamedTuple):
@@ -58,7 +65,8 @@ def case_of(
 def wanting(op: Op, inputs: Inputs) -> Inputs:
     """The same inputs as leaves that want gradients; those the op does not take are left alone."""
     used = {id(t) for t in op.tensors(inputs) if t is not None}
-    return Inputs(*(t.detach().requires_grad_() if id(t) in used else t for t in inputs))
+    leaves = (t if t is None or id(t) not in used else t.detach().requires_grad_() for t in inputs)
+    return Inputs(*leaves)
 
 
 def gradients(call: Callable[..., Any], case: Case) -> Gradients:
@@ -85,10 +93,11 @@ def gradients(call: Callable[..., Any], case: Case) -> Gradients:
 
 def check(case: Case, made: Gradients) -> None:
     """Check what `gradients` returned against float64."""
+    arithmetic = _MODULATED if case.op.modulated else _ARITHMETIC
     for name, expected, t in _expected(case):
         got = getattr(made, name)
         assert got is not None, name
-        bound = _half_ulp(expected, got.dtype) * _STORE + _ARITHMETIC * t
+        bound = _half_ulp(expected, got.dtype) * _STORE + arithmetic * t
         error = (got.double() - expected).abs()
         over = (error / bound).nan_to_num(torch.inf)
         assert (over <= 1).all(), (
@@ -108,7 +117,7 @@ def _expected(case: Case) -> list[tuple[str, Tensor, Tensor]]:
     op, options = case.op, case.options
     s, dtype = _normalised(case)
     rounded_to = dtype if options.get("round_before_weight") else None
-    eps = options.get("eps", 1e-6 if op.kind == "rms" or op.per_head else 1e-5)
+    eps = options.get("eps", op.eps)
     layer = op.kind == "layer"
     mean = s.mean(-1, keepdim=True) if layer else torch.zeros_like(s[..., :1])
     rstd = ((s - mean).square().mean(-1, keepdim=True) + _float32(eps)).rsqrt()
@@ -118,7 +127,10 @@ def _expected(case: Case) -> list[tuple[str, Tensor, Tensor]]:
     xhat = (s - mean) * rstd
     u = (s.abs() + (s.abs().mean(-1, keepdim=True) if layer else 0.0)) * rstd
     grad_y = case.grad_y.to(options.get("out_dtype") or case.inputs.x.dtype).double()
-    weight = case.inputs.weight
+    weight, scale, gate = case.inputs.weight, _double(case, "scale"), _double(case, "gate")
+    of_y = grad_y
+    if scale is not None:
+        grad_y = grad_y * (1 + scale)
     g = grad_y
     if weight is not None:
         g = g * (weight.double() + _float32(options.get("weight_offset", 0.0)))
@@ -131,9 +143,27 @@ def _expected(case: Case) -> list[tuple[str, Tensor, Tensor]]:
     if case.grad_residual_out is not None:
         of_x = of_x + case.grad_residual_out.double()
         t_x = t_x + case.grad_residual_out.double().abs()
-    expected = [("x", of_x, t_x)]
+    gated = (of_x, t_x) if gate is None else (of_x * gate, t_x * gate.abs())
+    expected = [("x", *gated)]
     if op.adds:
         expected.append(("residual", of_x, t_x))
+    if gate is not None:
+        x = case.inputs.x.double()
+        sums = (of_x * x).sum_to_size(gate.shape), (t_x * x.abs()).sum_to_size(gate.shape)
+        expected.append(("gate", *sums))
+    if scale is not None:
+        w = 1.0 if weight is None else weight.double() + _float32(options.get("weight_offset", 0.0))
+        b = torch.zeros(()) if case.inputs.bias is None else case.inputs.bias.double()
+        forward, size = xhat, u * (1 + slack / rstd / _ARITHMETIC)
+        if rounded_to is not None:
+            forward, more = _rounded(xhat, rounded_to, _ARITHMETIC * u + slack / rstd * u)
+            size = size + more / _ARITHMETIC
+        n, t = forward * w + b, size * abs(w) + b.abs()
+        sums = (of_y * n).sum_to_size(scale.shape), (of_y.abs() * t).sum_to_size(scale.shape)
+        expected.append(("scale", *sums))
+    if op.modulated and case.inputs.shift is not None:
+        shape = case.inputs.shift.shape
+        expected.append(("shift", of_y.sum_to_size(shape), of_y.abs().sum_to_size(shape)))
     if weight is not None:
         forward, t = xhat, u * grad_y.abs() * (1 + slack / rstd / _ARITHMETIC)
         if rounded_to is not None:
@@ -154,11 +184,17 @@ def _normalised(case: Case) -> tuple[Tensor, torch.dtype]:
     rounded_to = x.dtype
     s = x.double()
     if case.op.adds:
-        total = x.float() + residual.float()
+        gate = getattr(case.inputs, "gate", None)
+        total = (x.float() if gate is None else x.float() * gate.float()) + residual.float()
         s = total.double()
         if case.options.get("round_sum", True):
             s, rounded_to = total.to(residual.dtype).double(), residual.dtype
     return s, rounded_to
+
+
+def _double(case: Case, name: str) -> Tensor | None:
+    t: Tensor | None = getattr(case.inputs, name, None)
+    return None if t is None else t.double()
 
 
 def _rounded(value: Tensor, dtype: torch.dtype, error: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from conformance.gradients import Case, Gradients
 from conformance.gradients import check as check_gradients
-from conformance.support import LAYER, Op, assert_same_bits
+from conformance.support import LAYER, Inputs, Op, assert_same_bits
 from devices import call_on
 from normkit._serving import backends
 from normkit._serving.backends import natives
 from normkit._spec import DEFAULT_OPTIONS, OPTIONS
-from normkit.testing import Inputs, assert_accurate
+from normkit.testing import assert_accurate
 
 
 class Native:

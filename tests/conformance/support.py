@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import normkit
-from normkit import _spec, testing
+from normkit import _spec, reference, testing
 from normkit._spec import FLAGS, PLAIN_OPTIONS
-from normkit.testing import Inputs
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SIZES = (
@@ -35,6 +34,18 @@ needs_kernels = pytest.mark.skipif(
 Call = Callable[..., Any]
 
 
+class Inputs(NamedTuple):
+    """Those of `testing.make_inputs`, and of modulated norms."""
+
+    x: Tensor
+    residual: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    gate: Tensor | None = None
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+
+
 class Op(NamedTuple):
     """A norm: its function, and what it is made of."""
 
@@ -42,28 +53,50 @@ class Op(NamedTuple):
     kind: str
     adds: bool = False
     per_head: bool = False
+    modulated: bool = False
 
     def __str__(self) -> str:
-        return f"{self.name}-{self.kind}" if self.per_head else self.name
+        return f"{self.name}-{self.kind}" if self.per_head or self.modulated else self.name
 
     @property
     def selected(self) -> dict[str, Any]:
         """The options that make the function this op."""
-        return {"kind": self.kind} if self.per_head else {}
+        return {"kind": self.kind} if self.per_head or self.modulated else {}
 
-    def tensors(self, inputs: Inputs) -> list[Tensor | None]:
-        return [inputs.x, *([inputs.residual] if self.adds else []), inputs.weight, inputs.bias]
+    @property
+    def eps(self) -> float:
+        """The default."""
+        return 1e-5 if self.name in ("layer_norm", "add_layer_norm") else 1e-6
+
+    @property
+    def takes(self) -> tuple[str, ...]:
+        """The names of its tensors, in the order of a call."""
+        adds, modulated = ("residual",) * self.adds, ("scale", "shift") * self.modulated
+        gate = ("gate",) * (self.adds and self.modulated)
+        return ("x", *adds, *gate, *modulated, "weight", "bias")
+
+    def tensors(self, inputs: Any) -> list[Any]:
+        return [getattr(inputs, name, None) for name in self.takes]
+
+
+def _kinds(spec: _spec.Op) -> tuple[str, ...]:
+    if spec.layer is not None:
+        return ("layer",) if spec.layer else ("rms",)
+    # That of a modulated one is seen in test_modulation.py: the suite has to be quick.
+    return ("layer",) if spec.modulated else ("rms", "layer")
 
 
 OPS = tuple(
-    Op(spec.name, kind, spec.adds, spec.per_head)
+    Op(spec.name, kind, spec.adds, spec.per_head, spec.modulated)
     for spec in _spec.OPS.values()
-    for kind in ("rms", "layer")
-    if spec.layer is None or spec.layer == (kind == "layer")
+    for kind in _kinds(spec)
 )
-RMS, LAYER, HEAD_RMS, HEAD_LAYER, ADD_RMS, ADD_LAYER, ADD_HEAD_RMS, ADD_HEAD_LAYER = OPS
+RMS, LAYER, HEAD_RMS, HEAD_LAYER, ADD_RMS, ADD_LAYER, ADD_HEAD_RMS, ADD_HEAD_LAYER = OPS[:8]
 # Each of ADDING normalises the sum as the one of PLAIN in its place does.
 PLAIN, ADDING = (tuple(op for op in OPS if op.adds is adds) for adds in (False, True))
+# Those that end with the norm, for what only the norm itself shows.
+BARE = tuple(op for op in OPS if not op.modulated)
+BARE_ADDING = tuple(op for op in BARE if op.adds)
 
 
 class Result(NamedTuple):
@@ -95,8 +128,8 @@ def check(op: Op, result: Result, inputs: Inputs, **options: Any) -> None:
     options.pop("out_dtype", None)
     if op.adds:
         options |= {"residual": inputs.residual, "residual_out": result.residual_out}
-    if "eps" not in options:
-        options["eps"] = 1e-6 if op.kind == "rms" or op.per_head else 1e-5
+    options.setdefault("eps", op.eps)
+    options |= {name: getattr(inputs, name, None) for name in op.takes if name in _spec.MODULATORS}
     testing.assert_accurate(result.y, inputs.x, inputs.weight, inputs.bias, kind=op.kind, **options)
 
 
@@ -112,6 +145,16 @@ def run_and_check(call: Call, op: Op, inputs: Inputs, **options: Any) -> Result:
     return result
 
 
+def formula(op: Op, inputs: Inputs, **options: Any) -> Result:
+    """What an op is, in plain torch."""
+    options = {"eps": op.eps, "kind": op.kind} | options
+    options |= {name: getattr(inputs, name) for name in op.takes if name in _spec.MODULATORS}
+    affine = inputs.weight, inputs.bias
+    if op.adds:
+        return Result(*reference.add_norm(inputs.x, inputs.residual, *affine, **options))
+    return Result(reference.norm(inputs.x, *affine, **options), None)
+
+
 def inputs_for(
     op: Op, rows: int | tuple[int, ...], n: int, dtype: torch.dtype, **rest: Any
 ) -> Inputs:
@@ -119,13 +162,26 @@ def inputs_for(
     shape = (rows, n) if isinstance(rows, int) else (*rows, n)
     per_head = op.per_head and len(shape) > 1 and shape[-2] > 0
     make = _inputs if math.prod(shape) < 1 << 18 else _inputs.__wrapped__
-    return Inputs(*(t.clone() for t in make(shape, dtype, per_head, **rest)))  # to be written into
+    made = make(op.modulated, shape, dtype, per_head, **rest)
+    taken = {name: t for name, t in made._asdict().items() if name in (*MADE, *op.takes)}
+    return Inputs(**{name: t if t is None else t.clone() for name, t in taken.items()})
+
+
+MADE = ("x", "residual", "weight", "bias")
 
 
 # The ops take the same inputs one after the other, and normal numbers cost more than most norms.
 @lru_cache(maxsize=64)
-def _inputs(shape: tuple[int, ...], dtype: torch.dtype, per_head: bool, **rest: Any) -> Inputs:
-    return testing.make_inputs(shape, dtype, per_head=per_head, **rest)
+def _inputs(
+    modulated: bool, shape: tuple[int, ...], dtype: torch.dtype, per_head: bool, **rest: Any
+) -> Inputs:
+    inputs = Inputs(*testing.make_inputs(shape, dtype, per_head=per_head, **rest))
+    if not modulated:
+        return inputs
+    options = {"seed": rest.get("seed", 0) + 1, "weight_dtype": rest.get("weight_dtype")}
+    of_rows = testing.make_inputs((3, shape[-1]), dtype, **options)
+    gate, scale, shift = of_rows.x.clamp(-3, 3)
+    return inputs._replace(gate=gate, scale=scale.to(of_rows.weight.dtype), shift=shift)
 
 
 def bits(t: Tensor) -> Tensor:

@@ -29,13 +29,13 @@ from conformance.support import (
     LAYER,
     RMS,
     ROUNDINGS,
+    Inputs,
     Op,
     assert_same_bits,
     inputs_for,
     needs_kernels,
     threads,
 )
-from normkit.testing import Inputs
 
 OPS = (RMS, LAYER, HEAD_RMS, HEAD_LAYER)
 COUNTS = (1, 2, 3, 4, 8)

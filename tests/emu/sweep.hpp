@@ -110,5 +110,6 @@ inline void report(const std::string& name, const char* what, int64_t row, int64
 // Cases of the share, or all if that is 0 of 1; how many there would be of these.
 uint64_t sweep_backward(uint64_t seed, uint64_t share, uint64_t of);
 uint64_t sweep_parts(uint64_t seed, uint64_t share, uint64_t of);
+uint64_t sweep_modulated(uint64_t seed, uint64_t share, uint64_t of);
 
 }  // namespace sweep

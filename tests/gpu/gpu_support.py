@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 import normkit
-from conformance.support import OPS, Op, Result
-from normkit.testing import Inputs, make_inputs
+from conformance.support import OPS, Inputs, Op, Result
+from normkit.testing import make_inputs
 
 # A row kept by one warp, by a block, by a cluster of blocks, streamed, and with an odd tail.
 SIZES = (128, 4096, 65536, 400_000, 5001)

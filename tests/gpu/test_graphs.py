@@ -9,8 +9,7 @@ from gpu_support import OPS, SIZES, call, inputs_on, tensors_of, warm_up
 
 import normkit
 import starting
-from conformance.support import Op, assert_same_results
-from normkit.testing import Inputs
+from conformance.support import Inputs, Op, assert_same_results
 
 
 def _overwrite(inputs: Inputs, new: Inputs) -> None:

@@ -7,8 +7,7 @@ import torch
 from gpu_support import call
 
 import normkit
-from conformance.support import RMS
-from normkit.testing import Inputs
+from conformance.support import RMS, Inputs
 
 BF16 = torch.bfloat16
 CHUNK = 1 << 28

@@ -14,7 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from normkit._spec import FIELDS, FLOATS, FLOATS_TEXT, Call
+from normkit._spec import FIELDS, FLOATS, FLOATS_TEXT, MODULATORS, Call
 
 _FLAGS = tuple(name for name, field in FIELDS.items() if field.type == "bool")
 
@@ -38,7 +38,8 @@ def check(call: Call) -> Call:
 
 
 def _check_types(call: Call) -> None:
-    for name in ("x", "residual", "weight", "bias", "out", "residual_out"):
+    names = ("x", "residual", "weight", "bias", "out", "residual_out")
+    for name in names + MODULATORS * call.modulated:
         value = getattr(call, name)
         needed = name == "x" or (name == "residual" and call.adds)
         if value is None and not needed:
@@ -191,6 +192,19 @@ def _check_shapes(call: Call) -> None:
             raise ValueError(f"{name}: expected shape ({n},), got {tuple(t.shape)}")
         if tuple(t.shape) != shape[-2:]:
             raise ValueError(f"{name}: expected shape {shape[-2:]} or ({n},), got {tuple(t.shape)}")
+    for name in MODULATORS:
+        t = getattr(call, name)
+        if t is not None and not _is_per_row(tuple(t.shape), shape):
+            raise ValueError(
+                f"{name}: expected x's first dimensions, or ones in their place, and its last,"
+                f" {shape}, got {tuple(t.shape)}"
+            )
+
+
+def _is_per_row(of: tuple[int, ...], x: tuple[int, ...]) -> bool:
+    if not 1 <= len(of) <= len(x) or of[-1] != x[-1]:
+        return False
+    return all(size in (1, wanted) for size, wanted in zip(of[:-1], x, strict=False))
 
 
 def _check_places(call: Call) -> None:
@@ -305,8 +319,10 @@ def _check_memory(call: Call) -> None:
                 and _rows(t) == _rows(other)
                 and _steps_alike(t, other)
             )
-            if t is call.residual_out and other_name in ("weight", "bias"):
-                check_apart(name, t, other_name, other)  # the sum is written before they are read
+            # The sum is written before weight and bias are read, and rows of x share the others.
+            early = t is call.residual_out and other_name in ("weight", "bias")
+            if early or other_name in MODULATORS:
+                check_apart(name, t, other_name, other)
             elif not same and _collide(t, other):
                 raise ValueError(
                     f"{name}: expected {other_name}'s memory or none of it, got a partial overlap"

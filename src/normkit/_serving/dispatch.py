@@ -7,7 +7,8 @@ name, or on the first that can.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -18,7 +19,16 @@ from normkit._serving import triton
 from normkit._serving.backends import Native, backends, falls_back, natives, wanted_backend
 from normkit._serving.checks import check
 from normkit._serving.refusal import Refusal
-from normkit._spec import OF_STATISTICS, Call, Formula, Gradients, Result, Saved
+from normkit._spec import (
+    MODULATION,
+    MODULATORS,
+    OF_STATISTICS,
+    Call,
+    Formula,
+    Gradients,
+    Result,
+    Saved,
+)
 
 Made = TypeVar("Made")
 
@@ -70,6 +80,8 @@ def save_by_reference(call: Call) -> Saved:
         call.residual,
         call.eps,
         kind=call.statistic,
+        gate=call.gate,
+        round_each=call.round_each,
         **call.named(OF_STATISTICS),
     )
     return y, residual_out, rstd, mean
@@ -187,9 +199,10 @@ def explain_call(call: Call) -> Explanation:
     if gradient:
         why_not = backward_refusal(backend, call.clamp_inf)
         reason += f"; the gradients by plain torch: {why_not}" if why_not else ", gradients too"
-    copied = [name for name, t in call.inputs() if _has_steps(t) or t.is_neg()]
+    copies = as_kernels_read(call)
+    copied = [name for name, t in call.inputs() if getattr(copies, name) is not t]
     if copied:
-        reason += f"; copied first, for a last stride of 1: {', '.join(copied)}"
+        reason += f"; copied first, for strides that kernels take: {', '.join(copied)}"
     return Explanation(backend, plan, reason)
 
 
@@ -224,9 +237,44 @@ def answer(made: Made | Refusal, backend: str, what: str) -> Made | Refusal:
 
 def _ask(call: Call, native: Callable[..., Made | Refusal]) -> Made | Refusal:
     """What a backend's entry gives; an error if a backend was asked for by name and refuses."""
-    tensors = (call.x, call.residual, call.weight, call.bias)
-    made = _with_copies(native, call.kind, tensors, call.native()[1 + len(tensors) :])
+    if not _hides_signs(call.x):
+        made = native(*call.native())
+        if not (isinstance(made, Refusal) and made.kind == "strides"):
+            return answer(made, wanted_backend(), f"serve this {call.op}")
+    made = native(*as_kernels_read(call).native())
     return answer(made, wanted_backend(), f"serve this {call.op}")
+
+
+def as_kernels_read(call: Call) -> Call:
+    """The call of inputs with a last stride of 1, and with their signs in memory."""
+    copies: dict[str, Any] = {name: as_kernels_read_it(t) for name, t in call.inputs()}
+    modulators = [(name, copies[name]) for name in MODULATORS if name in copies]
+    alike = len({dims for _, t in modulators if (dims := _dims_of_rows(t))}) <= 1
+    for name, t in modulators:
+        copies[name] = _one_stride_apart(t, call.x, alike)
+    return replace(call, **copies)
+
+
+def _dims_of_rows(t: Tensor) -> tuple[int, ...]:
+    """The dimensions along which a gate, scale or shift has several rows."""
+    return tuple(d for d in range(t.ndim - 1) if t.shape[d] > 1)
+
+
+def _one_stride_apart(t: Tensor, x: Tensor, alike: bool) -> Tensor:
+    """Rows of a gate, scale or shift that follow each other at one stride.
+
+    As many as x has, where the three have other ones, or dimensions of x stand between those of t.
+    """
+    dims = _dims_of_rows(t)
+    if not dims:
+        return t
+    if not alike or any(x.shape[d] > 1 for d in range(dims[0], dims[-1]) if d not in dims):
+        whole = reference.per_row(t, x).expand(x.shape)
+        return whole.clone(memory_format=torch.contiguous_format)
+    follow = all(
+        t.stride(outer) == t.stride(inner) * t.shape[inner] for outer, inner in pairwise(dims)
+    )
+    return t if follow else t.clone(memory_format=torch.contiguous_format)
 
 
 def _with_copies(
@@ -272,6 +320,9 @@ def run_by_reference(call: Call) -> Result:
             call.eps,
             kind=call.statistic,
             out_dtype=out_dtype,
+            scale=call.scale,
+            shift=call.shift,
+            round_each=call.round_each,
             **call.plain_options(),
         )
         return packed(y) if call.out is None else call.out.copy_(y)
@@ -283,6 +334,7 @@ def run_by_reference(call: Call) -> Result:
         call.eps,
         kind=call.statistic,
         out_dtype=out_dtype,
+        **call.named(MODULATION),
         **call.options(),
     )
     if call.residual_out is not None:

@@ -75,6 +75,9 @@ def chosen(call: Call) -> bool:
     # DTensor has rules for the operators, and a backend that was named has to run or to raise.
     if _mode == "op" or is_sharded(call.x) or not falls_back(wanted_backend()):
         return False
+    # Its own gradients, not those of torch's operators, for which Inductor would leave out casts.
+    if call.modulated and call.requires_grad():
+        return False
     return _mode == "inline" or _is_better_fused(call)
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from normkit._serving import backends
-from normkit._spec import LAYER, NATIVE, Call, Fields, Op
+from normkit._spec import LAYER, MODULATION, NATIVE, Call, Fields, Op
 
 
 class Kernel(NamedTuple):
@@ -53,7 +53,7 @@ def kernel_of(op: Op, arguments: Fields, outputs: Sequence[str] = ()) -> Kernel:
     flags = ((places["kind"], LAYER),) if "kind" in places else ()
     written = {"out": "x", "residual_out": "residual"} if "out" not in arguments else {}
     sources: list[object] = [(op.bits, flags)]
-    for name in NATIVE[1:]:
+    for name in NATIVE[1:] + MODULATION * op.modulated:
         if not outputs:
             name = written.get(name, name)
         sources.append(places.get(name, getattr(Call, name, None)))

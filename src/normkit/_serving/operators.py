@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from operator import itemgetter
-from typing import Any, NamedTuple, NoReturn, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from normkit._serving import dispatch
+from normkit._serving import dispatch, modulation
 from normkit._serving.backends import quick, quick_saving, wanted_backend
 from normkit._serving.checks import check
 from normkit._serving.dispatch import Wanted
@@ -22,6 +22,7 @@ from normkit._serving.native import Kernel, backward_kernel, give_kernel, kernel
 from normkit._spec import (
     FIELDS,
     LAYER,
+    MODULATION,
     NATIVE,
     OPS,
     OPTIONS,
@@ -53,12 +54,13 @@ def _reader(
     op: Op, arguments: Fields, *, in_place: bool = False
 ) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
     """Return what makes an operator's values the extension's, quicker than `Call.native`."""
-    names = (*arguments, *(name for name in NATIVE[1:] if name not in arguments))
+    native = NATIVE[1:] + MODULATION * op.modulated
+    names = (*arguments, *(name for name in native if name not in arguments))
     defaults = tuple(
         arguments[name].default if name in arguments else getattr(Call, name) for name in names
     )
     written = {"out": "x", "residual_out": "residual"} if in_place else {}
-    pick = itemgetter(*(names.index(written.get(name, name)) for name in NATIVE[1:]))
+    pick = itemgetter(*(names.index(written.get(name, name)) for name in native))
 
     def read(values: Sequence[Any]) -> tuple[Any, ...]:
         given = (*values, *defaults[len(values) :])
@@ -325,6 +327,11 @@ def _written(alias: str) -> Field:
     return Field(f"Tensor({alias}!)", ..., "overwritten")
 
 
+def _of_values(op: Op) -> Fields:
+    """Of what the function of an op takes besides, what is no tensor."""
+    return {name: field for name, field in op.results.items() if field.type[:6] != "Tensor"}
+
+
 def _outputs(op: Op) -> tuple[str, ...]:
     """The outputs of the functional form; mean is empty where a kind of "rms" has none."""
     residual_out = ("residual_out",) if op.adds else ()
@@ -334,11 +341,7 @@ def _outputs(op: Op) -> tuple[str, ...]:
 
 def _register_functional(op: Op) -> None:
     """Register what returns y, residual_out if there is one, rstd, and mean unless it is rms."""
-    arguments = {
-        **op.fields,
-        "out_dtype": FIELDS["out_dtype"],
-        "memory_efficient": FIELDS["memory_efficient"],
-    }
+    arguments = {**op.fields, **_of_values(op)}
     outputs = _outputs(op)
     has_mean = "mean" in outputs
     named, read = _namer(arguments), _reader(op, arguments)
@@ -372,18 +375,20 @@ def _register_functional(op: Op) -> None:
         call = call_of(inputs)
         made = dict(zip(outputs, output, strict=True))
         mean = made.get("mean") if call.layer else None
-        # residual_out requires grad only where x or residual does.
-        summands = ctx.needs_input_grad[1:3] if op.adds else (True,)
+        # residual_out requires grad only where x, residual or gate does.
+        summands = ctx.needs_input_grad[1 : 3 + op.modulated] if op.adds else (True,)
         ctx.mark_non_differentiable(*output[1 + (op.adds and any(summands)) :])
         ctx.set_materialize_grads(False)
+        if op.modulated:
+            modulation.keep(cast(modulation.Context, ctx), call, made)
+            return
         remember(
             ctx, Formula.of(call), call, (made["y"], made.get("residual_out"), made["rstd"], mean)
         )
 
     names = list(op.fields)
-    places = [
-        names.index(name) if name in names else None for name in ("x", "residual", "weight", "bias")
-    ]
+    with_gradients = modulation.INPUTS if op.modulated else ("x", "residual", "weight", "bias")
+    places = [names.index(name) if name in names else None for name in with_gradients]
 
     def backward(
         ctx: NormContext, grad_y: Tensor | None, *grads: Tensor | None
@@ -391,7 +396,20 @@ def _register_functional(op: Op) -> None:
         grad_residual_out = grads[0] if op.adds else None
         needs = ctx.needs_input_grad[1:]  # as many as arguments were given
         needed = [place is not None and place < len(needs) and needs[place] for place in places]
-        made = gradients(ctx, needed, grad_y, grad_residual_out, _call_backward_operator)
+        made: Sequence[Tensor | None]
+        if op.modulated:
+            by_name = dict(zip(with_gradients, needed, strict=True))
+            made = tuple(
+                modulation.gradients(
+                    cast(modulation.Context, ctx),
+                    by_name,
+                    grad_y,
+                    grad_residual_out,
+                    _call_backward_operator,
+                ).values()
+            )
+        else:
+            made = gradients(ctx, needed, grad_y, grad_residual_out, _call_backward_operator)
         of_inputs: list[Tensor | None] = [None] * len(needs)
         for place, gradient, wanted in zip(places, made, needed, strict=True):
             if place is not None and wanted:
@@ -500,6 +518,7 @@ _register_backward()
 
 # The arguments that every form takes: one text, of which Dynamo makes one guard.
 _TAKEN = {op.name: " ".join(op.fields) for op in OPS.values()}
+_MORE = {op.name: " ".join(_of_values(op)) for op in OPS.values()}
 _GRADIENTS = ("grad_x", "grad_residual", "grad_weight", "grad_bias")
 
 # (name, arguments, outputs) of the operators that take DTensors.
@@ -507,8 +526,9 @@ SHARDED = tuple(
     (name + form, arguments, outputs)
     for name, arguments, outputs in (
         *(
-            (op.name, (*op.fields, "out_dtype", "memory_efficient"), _outputs(op))
+            (op.name, (*op.fields, *_of_values(op)), _outputs(op))
             for op in OPS.values()
+            if not op.modulated
         ),
         ("norm_backward", tuple(_BACKWARD), _GRADIENTS),
     )
@@ -524,7 +544,7 @@ _FORMS = {
 
 def call_operator(call: Call) -> Result:
     """Run a checked call as an operator of torch."""
-    if call.written() and is_sharded(call.x):
+    if is_sharded(call.x) and (call.written() or call.modulated):
         return dispatch.run_by_reference(call)
     name = call.op
     values = [
@@ -535,7 +555,8 @@ def call_operator(call: Call) -> Result:
         _FORMS[name](*values)
         return (call.x, call.residual) if call.residual is not None else call.x
     if not call.written():
-        made: tuple[Tensor, ...] = _FORMS[name](*values, call.out_dtype, call.memory_efficient)
+        more = [getattr(call, taken) for taken in _MORE[name].split()]
+        made: tuple[Tensor, ...] = _FORMS[name](*values, *more)
         return (made[0], made[1]) if call.adds else made[0]
     out = _empty_like(call.x, call.out_dtype) if call.out is None else call.out
     if call.residual is None:

@@ -52,11 +52,11 @@ def serve(call: Call) -> Result:
     """Check and run a call that the quick path did not take."""
     if is_dynamo_compiling():
         return _serve_compiled(call)
-    differentiated = operators.run_with_gradient_quickly(call)
+    differentiated = None if call.modulated else operators.run_with_gradient_quickly(call)
     if differentiated is not None:
         return differentiated
     if type(call.x) not in PLAIN:
-        if nested.is_jagged(call.x):
+        if nested.is_jagged(call.x) and not call.modulated:
             return _run_jagged(call)
         if not isinstance(call.x, Tensor | type) and has_torch_function((call.x,)):
             return _hand_over(call)
@@ -78,6 +78,8 @@ def serve(call: Call) -> Result:
     writes = call.out is not None or call.residual_out is not None
     if transformed or writes or not call.requires_grad():
         return dispatch.run(check(call))
+    if call.modulated:
+        return operators.call_operator(check(call))
     # The extension checks, and what it refuses dispatch.save; but neither sees the first and the
     # last of these, and the backward pass wants numbers that torch can add.
     if (
@@ -96,7 +98,7 @@ def _serve_compiled(call: Call) -> Result:
     At each call of what it compiled Dynamo looks whether all that this reads is as it was, twice
     where two modules have one thing by a name: functions are imported, and little is read.
     """
-    if getattr(call.x, "is_nested", False) and nested.is_jagged(call.x):
+    if getattr(call.x, "is_nested", False) and nested.is_jagged(call.x) and not call.modulated:
         return _run_jagged(call)
     if not getattr(call.x, "is_cpu", True):
         call = _autocast(call)
@@ -146,7 +148,7 @@ def explain(op: str | Callable[..., Result], *args: object, **options: object) -
 
 
 def _explain(call: Call) -> Explanation:
-    if nested.is_jagged(call.x):
+    if nested.is_jagged(call.x) and not call.modulated:
         return _explain(nested.norm_of_values(call))
     call = check(_autocast(call))
     plug_in = _plug_in(call)
@@ -204,7 +206,8 @@ def autocasts(call: Call) -> bool:
 
 def _is_plain(call: Call) -> bool:
     """Whether kernels may read the tensors, and autograd needs no help of the dispatcher."""
-    for t in (call.x, call.residual, call.weight, call.bias, call.out, call.residual_out):
+    given = (call.x, call.residual, call.weight, call.bias, call.out, call.residual_out)
+    for t in (*given, call.gate, call.scale, call.shift) if call.modulated else given:
         # A nested tensor of the older kind is a plain Tensor without a shape.
         if t is not None and (type(t) not in PLAIN or t.is_nested):
             return False

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from normkit._serving.refusal import Refusal
-from normkit._spec import FLAGS, FLOATS, Call, Result, Saved
+from normkit._spec import FLAGS, FLOATS, NATIVE, Call, Result, Saved
 
 FLOAT32_EPSILON = 2.0**-23
 
@@ -86,7 +86,7 @@ def norm(*values: Any) -> Result | Refusal:
 
     What is written must overlap no input unless it is that input.
     """
-    call = Call(*values)
+    call = _call_of(values)
     way = _way_of(call)
     if isinstance(way, Refusal):
         return way
@@ -96,7 +96,7 @@ def norm(*values: Any) -> Result | Refusal:
 
 def norm_saving(*values: Any) -> Saved | Refusal:
     """Run a call and keep what its gradients need: (y, residual_out, rstd, mean)."""
-    call = Call(*values)
+    call = _call_of(values)
     way = _way_of(call)
     if isinstance(way, Refusal):
         return way
@@ -107,13 +107,17 @@ def norm_saving(*values: Any) -> Saved | Refusal:
 
 def plan_of(*values: Any) -> tuple[str, str] | Refusal:
     """How a call would run: the backend's name and the plan in words."""
-    way = _way_of(Call(*values))
+    way = _way_of(_call_of(values))
     return way if isinstance(way, Refusal) else ("triton", str(way))
 
 
 def norm_backward(*_: object) -> Refusal:
     """Say why no kernel here makes gradients, with the arguments of `_C.norm_backward`."""
     return Refusal("the Triton backend", "has no backward pass", "backend")
+
+
+def _call_of(values: tuple[Any, ...]) -> Call:
+    return Call(*values[: len(NATIVE)])
 
 
 def _way_of(call: Call) -> Plan | Refusal:
@@ -242,6 +246,8 @@ def _refuse(call: Call) -> Refusal | None:
         return Refusal("x", "is None", "dtype")
     if (call.residual is not None) != call.adds:
         return Refusal("residual", "is None", "dtype")
+    if call.modulated:
+        return Refusal("the Triton backend", "has no modulated norms", "backend")
     tensors = [*call.inputs(), *call.written()]
     for name, t in tensors:
         if why := _refuse_tensor(t) or _refuse_place(name, t, call):
