@@ -74,14 +74,15 @@ def rows(dtype: torch.dtype = F32, *shape: int) -> Tensor:
 
 
 @contextmanager
-def counted(sums: bool = False) -> Iterator[list[Tensor]]:
-    """The x of every call that normkit ran for a converted module, or of those with a sum only."""
+def counted(sums: bool = False, modulated: bool = False) -> Iterator[list[Tensor]]:
+    """The x of every call that normkit ran for a converted module, or of some of them only."""
     seen: list[Tensor] = []
     run = _plan.Plan.run
 
-    def count(self, module, x, residual=None):
-        y = run(self, module, x, residual)
-        if y is not None and (residual is not None or not sums):
+    def count(self, module, x, residual=None, modulation=()):
+        y = run(self, module, x, residual, modulation)
+        wanted = (residual is not None or not sums) and (modulation or not modulated)
+        if y is not None and wanted:
             seen.append(x)
         return y
 

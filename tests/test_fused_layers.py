@@ -489,7 +489,7 @@ def test_the_report_says_what_is_fused():
         ["fused", "1", "PostNorm", "sums", "before", "LayerNorm", "2"],
     ]
     assert json.loads(report.to_json())["layers"][0] == {
-        "path": "0", "cls": "Block", "norms": ["post_norm"], "reason": ""
+        "path": "0", "cls": "Block", "norms": ["post_norm"], "reason": "", "modulated": []
     }  # fmt: skip
 
 

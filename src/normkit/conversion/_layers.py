@@ -15,7 +15,7 @@ from normkit._serving.serve import PLAIN
 from normkit.conversion._classes import PLAN, derived_class, is_ours
 from normkit.conversion._plan import NotConvertible, Plan
 from normkit.conversion._report import Layer
-from normkit.conversion._rewriting import HELPER, NotRewritable, rewritten
+from normkit.conversion._rewriting import MODULATED, SUM_AND_NORM, NotRewritable, rewritten
 
 _FUSED = "_normkit_fused"
 _HOOKS_OF_ALL_MODULES = (
@@ -53,7 +53,7 @@ def fused_layers(
         replaced = vars(module).get("forward")
         if replaced is not None and getattr(replaced, "__func__", None) is not own.forward:
             layer, its_class = _not_fused(own, "forward is replaced on the instance"), None
-        if layer.norms or layer.reason:
+        if layer.norms or layer.modulated or layer.reason:
             yield module, (replace(layer, path=path), its_class)
 
 
@@ -69,24 +69,63 @@ def _fused_class(own: type[nn.Module], norms: frozenset[str]) -> _Fused:
         if not fused:
             return _not_fused(own), None
         # a class whose forward is replaced later gets another class here, too
-        members = {"forward": forward, HELPER: staticmethod(sum_and_norm)}
-        made = derived_class(own, _FUSED, (fused, own.forward), lambda: members)
+        members = {
+            "forward": forward,
+            SUM_AND_NORM: staticmethod(sum_and_norm),
+            MODULATED: staticmethod(modulated),
+        }
+        said = tuple(fused.sums), tuple(fused.modulated)
+        made = derived_class(own, _FUSED, (*said, own.forward), lambda: members)
     except (NotConvertible, NotRewritable) as why:
         return _not_fused(own, str(why)), None
-    return Layer("", own.__name__, fused), made
+    return Layer("", own.__name__, said[0], modulated=said[1]), made
 
 
-def sum_and_norm(residual: Any, x: Any, norm: Any) -> tuple[Any, Any]:
-    """A sum and the norm of it, in one pass where that makes no difference."""
-    # Inductor fuses them by itself; in a trace, sizes are no numbers
-    as_before = is_dynamo_compiling() or _is_tracing() or _autocast_is_on()
-    if not as_before and _is_alike(residual, x):
+def sum_and_norm(residual: Any, x: Any, norm: Any, *modulation: Any) -> tuple[Any, Any]:
+    """A sum and the norm of it, modulated or not, in one pass where that makes no difference."""
+    if not _is_as_before() and _is_alike(residual, x) and _modulate_alike(x, modulation):
         plan = _plan_that_runs(norm)
-        made = None if plan is None else plan.run(norm, x, residual)
+        made = None if plan is None else plan.run(norm, x, residual, modulation)
         if made is not None:
             return made[1], made[0]
     total = residual + x
-    return total, norm(total)
+    return total, modulated(total, norm, *modulation) if modulation else norm(total)
+
+
+def modulated(x: Any, norm: Any, scale: Any, shift: Any) -> Any:
+    """norm(x) * (1 + scale) + shift, in one pass where that makes no difference."""
+    if not _is_as_before() and type(x) in PLAIN and _modulate_alike(x, (scale, shift)):
+        plan = _plan_that_runs(norm)
+        made = None if plan is None else plan.run(norm, x, None, (scale, shift))
+        if made is not None:
+            return made
+    return norm(x) * (1 + scale) + shift
+
+
+def _is_as_before() -> bool:
+    """Whether each operation has to be seen by itself."""
+    # Inductor fuses them by itself; in a trace, sizes are no numbers
+    return is_dynamo_compiling() or _is_tracing() or _autocast_is_on()
+
+
+def _modulate_alike(x: Any, modulation: Collection[Any]) -> bool:
+    """Whether a product and a sum have x's dtype and shape, and torch's way with them is known."""
+    if not modulation:
+        return True
+    if torch.is_grad_enabled():  # theirs would be rounded elsewhere
+        return False
+    return all(
+        type(t) in PLAIN
+        and t.dtype is x.dtype
+        and t.device == x.device
+        and t.shape[-1:] == x.shape[-1:]
+        and (t.ndim == 1 or (t.ndim == x.ndim and _broadcasts(t, x)))
+        for t in modulation
+    )
+
+
+def _broadcasts(t: torch.Tensor, x: torch.Tensor) -> bool:
+    return all(size in (1, of_x) for size, of_x in zip(t.shape, x.shape, strict=True))
 
 
 def _is_alike(residual: Any, x: Any) -> bool:

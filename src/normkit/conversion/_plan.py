@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard, cast
 
@@ -14,7 +14,7 @@ from normkit._serving import dispatch
 from normkit._serving.backends import falls_back, quick, wanted_backend
 from normkit._serving.refusal import Refusal
 from normkit._serving.serve import PLAIN, serve
-from normkit._spec import ADD, FLOATS, LAYER, PER_HEAD, Call, NormSpec
+from normkit._spec import ADD, FLOATS, LAYER, MODULATED, MODULATION, PER_HEAD, Call, NormSpec
 from normkit.recognition import Recognition, recognise
 from normkit.recognition._result import Function, Layout
 from normkit.recognition._screen import parameters_of, row_shape, widths
@@ -56,11 +56,17 @@ class Plan:
     is_l2: bool
     layout: Layout
 
-    def run(self, module: nn.Module, x: Tensor, residual: Tensor | None = None) -> Any:
+    def run(
+        self,
+        module: nn.Module,
+        x: Tensor,
+        residual: Tensor | None = None,
+        modulation: Sequence[Tensor] = (),
+    ) -> Any:
         """Give y, or None where the module's own forward has to run.
 
-        With a residual, which is like x: y of residual + x, and that sum; None where they have to
-        be apart.
+        With a residual, which is like x: y of residual + x, and that sum; with a scale and shift of
+        x's dtype, modulated by them; None where they have to be apart.
         """
         if type(x) not in PLAIN or x.layout is not torch.strided:
             return None
@@ -78,10 +84,12 @@ class Plan:
         spec = self.specs.get((x.dtype, dtype))
         if spec is None or (self.width is not None and x.shape[-1:] != (self.width,)):
             return None
-        if residual is not None:
-            if not x.is_contiguous() or not residual.is_contiguous():
+        if modulation and (self.heads or self.is_l2 or spec.out_dtype not in (None, x.dtype)):
+            return None
+        if residual is not None or modulation:
+            if not x.is_contiguous() or not (residual is None or residual.is_contiguous()):
                 return None
-            return self._norm(x, weight, bias, spec, residual)
+            return self._norm(x, weight, bias, spec, residual, modulation)
         if x.is_contiguous():
             return self._norm(x, weight, bias, spec)
         if self.layout == "packed":
@@ -113,6 +121,7 @@ class Plan:
         bias: Tensor | None,
         spec: NormSpec,
         residual: Tensor | None = None,
+        modulation: Sequence[Tensor] = (),
     ) -> Any:
         eps = spec.eps
         if self.shape is not None and len(self.shape) != 1 + self.heads:  # (1, n), (n, 1, 1)
@@ -122,14 +131,18 @@ class Plan:
             n = x.shape[-1]
             weight = torch.full((n,), n**-0.5, dtype=torch.float32, device=x.device)
             eps = (eps or 0.0) / n
+        kind = PER_HEAD * self.heads | LAYER * (spec.kind == "layer") | ADD * (residual is not None)
         call = (
-            PER_HEAD * self.heads | LAYER * (spec.kind == "layer") | ADD * (residual is not None),
-            x, residual, weight, bias, eps,
+            kind | MODULATED * bool(modulation), x, residual, weight, bias, eps,
             spec.weight_offset, spec.round_before_weight, True, False, spec.round_rstd,
             spec.out_dtype, None, None,
         )  # fmt: skip
-        y = quick(*call)
-        return _slowly(Call(*call)) if y is None else y
+        rest: tuple[Any, ...] = (None, *modulation, True) if modulation else ()
+        y: object = quick(*call, *rest)
+        if y is None:
+            named: dict[str, Any] = dict(zip(MODULATION, rest, strict=False))
+            y = _slowly(Call(*call, **named))
+        return y
 
 
 def tensor_of(module: nn.Module, name: str) -> Tensor | None:

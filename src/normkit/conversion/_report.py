@@ -69,16 +69,20 @@ class Layer:
         cls: the name of its class.
         norms: those that are computed together with the sum before them, one for each place.
         reason: why none is; "" also where no norm follows a sum directly.
+        modulated: those that are computed together with the scale and shift behind them.
     """
 
     path: str
     cls: str
     norms: tuple[str, ...] = ()
     reason: str = ""
+    modulated: tuple[str, ...] = ()
 
     def summary(self) -> str:
         """What is fused, or why nothing is, in words."""
-        return self.reason or f"sums before {', '.join(self.norms)}"
+        fused = [f"sums before {', '.join(self.norms)}"] if self.norms else []
+        fused += [f"scale and shift of {', '.join(self.modulated)}"] if self.modulated else []
+        return self.reason or "; ".join(fused)
 
 
 def short(dtype: torch.dtype) -> str:
@@ -148,7 +152,7 @@ class Report:
             for summary, alike in _alike(getattr(self, name)):
                 yield name, summary, alike
         for summary, layers in _alike(self.layers):
-            yield "fused" if layers[0].norms else "not fused", summary, layers
+            yield "not fused" if layers[0].reason else "fused", summary, layers
 
     def headline(self) -> str:
         """The counts in a sentence."""
@@ -156,7 +160,9 @@ class Report:
         would = " would be" if self.dry_run else ""
         already = f", {before} {'is' if before == 1 else 'are'} normkit's already" if before else ""
         sums = sum(len(layer.norms) for layer in self.layers)
+        modulated = sum(len(layer.modulated) for layer in self.layers)
         fused = f", {sums} of them fused with the sum before" if sums else ""
+        fused += f", {modulated} with scale and shift" if modulated else ""
         norms = count + len(self.left) + before
         return f"{count} of {norms} norms{would} converted{already}{fused}"
 

@@ -1,11 +1,13 @@
-"""The forward of a layer in which a sum and the norm of it are one call.
+"""The forward of a layer in which a sum and the norm of it are one call, and what modulates it.
 
     h = residual + made                 h, y = self._normkit_sum_and_norm(residual, made, self.norm)
     residual = h                        residual = h
     h = self.norm(h)                    h = y; del y
 
-Nothing else changes, and only where the norm is the first call behind its sum, so that things are
-computed in the order of before.
+    self.norm(h) * (1 + scale) + shift  self._normkit_modulated(h, self.norm, scale, shift)
+
+Nothing else changes, and only where the norm is the first call behind its sum, and scale and shift
+are only looked up, so that things are computed in the order of before.
 """
 
 from __future__ import annotations
@@ -14,11 +16,12 @@ import __future__
 import ast
 import inspect
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from types import CellType, CodeType, FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
-# What the new code calls; a member of the layer's class, since the globals stay the function's own.
-HELPER = "_normkit_sum_and_norm"
+# What the new code calls; members of the layer's class, since the globals stay the function's own.
+SUM_AND_NORM, MODULATED = "_normkit_sum_and_norm", "_normkit_modulated"
 _NORMED = "_normkit_normed"
 _NO_SOURCE = "the source of its forward is not known"
 _FUTURE = sum(getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
@@ -28,8 +31,24 @@ class NotRewritable(Exception):
     """Why the forward of a layer stays as it is."""
 
 
-def rewritten(own: type, norms: frozenset[str]) -> tuple[Callable[..., Any], tuple[str, ...]]:
-    """The forward of a class with its sums and norms fused, and the names of these norms.
+@dataclass
+class Fused:
+    """The names of norms that a forward fuses, one for each place.
+
+    Attributes:
+        sums: those with the sum before them.
+        modulated: those with the scale and shift behind them.
+    """
+
+    sums: list[str] = field(default_factory=list)
+    modulated: list[str] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.sums or self.modulated)
+
+
+def rewritten(own: type, norms: frozenset[str]) -> tuple[Callable[..., Any], Fused]:
+    """The forward of a class with its sums and norms fused, and which.
 
     Args:
         own: the class of a layer.
@@ -47,7 +66,7 @@ def rewritten(own: type, norms: frozenset[str]) -> tuple[Callable[..., Any], tup
         raise NotRewritable(f"{_NO_SOURCE}: what its file says is other code")
     fused = _fuse(definition, norms)
     if not fused:
-        return forward, ()
+        return forward, fused
     made = _copied(function, _compiled(tree, function), function.__closure__)
     return _decorated(forward, function, made), fused
 
@@ -153,8 +172,8 @@ def _content(cell: CellType) -> object:
 # ---------------------------------------------------------------------------------------- rewriting
 
 
-def _fuse(definition: ast.FunctionDef, norms: frozenset[str]) -> tuple[str, ...]:
-    """Rewrite a method in place, and give the names of the norms that are fused."""
+def _fuse(definition: ast.FunctionDef, norms: frozenset[str]) -> Fused:
+    """Rewrite a method in place, and say what is fused."""
     arguments = [*definition.args.posonlyargs, *definition.args.args]
     stored = {
         node.id
@@ -162,22 +181,22 @@ def _fuse(definition: ast.FunctionDef, norms: frozenset[str]) -> tuple[str, ...]
         if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)
     }
     if not arguments or arguments[0].arg in stored:
-        return ()
+        return Fused()
     fusing = _Fusing(arguments[0].arg, norms)
     fusing.generic_visit(definition)
     ast.fix_missing_locations(definition)
-    return tuple(fusing.fused)
+    return fusing.fused
 
 
 class _Fusing(ast.NodeTransformer):
     """Fuses in all blocks of a method.
 
     Attributes:
-        fused: the names of the norms, one for each place.
+        fused: what it has fused.
     """
 
     def __init__(self, me: str, norms: frozenset[str]) -> None:
-        self.fused: list[str] = []
+        self.fused = Fused()
         self._me, self._norms = me, norms
 
     def visit_Lambda(self, node: ast.AST) -> ast.AST:
@@ -188,19 +207,48 @@ class _Fusing(ast.NodeTransformer):
 
     def generic_visit(self, node: ast.AST) -> ast.AST:
         """Fuse what is in a node, then between the statements of its blocks."""
+        for name, body in _blocks_of(node):
+            setattr(node, name, self._modulations_joined(body))
         super().generic_visit(node)
-        for name, value in ast.iter_fields(node):
-            if isinstance(value, list) and value and isinstance(value[0], ast.stmt):
-                setattr(node, name, self._block(value))
+        for name, body in _blocks_of(node):
+            setattr(node, name, self._block(body))
         return node
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
+        """`self.norm(h) * (1 + scale) + shift`."""
+        modulation = _modulation_of(node)
+        if modulation is not None and self._is_of_norm(modulation.n):
+            call = modulation.n
+            scale, shift = modulation.scale, modulation.shift
+            made = ast.Call(self._helper(MODULATED), [call.args[0], call.func, scale, shift], [])
+            self.fused.modulated.append(call.func.attr)
+            return self.visit_Call(ast.copy_location(made, node))
+        return self.generic_visit(node)
 
     def visit_Call(self, call: ast.Call) -> ast.AST:
         """`self.norm(a + b)`: nobody else wants that sum."""
         self.generic_visit(call)
-        if self._is_of_norm(call) and _is_sum(call.args[0]):
-            both = self._fused_call(call.args[0], call.func)
+        found = self._norm_of(call)
+        if found is not None and _is_sum(found.x):
+            both = self._fused_call(found.x, found)
             return ast.copy_location(ast.Subscript(both, ast.Constant(1), ast.Load()), call)
         return call
+
+    def _modulations_joined(self, body: list[ast.stmt]) -> list[ast.stmt]:
+        """`y = self.norm(h); y = y * (1 + scale) + shift` as one statement."""
+        made: list[ast.stmt] = []
+        for statement in body:
+            match made[-1:], statement:
+                case (
+                    [ast.Assign(targets=[ast.Name(id=first)], value=ast.Call() as call)],
+                    ast.Assign(targets=[ast.Name(id=name)], value=ast.BinOp() as value),
+                ) if first == name and self._is_of_norm(call):
+                    modulation = _modulation_of(value)
+                    if modulation is not None and modulation.is_of(name):
+                        _replace(statement, modulation.n, call)
+                        made.pop()
+            made.append(statement)
+        return made
 
     def _block(self, body: list[ast.stmt]) -> list[ast.stmt]:
         made: list[ast.stmt] = []
@@ -210,8 +258,9 @@ class _Fusing(ast.NodeTransformer):
             names, aliases = _names_of_sum(first, body)
             at = body[len(aliases)] if names and len(body) > len(aliases) else None
             call = _first_call(at)
-            if call is not None and self._is_of_norm(call) and _is_name(call.args[0], names):
-                made += [self._sum_and_norm(first, call), *aliases]
+            found = None if call is None else self._norm_of(call)
+            if call is not None and found is not None and _is_name(found.x, names):
+                made += [self._sum_and_norm(first, found), *aliases]
                 _replace(at, call, ast.Name(_NORMED, ast.Load()))
                 body = body[len(aliases) :]
                 takes_normed = True
@@ -223,16 +272,28 @@ class _Fusing(ast.NodeTransformer):
             takes_normed = False
         return made
 
-    def _sum_and_norm(self, statement: Any, call: ast.Call) -> ast.stmt:
+    def _sum_and_norm(self, statement: Any, found: _NormOf) -> ast.stmt:
         (target,) = statement.targets
         both = ast.Tuple([target, ast.Name(_NORMED, ast.Store())], ast.Store())
-        made = ast.Assign([both], self._fused_call(statement.value, call.func))
+        made = ast.Assign([both], self._fused_call(statement.value, found))
         return ast.copy_location(made, statement)
 
-    def _fused_call(self, total: Any, norm: Any) -> ast.expr:
-        self.fused.append(norm.attr)
-        helper = ast.Attribute(ast.Name(self._me, ast.Load()), HELPER, ast.Load())
-        return ast.copy_location(ast.Call(helper, [total.left, total.right, norm], []), total)
+    def _fused_call(self, total: Any, found: _NormOf) -> ast.expr:
+        self.fused.sums.append(found.norm.attr)
+        arguments = [total.left, total.right, found.norm, *found.modulation]
+        return ast.copy_location(ast.Call(self._helper(SUM_AND_NORM), arguments, []), total)
+
+    def _helper(self, name: str) -> ast.expr:
+        return ast.Attribute(ast.Name(self._me, ast.Load()), name, ast.Load())
+
+    def _norm_of(self, call: ast.Call) -> _NormOf | None:
+        """What a norm, or a modulated one, is called with."""
+        if self._is_of_norm(call):
+            return _NormOf(call.func, call.args[0], [])
+        match call.func:
+            case ast.Attribute(attr=attr) if attr == MODULATED:
+                return _NormOf(call.args[1], call.args[0], call.args[2:])
+        return None
 
     def _is_of_norm(self, call: ast.Call) -> bool:
         """Whether it is `self.norm(one argument)`."""
@@ -242,6 +303,75 @@ class _Fusing(ast.NodeTransformer):
             ):
                 return me == self._me and attr in self._norms
         return False
+
+
+class _NormOf(NamedTuple):
+    """A norm, what it is called with, and what modulates it: scale and shift, or nothing."""
+
+    norm: Any
+    x: ast.expr
+    modulation: list[ast.expr]
+
+
+class _Modulation(NamedTuple):
+    """`n * (1 + scale) + shift`."""
+
+    n: Any
+    scale: ast.expr
+    shift: ast.expr
+
+    def is_of(self, name: str) -> bool:
+        """Whether n is that name, and neither of the others has it."""
+        named = (node for t in (self.scale, self.shift) for node in ast.walk(t))
+        return _is_name(self.n, {name}) and not any(_is_name(node, {name}) for node in named)
+
+
+def _modulation_of(node: ast.AST) -> _Modulation | None:
+    match node:
+        case ast.BinOp(
+            left=ast.BinOp(left=n, op=ast.Mult(), right=factor), op=ast.Add(), right=shift
+        ):
+            scale = _less_one(factor)
+            if scale is not None and _is_lookup(scale) and _is_lookup(shift):
+                return _Modulation(n, scale, shift)
+    return None
+
+
+def _less_one(factor: ast.expr) -> ast.expr | None:
+    """The scale of `1 + scale`, and of `(1 + scale)[:, None]`."""
+    match factor:
+        case ast.BinOp(left=ast.Constant(value=1), op=ast.Add(), right=scale):
+            return scale
+        case ast.BinOp(left=scale, op=ast.Add(), right=ast.Constant(value=1)):
+            return scale
+        case ast.Subscript(value=ast.BinOp() as value, slice=at):
+            inside = _less_one(value)
+            return None if inside is None else ast.Subscript(inside, at, ast.Load())
+    return None
+
+
+def _is_lookup(node: ast.AST) -> bool:
+    """Whether nothing is computed but views: names, attributes, and `[:, None]` of them."""
+    match node:
+        case ast.Name() | ast.Constant():
+            return True
+        case ast.Attribute(value=value):
+            return _is_lookup(value)
+        case ast.Subscript(value=value, slice=at):
+            return _is_lookup(value) and _is_lookup(at)
+        case ast.Tuple(elts=parts):
+            return all(map(_is_lookup, parts))
+        case ast.Slice(lower=lower, upper=upper, step=step):
+            return all(part is None or _is_lookup(part) for part in (lower, upper, step))
+    return False
+
+
+def _blocks_of(node: ast.AST) -> list[tuple[str, list[ast.stmt]]]:
+    return [
+        (name, value)
+        for name, value in ast.iter_fields(node)
+        if isinstance(value, list) and value and isinstance(value[0], ast.stmt)
+    ]
 
 
 def _is_sum(node: ast.AST) -> bool:
@@ -281,8 +411,7 @@ def _first_call(statement: ast.stmt | None) -> ast.Call | None:
             pass
         case _:
             return None
-    lookups = (ast.Name, ast.Attribute, ast.Constant)
-    first = next((node for node in _evaluated(value) if not isinstance(node, lookups)), None)
+    first = next((node for node in _evaluated(value) if not _is_lookup(node)), None)
     return first if isinstance(first, ast.Call) else None
 
 
@@ -311,7 +440,7 @@ def _evaluated(node: ast.expr | None) -> Iterator[ast.expr]:
 
 def _replace(statement: ast.AST | None, old: ast.expr, new: ast.expr) -> None:
     class Replacing(ast.NodeTransformer):
-        def visit_Call(self, node: ast.Call) -> ast.AST:
+        def visit(self, node: ast.AST) -> ast.AST:
             return ast.copy_location(new, old) if node is old else self.generic_visit(node)
 
     if statement is not None:
