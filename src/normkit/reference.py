@@ -71,11 +71,11 @@ def norm(
         >>> reference.norm(torch.tensor([3.0, 4.0, 0.0, 0.0]), eps=0.0, kind="rms")
         tensor([1.2000, 1.6000, 0.0000, 0.0000])
     """
-    compute = _compute_dtype(x, compute_dtype)
-    xhat = _normalised(_widened(x, compute, clamp_inf), eps, kind, x.dtype if round_rstd else None)
+    compute = compute_dtype_of(x, compute_dtype)
+    xhat = _normalised(widened(x, compute, clamp_inf), eps, kind, x.dtype if round_rstd else None)
     if round_before_weight:
-        xhat = _rounded(xhat, x.dtype)
-    n = _scaled(xhat, weight, bias, weight_offset)
+        xhat = rounded(xhat, x.dtype)
+    n = scaled(xhat, weight, bias, weight_offset)
     y = modulated(n, scale, shift, x.dtype if round_each else None)
     return y.to(out_dtype or x.dtype)
 
@@ -149,8 +149,8 @@ def add_norm(
     dtype = _dtype_normalised(x, residual, round_sum)
     xhat = _normalised(total, eps, kind, dtype if round_rstd else None)
     if round_before_weight:
-        xhat = _rounded(xhat, dtype)
-    n = _scaled(xhat, weight, bias, weight_offset)
+        xhat = rounded(xhat, dtype)
+    n = scaled(xhat, weight, bias, weight_offset)
     y = modulated(n, scale, shift, dtype if round_each else None)
     return y.to(out_dtype or x.dtype), residual_out
 
@@ -174,7 +174,7 @@ def statistics(
     multiplies: rounded, with round_rstd.  mean is None for kind "rms".  The arguments are those of
     `add_norm`.
     """
-    compute = _compute_dtype(x, compute_dtype)
+    compute = compute_dtype_of(x, compute_dtype)
     total = normalised_row(x, residual, compute, round_sum, clamp_inf, gate, round_each)
     dtype = _dtype_normalised(x, residual, round_sum) if round_rstd else None
     rstd, mean = _statistics(total, eps, kind, dtype)
@@ -230,9 +230,9 @@ def norm_backward(
         Gradients of x or of the sum x + residual, of weight and of bias, in the computing dtype;
         the last two are None where there is no weight or bias.
     """
-    compute = _compute_dtype(x, compute_dtype)
+    compute = compute_dtype_of(x, compute_dtype)
     grad_y = grad_y.to(compute)
-    scale = None if weight is None else _offset(weight, weight_offset, compute)
+    scale = None if weight is None else offset_weight(weight, weight_offset, compute)
     g = grad_y if scale is None else grad_y * scale
     mean, dtype = None, _dtype_normalised(x, residual, round_sum)
     if from_output:
@@ -250,10 +250,10 @@ def norm_backward(
     assert rstd is not None
     grad = grad * rstd.unsqueeze(-1)
     if clamp_inf and residual is not None and round_sum and residual.dtype == torch.float16:
-        total = _widened(x, compute, clamp_inf) + residual.to(compute)
-        grad = torch.where(_rounded(total, residual.dtype).isinf(), 0.0, grad)
+        total = widened(x, compute, clamp_inf) + residual.to(compute)
+        grad = torch.where(rounded(total, residual.dtype).isinf(), 0.0, grad)
     if round_before_weight:
-        xhat = _rounded(xhat, dtype)
+        xhat = rounded(xhat, dtype)
     of_weight = None if weight is None else (grad_y * xhat).sum_to_size(weight.shape)
     of_bias = None if bias is None else grad_y.sum_to_size(bias.shape)
     return grad, of_weight, of_bias
@@ -269,12 +269,12 @@ def added(
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Return the sum that `add_norm` normalises with round_sum=False, in the computing dtype."""
-    compute = _compute_dtype(x, compute_dtype)
-    wide = _widened(x, compute, clamp_inf)
+    compute = compute_dtype_of(x, compute_dtype)
+    wide = widened(x, compute, clamp_inf)
     if gate is not None:
         wide = wide * per_row(gate, x).to(compute)
         if round_each:
-            wide = _rounded(wide, torch.promote_types(x.dtype, gate.dtype))
+            wide = rounded(wide, torch.promote_types(x.dtype, gate.dtype))
     return wide + residual.to(compute)
 
 
@@ -296,11 +296,11 @@ def from_statistics(
     dtype: torch.dtype | None,
 ) -> Tensor:
     """Return the norm of x again, from its `statistics`, with xhat and itself rounded as asked."""
-    xhat = _part_normalised(x, rstd, mean, clamp_inf)
+    xhat = normalised_by(x, rstd, mean, clamp_inf)
     if xhat_dtype is not None:
-        xhat = _rounded(xhat, xhat_dtype)
-    n = _scaled(xhat, weight, bias, weight_offset)
-    return n if dtype is None else _rounded(n, dtype)
+        xhat = rounded(xhat, xhat_dtype)
+    n = scaled(xhat, weight, bias, weight_offset)
+    return n if dtype is None else rounded(n, dtype)
 
 
 def modulated(
@@ -308,145 +308,29 @@ def modulated(
 ) -> Tensor:
     """Return ``n * (1 + scale) + shift``, each operation rounded; dtype: that of n, None: none."""
     if dtype is not None:
-        n = _rounded(n, dtype)
+        n = rounded(n, dtype)
     if scale is not None:
         factor = 1 + per_row(scale, n).to(n.dtype)
-        n = n * (factor if dtype is None else _rounded(factor, scale.dtype))
+        n = n * (factor if dtype is None else rounded(factor, scale.dtype))
         if dtype is not None:
             dtype = torch.promote_types(dtype, scale.dtype)
-            n = _rounded(n, dtype)
+            n = rounded(n, dtype)
     if shift is not None:
         n = n + per_row(shift, n).to(n.dtype)
         if dtype is not None:
-            n = _rounded(n, torch.promote_types(dtype, shift.dtype))
+            n = rounded(n, torch.promote_types(dtype, shift.dtype))
     return n
 
 
-def part_statistics(
-    x: Tensor, *, kind: str, clamp_inf: bool = False, compute_dtype: torch.dtype | None = None
-) -> Tensor:
-    """Return what a part of each row, its columns on one of several ranks, says about the row.
-
-    Planes (1 or 2, *x.shape[:-1]) in the computing dtype: the sum of squares; for kind "layer" that
-    of the part less its own mean, and that mean.  The arguments are those of `norm`.
-    """
-    wide = _widened(x, _compute_dtype(x, compute_dtype), clamp_inf)
-    if kind == "rms":
-        return (wide * wide).sum(-1).unsqueeze(0)
-    mean = wide.mean(-1, keepdim=True)
-    centred = wide - mean
-    return torch.stack([(centred * centred).sum(-1), mean.squeeze(-1)])
-
-
-def combined_statistics(
-    gathered: Tensor, n: int, eps: float | None, *, kind: str
-) -> tuple[Tensor, Tensor | None]:
-    """Return (rstd, mean) of rows from the `part_statistics` (parts, planes, ...) of their parts.
-
-    The parts, all of n columns, are added up one after the other.  With k of them
-
-        mean = sum(mean_i) / k,  rstd = 1 / sqrt(sum(squares_i + n (mean_i - mean)^2) / (n k) + eps)
-
-    where kind "rms" has no mean, and its squares nothing to be corrected for.
-    """
-    parts = len(gathered)
-    eps = torch.finfo(gathered.dtype).eps if eps is None else eps
-    squares, mean = list(gathered[:, 0]), None
-    if kind == "layer":
-        means = gathered[:, 1]
-        mean = _added_up(list(means)) / parts
-        squares = [s + n * (m - mean).square() for s, m in zip(squares, means, strict=True)]
-    return torch.rsqrt(_added_up(squares) / (n * parts) + eps), mean
-
-
-def part_norm(
-    x: Tensor,
-    gathered: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float | None = 1e-6,
-    *,
-    kind: str,
-    weight_offset: float = 0.0,
-    round_before_weight: bool = False,
-    clamp_inf: bool = False,
-    round_rstd: bool = False,
-    out_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return `norm` of a part x of rows, and the rows' rstd and mean, as `combined_statistics`."""
-    rstd, mean = combined_statistics(gathered, x.shape[-1], eps, kind=kind)
-    if round_rstd:
-        rstd = _rounded(rstd, x.dtype)
-    xhat = _part_normalised(x, rstd, mean, clamp_inf)
-    if round_before_weight:
-        xhat = _rounded(xhat, x.dtype)
-    y = _scaled(xhat, weight, bias, weight_offset).to(out_dtype or x.dtype)
-    return y, rstd, mean
-
-
-def part_backward_statistics(
-    grad_y: Tensor,
-    x: Tensor,
-    rstd: Tensor,
-    mean: Tensor | None,
-    weight: Tensor | None = None,
-    *,
-    weight_offset: float = 0.0,
-    clamp_inf: bool = False,
-) -> Tensor:
-    """Return what a part of each row says about the row's gradient, as planes.
-
-    With g as in `norm_backward` and means over the part: that of ``g * xhat`` and, where rows have
-    a mean, that of g.
-    """
-    g = _gradient_of_xhat(grad_y.to(rstd.dtype), weight, weight_offset)
-    of_product = (g * _part_normalised(x, rstd, mean, clamp_inf)).mean(-1)
-    return torch.stack([of_product] if mean is None else [of_product, g.mean(-1)])
-
-
-def part_norm_backward(
-    grad_y: Tensor,
-    x: Tensor,
-    rstd: Tensor,
-    mean: Tensor | None,
-    gathered: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    *,
-    weight_offset: float = 0.0,
-    round_before_weight: bool = False,
-    clamp_inf: bool = False,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return the gradients of `part_norm`, from the `part_backward_statistics` of all parts.
-
-    They are those that `norm_backward` returns for whole rows, of the columns of this part.
-    """
-    grad_y = grad_y.to(rstd.dtype)
-    g = _gradient_of_xhat(grad_y, weight, weight_offset)
-    xhat = _part_normalised(x, rstd, mean, clamp_inf)
-    of_product, *of_g = (
-        _added_up(list(plane)).unsqueeze(-1) / len(gathered) for plane in gathered.unbind(1)
-    )
-    grad = g - xhat * of_product
-    if of_g:
-        grad = grad - of_g[0]
-    grad = grad * rstd.unsqueeze(-1)
-    if clamp_inf and x.dtype == torch.float16:
-        grad = torch.where(x.isinf(), 0.0, grad)
-    if round_before_weight:
-        xhat = _rounded(xhat, x.dtype)
-    of_weight = None if weight is None else (grad_y * xhat).sum_to_size(weight.shape)
-    of_bias = None if bias is None else grad_y.sum_to_size(bias.shape)
-    return grad, of_weight, of_bias
-
-
-def _compute_dtype(x: Tensor, asked: torch.dtype | None) -> torch.dtype:
+def compute_dtype_of(x: Tensor, asked: torch.dtype | None) -> torch.dtype:
+    """The dtype of everything in between: the one asked for, or that of x."""
     if asked is not None:
         return asked
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _widened(x: Tensor, compute: torch.dtype, clamp_inf: bool) -> Tensor:
+def widened(x: Tensor, compute: torch.dtype, clamp_inf: bool) -> Tensor:
+    """Return x in the computing dtype, with its infinities clamped where that is asked for."""
     # Contiguous, because the strides choose the order in which torch adds up a mean.
     return _clamped(x.to(compute).contiguous(), x.dtype, clamp_inf)
 
@@ -468,7 +352,7 @@ def normalised_row(
 ) -> Tensor:
     """Return what is normalised, in the computing dtype: x, or the sum."""
     if residual is None:
-        return _widened(x, compute, clamp_inf)
+        return widened(x, compute, clamp_inf)
     total = added(
         x, residual, gate, round_each=round_each, clamp_inf=clamp_inf, compute_dtype=compute
     )
@@ -476,7 +360,7 @@ def normalised_row(
 
 
 def _rounded_sum(total: Tensor, dtype: torch.dtype, clamp_inf: bool) -> Tensor:
-    return _clamped(_rounded(total, dtype), dtype, clamp_inf)
+    return _clamped(rounded(total, dtype), dtype, clamp_inf)
 
 
 def _dtype_normalised(x: Tensor, residual: Tensor | None, round_sum: bool) -> torch.dtype:
@@ -495,10 +379,10 @@ def _statistics(
     elif kind != "rms":
         raise ValueError(f'kind: expected "rms" or "layer", got {kind!r}')
     rstd = torch.rsqrt((x * x).mean(-1, keepdim=True) + eps)
-    return rstd if rounded_to is None else _rounded(rstd, rounded_to), mean
+    return rstd if rounded_to is None else rounded(rstd, rounded_to), mean
 
 
-def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return what dtype holds of x, in x's dtype."""
     by_casts = (
         not torch.compiler.is_compiling()
@@ -537,34 +421,25 @@ def _normalised(x: Tensor, eps: float | None, kind: str, rounded_to: torch.dtype
     return (x if mean is None else x - mean) * rstd
 
 
-def _added_up(terms: list[Tensor]) -> Tensor:
-    """Return the sum of the terms in their order, which `torch.sum` would not promise."""
-    total = terms[0]
-    for term in terms[1:]:
-        total = total + term
-    return total
-
-
-def _part_normalised(x: Tensor, rstd: Tensor, mean: Tensor | None, clamp_inf: bool) -> Tensor:
-    wide = _widened(x, rstd.dtype, clamp_inf)
+def normalised_by(x: Tensor, rstd: Tensor, mean: Tensor | None, clamp_inf: bool) -> Tensor:
+    """Return xhat of x from its statistics."""
+    wide = widened(x, rstd.dtype, clamp_inf)
     return (wide if mean is None else wide - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)
 
 
-def _gradient_of_xhat(grad_y: Tensor, weight: Tensor | None, weight_offset: float) -> Tensor:
-    return grad_y if weight is None else grad_y * _offset(weight, weight_offset, grad_y.dtype)
-
-
-def _offset(weight: Tensor, weight_offset: float, compute: torch.dtype) -> Tensor:
+def offset_weight(weight: Tensor, weight_offset: float, compute: torch.dtype) -> Tensor:
+    """Return the weight with its offset, in the computing dtype."""
     scale = weight.to(compute)
     # adding 0.0 would turn a weight of -0.0 into +0.0
     return scale if weight_offset == 0.0 else scale + weight_offset
 
 
-def _scaled(
+def scaled(
     xhat: Tensor, weight: Tensor | None, bias: Tensor | None, weight_offset: float
 ) -> Tensor:
+    """Return xhat times the weight with its offset, plus the bias."""
     if weight is not None:
-        xhat = xhat * _offset(weight, weight_offset, xhat.dtype)
+        xhat = xhat * offset_weight(weight, weight_offset, xhat.dtype)
     if bias is not None:
         xhat = xhat + bias.to(xhat.dtype)
     return xhat

@@ -145,8 +145,8 @@ FORWARD = (
         "tokens and heads exchanged in the choice of the weight",
         PLAIN,
         ROWS,
-        "row - a.heads.divide(row) * a.heads.value;",
-        "a.heads.divide(row) % a.heads.value;",
+        "at_head - a.heads.divide(at_head) * a.heads.value;",
+        "a.heads.divide(at_head) % a.heads.value;",
     ),
     mutant(
         "sum-written-early",

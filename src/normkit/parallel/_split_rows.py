@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from normkit import reference
 from normkit._serving import dispatch
 from normkit._serving.backends import ALWAYS_DISPATCH, wanted_backend
-from normkit._serving.operators import Context, define, differentiate, refuse_to_differentiate
+from normkit._serving.definition import define, differentiate, refuse_to_differentiate
+from normkit._serving.operators import Context
 from normkit._serving.refusal import Refusal
 from normkit._spec import (
     FIELDS,
@@ -28,6 +28,7 @@ from normkit._spec import (
     PartSaved,
     PlainOptions,
 )
+from normkit.parallel import _reference
 from normkit.parallel._gather import Ranks, gather
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def _forward(call: Call, ranks: Ranks) -> PartSaved:
     x, weight, bias, clamp_inf = call.x, call.weight, call.bias, call.clamp_inf
     planes = _ask(native.part_statistics, backend, ranks.op, call.layer, x, clamp_inf)
     if planes is None:
-        planes = reference.part_statistics(x, kind=call.statistic, clamp_inf=clamp_inf)
+        planes = _reference.part_statistics(x, kind=call.statistic, clamp_inf=clamp_inf)
     # What None means: the computing dtype's.
     eps = torch.finfo(planes.dtype).eps if call.eps is None else call.eps
     gathered = gather(planes, x.shape[-1], ranks, backward=False, eps=eps)
@@ -69,7 +70,7 @@ def _forward(call: Call, ranks: Ranks) -> PartSaved:
     )  # fmt: skip
     if made is not None:
         return made
-    y, rstd, mean = reference.part_norm(
+    y, rstd, mean = _reference.part_norm(
         x,
         gathered,
         weight,
@@ -105,7 +106,7 @@ def _backward(
         grad_y, x, weight, rstd, mean, offset,
     )  # fmt: skip
     if planes is None:
-        planes = reference.part_backward_statistics(
+        planes = _reference.part_backward_statistics(
             grad_y, x, rstd, mean, weight, weight_offset=offset, clamp_inf=clamp_inf
         )
     # Also where no gradient of x is wanted here: another rank may want its own.
@@ -117,7 +118,7 @@ def _backward(
     )  # fmt: skip
     if made is not None:
         return made
-    gradients = reference.part_norm_backward(
+    gradients = _reference.part_norm_backward(
         grad_y, x, rstd, mean, gathered, weight, bias,
         weight_offset=offset, round_before_weight=rounded, clamp_inf=clamp_inf,
     )  # fmt: skip
@@ -248,7 +249,7 @@ def _fake_norm(
     *_: object,
 ) -> tuple[Tensor, Tensor, Tensor]:
     y = x.new_empty(x.shape, dtype=out_dtype or x.dtype)
-    planes = reference.part_statistics(x, kind="layer" if layer else "rms")
+    planes = _reference.part_statistics(x, kind="layer" if layer else "rms")
     rstd = planes.new_empty(x.shape[:-1])
     return y, rstd, torch.empty_like(rstd) if layer else rstd.new_empty(0)
 
