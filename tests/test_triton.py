@@ -17,13 +17,13 @@ from torch import Tensor
 import normkit
 import triton_backend
 from conformance.support import (
-    ADDING,
+    BARE,
+    BARE_ADDING,
+    BARE_PLAIN,
     DTYPES,
     HEAD_LAYER,
     HEAD_RMS,
     LAYER,
-    OPS,
-    PLAIN,
     RMS,
     Guarded,
     Inputs,
@@ -90,14 +90,14 @@ def triton(request: pytest.FixtureRequest) -> Triton:
 # ------------------------------------------------------------------------------------- accuracy
 
 
-@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize("op", BARE, ids=str)
 @pytest.mark.parametrize("n", SIZES)
 def test_every_size_is_accurate(triton: Any, op: Op, n: int) -> None:
     for dtype in DTYPES:
         run_and_check(triton, op, inputs_for(op, 3, n, dtype, seed=n))
 
 
-@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize("op", BARE, ids=str)
 @pytest.mark.parametrize("n", LONG)
 def test_long_rows_are_accurate(triton: Any, op: Op, n: int) -> None:
     run_and_check(triton, op, inputs_for(op, 2, n, BF16, residual_dtype=F32), out_dtype=F32)
@@ -113,14 +113,14 @@ def test_very_long_rows_keep_the_bound(triton: Any, op: Op, value: float | None)
     run_and_check(triton, op, inputs)
 
 
-@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize("op", BARE, ids=str)
 @pytest.mark.parametrize("rows", [0, 1, 2, 1000])
 def test_every_number_of_rows_is_accurate(triton: Any, op: Op, rows: int) -> None:
     for n, dtype in itertools.product((1, 33, 128), DTYPES):
         run_and_check(triton, op, inputs_for(op, rows, n, dtype))
 
 
-@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize("op", BARE, ids=str)
 def test_any_mix_of_dtypes_is_accurate(triton: Any, op: Op) -> None:
     for dtype, weight_dtype, out_dtype in itertools.product(DTYPES, DTYPES, DTYPES):
         inputs = inputs_for(
@@ -131,7 +131,7 @@ def test_any_mix_of_dtypes_is_accurate(triton: Any, op: Op) -> None:
             run_and_check(triton, op, inputs._replace(**absent), out_dtype=out_dtype)
 
 
-@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize("op", BARE, ids=str)
 @pytest.mark.parametrize("n", [70, 16_400])
 def test_any_mix_of_options_is_accurate(triton: Any, op: Op, n: int) -> None:
     sums = (True, False) if op.adds else (None,)
@@ -174,7 +174,7 @@ def test_rounding_is_to_nearest_even(triton: Any, op: Op, out_dtype: torch.dtype
     assert_same_bits(result.y, (x * weight).to(out_dtype))
 
 
-@pytest.mark.parametrize("op", ADDING, ids=str)
+@pytest.mark.parametrize("op", BARE_ADDING, ids=str)
 @pytest.mark.parametrize("residual_dtype", [F16, BF16], ids=str)
 def test_the_sum_is_rounded_to_nearest_even(
     triton: Any, op: Op, residual_dtype: torch.dtype
@@ -202,7 +202,7 @@ def test_two_passes(triton: Any, op: Op) -> None:
 # ------------------------------------------------------------------------------- special values
 
 
-@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize("op", BARE, ids=str)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=str)
 def test_nan_and_inf_stay_in_their_row_and_show(triton: Any, op: Op, bad: float) -> None:
     for dtype, n in itertools.product(DTYPES, (1, 64, 200)):
@@ -216,7 +216,7 @@ def test_nan_and_inf_stay_in_their_row_and_show(triton: Any, op: Op, bad: float)
         assert result.y[2, 0, n // 2].isnan()
 
 
-@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize("op", BARE, ids=str)
 def test_zeros_subnormals_and_overflow(triton: Any, op: Op) -> None:
     for dtype, n in itertools.product(DTYPES, (4, 67)):
         inputs = inputs_for(op, 3, n, dtype)._replace(bias=None)
@@ -241,7 +241,7 @@ def test_zeros_subnormals_and_overflow(triton: Any, op: Op) -> None:
 # ----------------------------------------------------------------------------------------- bits
 
 
-@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize("op", BARE, ids=str)
 @pytest.mark.parametrize("n", [7, 129, 1000, 4104])
 def test_a_row_does_not_depend_on_the_batch(triton: Any, op: Op, n: int) -> None:
     for dtype, rows in itertools.product(DTYPES, (2, 67)):
@@ -253,7 +253,7 @@ def test_a_row_does_not_depend_on_the_batch(triton: Any, op: Op, n: int) -> None
             assert_same_bits(run(triton, op, alone).y[0], whole.y[row])
 
 
-@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize("op", BARE, ids=str)
 @pytest.mark.parametrize("n", [1, 100, 1000, 4099])
 def test_bits_are_those_of_the_plan_for_devices(op: Op, n: int) -> None:
     """The interpreter is given more rows of a program than a device."""
@@ -271,7 +271,7 @@ def test_bits_are_those_of_the_plan_for_devices(op: Op, n: int) -> None:
     assert_same_bits(made[1], usual.residual_out)
 
 
-@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize("op", BARE, ids=str)
 @pytest.mark.parametrize("n", [33, 130, 4099])
 def test_a_row_does_not_depend_on_strides_or_alignment(triton: Any, op: Op, n: int) -> None:
     for dtype, out_dtype in mixes(n):
@@ -290,7 +290,7 @@ def test_a_row_does_not_depend_on_strides_or_alignment(triton: Any, op: Op, n: i
             out.assert_only_elements_written()
 
 
-@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize("op", BARE, ids=str)
 def test_any_number_of_outer_dimensions(triton: Any, op: Op) -> None:
     shape = (2, 3, 2, 1, 2, 3, 10)
     inputs = make_inputs(shape, F16, per_head=op.per_head)
@@ -308,7 +308,7 @@ def test_any_number_of_outer_dimensions(triton: Any, op: Op) -> None:
 
 @pytest.mark.parametrize("n", [9, 1000, 16_390])
 def test_fused_equals_unfused(triton: Any, n: int) -> None:
-    for op, plain in zip(ADDING, PLAIN, strict=True):
+    for op, plain in zip(BARE_ADDING, BARE_PLAIN, strict=True):
         for (dtype, residual_dtype), round_sum in itertools.product(mixes(n), (True, False)):
             inputs = inputs_for(op, 2, n, dtype, residual_dtype=residual_dtype)
             fused = run(triton, op, inputs, round_sum=round_sum)
@@ -319,7 +319,7 @@ def test_fused_equals_unfused(triton: Any, n: int) -> None:
             assert_same_bits(fused.y, alone.y)
 
 
-@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize("op", BARE, ids=str)
 @pytest.mark.parametrize("n", [1, 65, 4104, 16_390])
 def test_in_place_gives_the_bits_of_out_of_place(triton: Any, op: Op, n: int) -> None:
     for dtype, residual_dtype in mixes(n):
@@ -351,7 +351,7 @@ def test_query_of_a_packed_qkv_in_place(triton: Any, op: Op) -> None:
 # --------------------------------------------------------------------------------- the entry
 
 
-@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize("op", BARE, ids=str)
 @pytest.mark.parametrize("n", [5, 300, 16_390])
 def test_saving_gives_what_the_backward_pass_needs(triton: Any, op: Op, n: int) -> None:
     for dtype, round_sum in itertools.product(DTYPES, (True, False) if op.adds else (True,)):

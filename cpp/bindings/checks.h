@@ -105,6 +105,10 @@ inline Refusal check_modulation(const Arguments& a) {
       return {t->name, "has other rows than another of them", Refusal::kStrides};
     alike = map;
   }
+  // A CUDA kernel counts them in 32 bits.
+  constexpr int64_t kMostRows = int64_t{1} << 30;
+  if (alike.groups > 1 && alike.inner * alike.groups > kMostRows)
+    return {"x", "has too many rows to be modulated", Refusal::kShape};
   return {};
 }
 

@@ -49,10 +49,10 @@ inline bool is_as_read(const Affine& affine, Layout layout, float offset) {
 }
 
 // A float32 weight in natural order, or a copy of any other, with the offset added; ones where
-// there is none, since the product with 1 is exact.
+// there is none, since the product with 1 is exact.  copies: a copy of that, too.
 inline AffineRows prepared(const Affine& affine, int64_t columns, Layout layout, float offset,
-                           const Kernels& kernels, float*& buffer) {
-  if (is_as_read(affine, layout, offset)) return stored(affine);
+                           bool copies, const Kernels& kernels, float*& buffer) {
+  if (!copies && is_as_read(affine, layout, offset)) return stored(affine);
   if (offset == 0.f) offset = -0.f;  // a weight of -0 plus 0 would be +0
   const int64_t n = padded(columns);
   const AffineRows rows{reinterpret_cast<const char*>(buffer),

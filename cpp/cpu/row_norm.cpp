@@ -67,12 +67,20 @@ thread_local Scratch modulation_scratch;
 
 // ---------------------------------------------------------------- weight and bias
 
+// Whether y takes the place of weight or bias, as in a norm of x by itself: they are copied then,
+// before anything is stored, since the last chunk of a row repeats columns of the one before it.
+bool is_overwritten(const RowNorm& norm) {
+  const char* const out = norm.out.data;
+  return out && (out == norm.weight.data || out == norm.bias.data);
+}
+
 // Whether weight and bias are read as stored: they are of the one 16-bit type of source and output,
 // need no offset, and a widened copy does not pay.  It does not for a few rows (Zen 4, n = 4096:
 // 0.14 us to make, 0.02 us saved a row in bfloat16, 0.08 us in float16), nor where it crowds x and
 // y out of the first-level cache, which only bfloat16 minds: widening float16 again costs more than
 // a longer way to the weight.
 bool affine_as_stored(const RowNorm& norm, DType source, DType out) {
+  if (is_overwritten(norm)) return false;
   const bool few = norm.rows < 4 * groups_of(norm.weight, norm.bias);
   const bool crowding = source == DType::kBFloat16 && norm.n * (norm.bias.data ? 2 : 1) > 2048;
   return (few || crowding) && source != DType::kFloat32 && out == source &&
@@ -265,8 +273,9 @@ AffineRows prepared_to_apply(const Affine& affine, const Job& job, float offset,
   const Layout layout = job.stages.layout;
   const int64_t n = job.norm.n;
   float* row = buffer;
-  const AffineRows rows = prepared(affine, n, layout, offset, job.kernels, buffer);
-  if (affine.data && !is_as_read(affine, layout, offset))
+  const bool copies = is_overwritten(job.norm);
+  const AffineRows rows = prepared(affine, n, layout, offset, copies, job.kernels, buffer);
+  if (affine.data && (copies || !is_as_read(affine, layout, offset)))
     for (int64_t group = 0; group < affine.groups; ++group, row += padded(n))
       add_last_chunk(affine, group, n, layout, offset, false, job.kernels, row);
   return rows;
@@ -389,7 +398,7 @@ Plan plan(const RowNorm& norm) {
   p.block_rows =
       std::clamp<int64_t>(block_bytes / (norm.n * item_size(norm.x.dtype)), 1, kMaxBlockRows);
   const int64_t blocks = (norm.rows + p.block_rows - 1) / p.block_rows;
-  p.threads = threads_for(traffic, blocks);
+  p.threads = is_overwritten(norm) ? 1 : threads_for(traffic, blocks);
   return p;
 }
 

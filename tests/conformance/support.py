@@ -96,7 +96,7 @@ RMS, LAYER, HEAD_RMS, HEAD_LAYER, ADD_RMS, ADD_LAYER, ADD_HEAD_RMS, ADD_HEAD_LAY
 PLAIN, ADDING = (tuple(op for op in OPS if op.adds is adds) for adds in (False, True))
 # Those that end with the norm, for what only the norm itself shows.
 BARE = tuple(op for op in OPS if not op.modulated)
-BARE_ADDING = tuple(op for op in BARE if op.adds)
+BARE_PLAIN, BARE_ADDING = (tuple(op for op in BARE if op.adds is adds) for adds in (False, True))
 
 
 class Result(NamedTuple):

@@ -17,12 +17,13 @@ from conformance.support import (
     ADD_LAYER,
     ADD_RMS,
     ADDING,
+    BARE_ADDING,
+    BARE_PLAIN,
     DTYPES,
     HEAD_LAYER,
     HEAD_RMS,
     LAYER,
     OPS,
-    PLAIN,
     RMS,
     SIZES,
     Op,
@@ -107,6 +108,21 @@ def test_in_place_gives_the_bits_of_out_of_place(backend: Any, op: Op) -> None:
     for dtype, residual_dtype, n in itertools.product(DTYPES, DTYPES, (1, 65, 300)):
         inputs = inputs_for(op, 5, n, dtype, residual_dtype=residual_dtype)
         assert_same_results(run_in_place(backend, op, inputs), run(backend, op, inputs))
+
+
+@pytest.mark.parametrize("op", [RMS, LAYER, HEAD_RMS], ids=str)
+@pytest.mark.parametrize("n", [9, 64, 100, 200, 3474])
+def test_a_row_may_be_its_own_weight_or_bias_in_place(backend: Any, op: Op, n: int) -> None:
+    """Exactly the memory of y: what is read of it is what was there before."""
+    for dtype, offset in itertools.product(DTYPES, (0.0, 1.0)):
+        made = inputs_for(op, (40,) if op.per_head else (), n, dtype)
+        for name in ("weight", "bias"):
+            before = made._replace(**{name: made.x.clone()})
+            expected = run(backend, op, before, weight_offset=offset).y
+            x = made.x.clone()
+            given = op.tensors(made._replace(**{"x": x, name: x}))
+            backend(f"{op.name}_", *given, weight_offset=offset, **op.selected)
+            assert_same_bits(x, expected)
 
 
 @pytest.mark.parametrize("op", OPS, ids=str)
@@ -201,7 +217,7 @@ def test_every_instruction_set_gives_the_same_bits(kernels: Any) -> None:
 
 def test_fused_equals_unfused(backend: Any) -> None:
     """With round_sum=True: add in torch, then the norm, is the fused op, bit for bit."""
-    for op, plain in zip(ADDING, PLAIN, strict=True):
+    for op, plain in zip(BARE_ADDING, BARE_PLAIN, strict=True):
         for dtype, residual_dtype, n in itertools.product(DTYPES, DTYPES, (9, 64, 1000)):
             inputs = inputs_for(op, 4, n, dtype, residual_dtype=residual_dtype)
             fused = run(backend, op, inputs)

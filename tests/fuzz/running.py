@@ -157,7 +157,11 @@ class _Run:
             return "an argument that the function does not have"
         if not fits:
             return "an error about something else"
-        if not any(isinstance(error, fault.kinds) for fault in fits):
+        # torch's dispatcher makes a RuntimeError of a TypeError that comes out of a kernel.
+        by_torch = self.call.form == "operator" and type(error) is RuntimeError
+        kinds = [(*fault.kinds, RuntimeError) if by_torch and TypeError in fault.kinds
+                 else fault.kinds for fault in fits]  # fmt: skip
+        if not any(isinstance(error, kind) for kind in kinds):
             return f"{type(error).__name__} for another type"
         if not isinstance(error, RuntimeError) and name != "use_backend":
             if "expected" not in text:

@@ -15,6 +15,7 @@ import torch
 
 import normkit
 from normkit._serving import backends, native
+from normkit._spec import OPS
 from torch_integration.support import (
     FORMS,
     NAMES,
@@ -68,7 +69,8 @@ def values_of(name: str, form: str, given: list[Any]) -> list[Any]:
 def test_torch_has_the_functions_that_kernels_of_operators_take() -> None:
     if backends._missing:
         pytest.skip("no extension")
-    assert {*KERNELS, "norm_backward", "norm_backward_kernel"} == native.NATIVE_OPERATORS
+    names = {f"{name}{form}" for name in OPS for form in ("", "_kernel", *FORMS[1:])}
+    assert {*names, "norm_backward", "norm_backward_kernel"} == native.NATIVE_OPERATORS
 
 
 @needs_kernels

@@ -14,21 +14,6 @@ from normkit._serving.backends import wanted_backend
 from normkit._serving.dispatch import Wanted
 from normkit._spec import OF_STATISTICS, OPTIONS, Call, Formula, Gradients
 
-# What is kept: all but the last three are inputs, and get gradients in this order.
-_KEPT = (
-    "x",
-    "residual",
-    "gate",
-    "scale",
-    "shift",
-    "weight",
-    "bias",
-    "residual_out",
-    "rstd",
-    "mean",
-)
-INPUTS = _KEPT[:-3]
-
 
 class Context(Protocol):
     """What autograd keeps of a call."""
@@ -60,6 +45,10 @@ class Kept(NamedTuple):
     residual_out: Tensor | None
     rstd: Tensor
     mean: Tensor | None
+
+
+# In the order of their gradients.
+INPUTS = Kept._fields[: Kept._fields.index("residual_out")]
 
 
 def keep(ctx: Context, call: Call, made: dict[str, Tensor]) -> None:
