@@ -63,7 +63,7 @@ CASES = (
     Case("heads 128", 138, 128),
     Case("heads 64", 138, 64),
     Case(
-        "heads 128, 3 dimensions, 32 weights", 179, 128, more=(("heads_of_qkv", 32), ("heads", 32))
+        "heads 128, 3 dimensions, 32 weights", 184, 128, more=(("heads_of_qkv", 32), ("heads", 32))
     ),
     Case("add_rms 8192", 127, 8192, residual=BF16),
     Case("add_rms 4096", 151, 4096, residual=BF16),
