@@ -1,6 +1,6 @@
 """How fast are the norms on this CPU, against torch and against a plain copy of the same bytes?
 
-    python benchmarks/cpu.py                         # everything, about 20 minutes on 2 cores
+    python benchmarks/cpu.py                         # everything, about 30 minutes on 2 cores
     python benchmarks/cpu.py --only rms_norm --dtypes bfloat16 --shapes 16x4096 --no-compile
 
 Prints Markdown tables in units of copies, and keeps the results of all runs on a machine in
@@ -18,33 +18,38 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import c_copy
+import peers
 import report
 import torch
-from cases import ALLOCATING, COMPILED, compiled, first_line
+from c_copy import C_COPY
+from cases import COMPILED, compiled, evaluated, first_line
 from machine import RESULTS, results_path
 
 from normkit import _bench
-from normkit._bench import NORMKIT, Op
+from normkit._bench import ALLOCATING, COPY, NORMKIT, Names, Op
 
 SHAPES = ("1x4096", "16x4096", "64x4096", "2048x4096", "8192x8192", "32768x128")
-# What the project wants to reach, in copies: rms_norm, layer_norm, add_rms_norm.
-AIMED_OPS = ("rms_norm", "layer_norm", "add_rms_norm")
-AIMS = {
-    "16x4096": (1.2, 2.0, 1.5),
-    "64x4096": (1.2, 2.0, 1.5),
-    "2048x4096": (1.25, 1.5, 1.15),
-    "32768x128": (1.3, 1.6, 1.25),
-    "8192x8192": (1.0, 1.05, 1.05),
+# What the project wants to reach, in C copies, by shape and threads.
+AIMED = (
+    *(("rms_norm", dtype) for dtype in ("bfloat16", "float16", "float32")),
+    *(("layer_norm", dtype) for dtype in ("bfloat16", "float16", "float32")),
+)
+AIMS = {  # in the order of AIMED, and of a fused add
+    ("32x4096", 1): (2.0, 2.3, 1.4, 2.9, 3.2, 1.7, 1.6),
+    ("32768x128", 2): (1.6, 1.9, 1.2, 2.2, 2.5, 1.4, 1.3),
+    ("2048x4096", 2): (1.3, 1.4, 1.0, 1.7, 1.9, 1.05, 1.1),
+    ("8192x8192", 2): (1.0, 1.0, 1.0, 1.0, 1.05, 1.0, 1.0),
 }
-SMALL_FLOAT32 = (1.2, 1.6, 1.3)  # of 16x4096 and 64x4096
 ONE_ROW_US = {NORMKIT: 0.5, ALLOCATING: 1.3}
 
 
-def limit(op: str, dtype: str, shape: str) -> float | None:
+def limit(op: str, dtype: str, shape: str, threads: int) -> float | None:
     """The aim in copies, which the plot draws as a bar."""
-    small = dtype == "float32" and shape in ("16x4096", "64x4096")
-    aims = SMALL_FLOAT32 if small else AIMS.get(shape, ())
-    return dict(zip(AIMED_OPS, aims, strict=False)).get(op)
+    aims = AIMS.get((shape, threads))
+    if aims is None or _bench.OPS[op].heads:
+        return None
+    return aims[-1] if _bench.OPS[op].adds else aims[AIMED.index((op, dtype))]
 
 
 def aims(result: Mapping[str, Any]) -> list[tuple[str, str, float]]:
@@ -61,22 +66,51 @@ def row_kernel_us(op: Op, n: int, dtype: str, rounds: int) -> float:
         return _bench.paired(timers, rounds).over_us("2", "1")
 
 
-def run_case(name: str, dtype: str, shape: str, args: argparse.Namespace) -> dict[str, Any]:
-    op, (rows, n) = _bench.OPS[name], map(int, shape.split("x"))
-    measure = (name, rows, n, dtype, args.rounds)
-    code, without = {ALLOCATING: op.allocating} if rows == 1 else {}, {}
+def torch_compile(
+    op: Op, names: Names, without: dict[str, str], *, wanted: bool
+) -> tuple[dict[str, str], Names]:
+    """torch.compile's candidate, compiled; none where that fails, and why."""
     try:
-        if args.no_compile:
+        if not wanted:
             raise RuntimeError("not asked for (--no-compile)")
         function, statement = compiled(op)
-        result = _bench.measure(*measure, code | {COMPILED: statement}, {"compiled": function})
+        with torch.no_grad():
+            evaluated(statement, compiled=function)(names)
     except RuntimeError as error:  # of which torch's compiler errors are subclasses
         without[COMPILED] = first_line(error)
-        result = _bench.measure(*measure, code)
+        return {}, {}
+    return {COMPILED: statement}, {"compiled": function}
+
+
+def run_case(name: str, dtype: str, shape: str, args: argparse.Namespace) -> dict[str, Any]:
+    op, (rows, n) = _bench.OPS[name], map(int, shape.split("x"))
+    names = _bench.operands(op, _bench.shape_for(op, rows, n), _bench.DTYPES[dtype])
+    without: dict[str, str] = {}
+    given, used = peers.candidates(op, names, dtype, without)
+    settle = peers.SETTLE_SECONDS if given else 0
+    if args.no_c_copy:
+        without[C_COPY] = args.no_c_copy
+    else:
+        form, of_copy = c_copy.fastest(op, names)
+        given, used = {C_COPY: f"{c_copy.STATEMENT}  # {form}"} | given, used | of_copy
+    made, of_made = torch_compile(op, names, without, wanted=not args.no_compile)
+    result = _bench.measure(
+        name,
+        rows,
+        n,
+        dtype,
+        args.rounds,
+        names=names | used | of_made,
+        allocating=made,
+        given=given,
+        floor=C_COPY if C_COPY in given else COPY,
+        settle=settle,
+    )
     if rows == 1 and not op.heads:
         result["kernel_us"] = row_kernel_us(op, n, dtype, args.rounds)
     gc.collect()  # the next case wants the heap as this one found it
-    result |= {"limit": limit(name, dtype, shape), "case": shape, "without": without}
+    aim = None if args.no_c_copy else limit(name, dtype, shape, args.threads)
+    result |= {"limit": aim, "case": shape, "without": without, "peers": peers.installed()}
     return result | _bench.run_stamp()
 
 
@@ -93,6 +127,11 @@ def main() -> None:
     args = parser.parse_args()
     _bench.pin_heap(args.threads)
     torch.set_num_threads(args.threads)
+    args.no_c_copy = c_copy.missing(args.threads)
+    left_out = [f"{k} comes with {peers.EXTRA}" for k in peers.PEERS if k not in peers.installed()]
+    left_out += [f"{C_COPY}, {COPY} in its place: {why}" for why in [args.no_c_copy] if why]
+    for line in left_out:
+        print(f"left out: {line}", file=sys.stderr)
     machine = _bench.machine()
     path = results_path("cpu", machine, args.out)
     kept = json.loads(path.read_text())["results"] if path.exists() else []
@@ -104,8 +143,10 @@ def main() -> None:
         _bench.write_json(path, {"machine": machine, "results": kept})
     title = f"normkit on {machine['cpu']} {machine['model']}, {machine['isa']}, "
     title += f"torch {torch.__version__}, threads: {args.threads}"
-    _bench.plot([r for r in kept if r["threads"] == args.threads], title, path.with_suffix(".png"))
-    print(f"{report.written(measured, kept, aims)}\n\n{path}")
+    like_these = report.comparable(kept, measured[-1])
+    shown = [r for r in like_these if r["threads"] == args.threads]
+    _bench.plot(shown, title, path.with_suffix(".png"))
+    print(f"{report.written(measured, like_these, aims)}\n\n{path}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from rich.box import MARKDOWN
 from rich.console import Console
 
 from normkit import _bench
-from normkit._bench import COPY, NORMKIT
 
 Result = Mapping[str, Any]
 # A candidate, one of its figures, and the most that the project wants it to be.
@@ -27,11 +26,15 @@ def merge(old: Sequence[Result], new: Result) -> list[Result]:
     return list(({case(result): result for result in old} | {case(new): new}).values())
 
 
+def comparable(results: Iterable[Result], to: Result) -> list[Result]:
+    """Those of the same commit that are held against the same copy."""
+    return [r for r in results if all(r.get(k) == to.get(k) for k in ("commit", "floor"))]
+
+
 def rivals(result: Result) -> Iterator[tuple[str, float]]:
-    """The other candidates, and their time over normkit's."""
-    for name, cell in result["candidates"].items():
-        if name not in (NORMKIT, result.get("floor", COPY)):
-            yield name, cell["of_normkit"]
+    """The other candidates, and their time over that of normkit's call of the same kind."""
+    for name in _bench.rivals(result):
+        yield name, result["candidates"][name]["of_normkit"]
 
 
 def shortfalls(results: Iterable[Result], aims: Aims) -> list[str]:

@@ -15,7 +15,7 @@ from torch.utils.benchmark import Measurement, Timer
 from torch.utils.benchmark.utils.common import TaskSpec
 
 from normkit import _bench
-from normkit._bench import COPY, NORMKIT, TORCH, Comparison
+from normkit._bench import ALLOCATING, COPY, NORMKIT, TORCH, Comparison
 from starting import loaded
 
 
@@ -182,11 +182,14 @@ def test_every_candidate_computes_what_normkit_computes(name: str, dtype: str) -
     """A benchmark of two different things is none."""
     op = _bench.OPS[name]
     outputs = []
-    for statement in (op.normkit, op.allocating, op.torch):
+    for statement in (op.normkit, op.allocating, op.torch, op.torch_allocating):
         names = _bench.operands(op, _bench.shape_for(op, 4, 256), _bench.DTYPES[dtype])
         with torch.no_grad():
             value = run(statement, names)
-        outputs.append((value[0] if isinstance(value, tuple) else value).double())
+        if isinstance(value, tuple):
+            value, total = reversed(value) if statement == op.torch_allocating else value
+            assert torch.equal(total, names["x"] + names["residual"])
+        outputs.append(value.double())
         if "out=y" in statement:
             assert torch.equal(names["y"].double(), outputs[-1])
     tolerance = {"float32": 1e-5, "bfloat16": 0.1, "float16": 0.02}[dtype]
@@ -196,28 +199,57 @@ def test_every_candidate_computes_what_normkit_computes(name: str, dtype: str) -
 
 @pytest.fixture
 def made() -> dict[str, Any]:
-    half = {"half": "half(x)"}, {"half": lambda x: x}
-    return _bench.measure("add_rms_norm", 2, 128, "bfloat16", 1, *half)
+    names = _bench.operands(_bench.OPS["add_rms_norm"], (2, 128), torch.bfloat16)
+    names |= {"half": lambda x: x, "engine": lambda x, y: y.copy_(x)}
+    more: dict[str, Any] = {"allocating": {"half": "half(x)"}, "given": {"engine": "engine(x, y)"}}
+    return _bench.measure("add_rms_norm", 2, 128, "bfloat16", 1, names=names, **more)
 
 
 def test_measure_reports_what_ran(made: dict[str, Any]) -> None:
     assert (made["op"], made["dtype"], made["shape"]) == ("add_rms_norm", "bfloat16", "2x128")
-    assert list(made["candidates"]) == [COPY, NORMKIT, TORCH, "half"]
+    assert list(made["candidates"]) == [COPY, NORMKIT, "engine", ALLOCATING, TORCH, "half"]
+    assert made["floor"] == COPY
     assert made["candidates"][COPY]["copies"] == 1.0
     assert made["candidates"][NORMKIT]["of_normkit"] == 1.0
     assert made["candidates"][COPY]["code"].count("copy_") == 2  # a fused add moves twice the bytes
-    assert (made["samples"], made["retaken"], made["disturbed"]) == (4, 0, 0)
+    assert (made["samples"], made["retaken"], made["disturbed"]) == (6, 0, 0)
     json.dumps(made)
 
 
+def test_gains_pair_allocating_with_allocating_and_given_outputs_with_out() -> None:
+    """A call that allocates has a part that one with out= has not."""
+    times = {COPY: 1.0, NORMKIT: 2.0, ALLOCATING: 4.0, TORCH: 8.0, "engine": 8.0}
+    found = _bench.cells_of(compared(**{k: (v,) for k, v in times.items()}), COPY, {TORCH})
+    assert [found[k]["of_normkit"] for k in (TORCH, "engine", NORMKIT)] == [2.0, 4.0, 1.0]
+    assert [found[k]["against"] for k in (TORCH, "engine")] == [ALLOCATING, NORMKIT]
+    assert found[TORCH]["copies"] == 8.0
+
+
+def test_what_torch_is_charged_for_allocates_as_it_does(made: dict[str, Any]) -> None:
+    code = {k: cell["code"] for k, cell in made["candidates"].items()}
+    assert "out=" in code[NORMKIT]
+    assert "out=" not in code[ALLOCATING] + code[TORCH]
+    assert made["candidates"]["half"]["against"] == made["candidates"][TORCH]["against"]
+    assert made["candidates"]["engine"]["against"] == NORMKIT
+
+
+def test_a_pause_after_each_sample_lets_other_threads_fall_asleep(monkeypatch: Any) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(_bench.time, "sleep", slept.append)
+    timers = {name: Clock().timer(name, lambda calls: 1e-3) for name in "ab"}
+    _bench.paired(timers, rounds=3, settle=0.25)
+    assert slept == [0.25] * 6
+
+
 def test_the_table_and_the_plot_show_results_with_gaps(made: Any, tmp_path: Path) -> None:
-    console = pytest.importorskip("rich.console").Console(width=150, file=io.StringIO())
+    console = pytest.importorskip("rich.console").Console(width=220, file=io.StringIO())
     pytest.importorskip("matplotlib")
     other = _bench.measure("layer_norm", 2, 128, "float32", 2) | {"limit": 1.2}
     console.print(_bench.bench_table([made, other]))
     text = console.file.getvalue()
     gain = f"{made['candidates'][TORCH]['of_normkit']:.1f}x"
-    for expected in ("add_rms_norm", "layer_norm", "2x128", "half", gain, "0 retaken"):
+    heads = ("copy us", "out= / copy", "torch / allocating", "half / allocating", "engine / out=")
+    for expected in ("add_rms_norm", "layer_norm", "2x128", gain, "0 retaken", *heads):
         assert expected in text
     _bench.plot([made, other], "a machine", tmp_path / "new" / "plot.png")
     assert (tmp_path / "new" / "plot.png").read_bytes().startswith(b"\x89PNG")

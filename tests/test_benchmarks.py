@@ -16,9 +16,9 @@ import torch
 import normkit
 from benchmark_scripts import Runner, same_threads, scripts
 from normkit import _bench
-from normkit._bench import COPY, NORMKIT, TORCH
+from normkit._bench import ALLOCATING, COPY, NORMKIT, TORCH
 
-cases, graphs = scripts.cases, scripts.graphs
+cases, graphs, c_copy, peers = scripts.cases, scripts.graphs, scripts.c_copy, scripts.peers
 Case = cases.Case
 MIB, GIB = 1 << 20, 1 << 30
 L2 = 60 * MIB
@@ -44,13 +44,154 @@ def test_cpu_keeps_what_it_measures_and_replaces_the_same_case(run: Any, tmp_pat
     ]
     row, small = kept["results"][:2]
     assert row["kernel_us"] != 0
-    assert set(row["candidates"]) == {COPY, NORMKIT, TORCH, cases.ALLOCATING}
+    assert {COPY, NORMKIT, TORCH, ALLOCATING} <= set(row["candidates"])
     assert "--no-compile" in row["without"][cases.COMPILED]
     assert next(tmp_path.glob("cpu-*.png")).read_bytes().startswith(b"\x89PNG")
     _, again = run("cpu", *tiny, "--shapes", "4x64", "--no-compile", "--threads", "1")
     assert len(again["results"]) == 4
     assert again["results"][0] == row
     assert again["results"][1]["candidates"] != small["candidates"]
+
+
+needs_a_compiler = pytest.mark.skipif(
+    c_copy.missing(2) is not None, reason=f"no C copy: {c_copy.missing(2)}"
+)
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("form", c_copy.FORMS)
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (5, 4099)])
+def test_the_yardstick_copies_all_bytes_and_no_others(form: str, threads: int, shape: Any) -> None:
+    op = _bench.OPS["add_rms_norm"]
+    names = _bench.operands(op, shape, torch.float16)
+    pairs = {"y": "x", "residual_out": "residual"}
+    around = {k: torch.full((math.prod(shape) + 2,), 7, dtype=torch.float16) for k in pairs}
+    names |= {k: t[1:-1].view(shape) for k, t in around.items()}
+    copies = c_copy.copies_of(op, names, form, threads)
+    c_copy.built()(c_copy.ctypes.pointer(copies))
+    for written, read in pairs.items():
+        assert torch.equal(names[written], names[read])
+        assert around[written][[0, -1]].tolist() == [7, 7]
+
+
+@needs_a_compiler
+def test_the_yardstick_runs_on_the_threads_of_the_kernel() -> None:
+    op = _bench.OPS["rms_norm"]
+    with same_threads():
+        for threads in (2, 1):
+            torch.set_num_threads(threads)
+            for rows, expected in ((1, 1), (64, threads)):
+                names = _bench.operands(op, (rows, 4096), torch.bfloat16)
+                assert c_copy.threads_of(op, names) == expected
+
+
+@needs_a_compiler
+def test_a_norm_is_held_against_a_copy_in_c_beside_that_of_torch(run: Any) -> None:
+    tiny = ["--only", "rms_norm", "--dtypes", "float32", "--shapes", "4x64", "--rounds", "2"]
+    out, kept = run("cpu", *tiny, "--no-compile")
+    (result,) = kept["results"]
+    assert result["floor"] == c_copy.C_COPY
+    assert result["candidates"][c_copy.C_COPY]["copies"] == 1.0
+    assert result["candidates"][COPY]["code"] == "y.copy_(x)"
+    for head in ("C copy us", "copy us", "out= / C copy", "torch / allocating"):
+        assert f"| {head} " in out
+
+
+def test_without_a_compiler_the_copy_of_torch_is_the_yardstick_and_it_is_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(c_copy.shutil, "which", lambda name: None)
+    monkeypatch.setattr(c_copy, "built", c_copy.built.__wrapped__)
+    tiny = ["--only", "rms_norm", "--dtypes", "float32", "--shapes", "4x64", "--rounds", "1"]
+    with same_threads():
+        monkeypatch.setattr(_bench, "pin_heap", lambda threads: None)
+        monkeypatch.setattr(sys, "argv", ["cpu", *tiny, "--no-compile", "--out", str(tmp_path)])
+        scripts.cpu.main()
+    told = capsys.readouterr()
+    assert "left out: C copy, copy in its place: no C compiler" in told.err
+    assert "| out= / copy " in told.out
+    (result,) = json.loads(next(tmp_path.glob("*.json")).read_text())["results"]
+    assert result["floor"] == COPY
+    assert result["limit"] is None
+    assert "no C compiler" in result["without"][c_copy.C_COPY]
+
+
+def test_a_compiler_that_refuses_is_no_reason_to_end(monkeypatch: Any) -> None:
+    monkeypatch.setenv("CC", f"{sys.executable} -c 1/0")
+    monkeypatch.setattr(c_copy, "built", c_copy.built.__wrapped__)
+    assert "ZeroDivisionError" in c_copy.missing(1)
+
+
+def stand_in(statement: str) -> Any:
+    """An engine that runs torch."""
+    return lambda op, names: (f"engine({statement})", {"engine": lambda y, value: y.copy_(value)})
+
+
+RIGHT = "y, F.rms_norm(x, shape, weight, 1e-6)"
+
+
+def test_peers_are_checked_and_those_that_are_missing_or_wrong_are_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The modules are some that are there."""
+    fails = {"json": stand_in("y, x"), "pathlib": stand_in(f"{RIGHT}[:1].clone()"[3:])}
+    found = {"no_such_engine": stand_in(RIGHT), "math": stand_in(RIGHT)}
+    monkeypatch.setattr(peers, "PEERS", found | fails)
+    op, without = _bench.OPS["rms_norm"], dict[str, str]()
+    names = _bench.operands(op, (4, 64), torch.float32)
+    statements, used = peers.candidates(op, names, "float32", without)
+    assert list(statements) == ["math"]
+    assert list(used) == ["engine"]
+    assert "no_such_engine is not installed: normkit[bench-peers]" in without["no_such_engine"]
+    assert "wrong by" in without["json"]
+    assert "TypeError" in without["pathlib"]
+
+
+def test_a_peer_is_timed_against_out_and_an_absent_one_is_named_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    monkeypatch.setattr(
+        peers, "PEERS", {"no_such_engine": stand_in(RIGHT), "pytest": stand_in(RIGHT)}
+    )
+    tiny = ["--only", "rms_norm", "--dtypes", "float32", "--shapes", "4x64", "2x64"]
+    monkeypatch.setattr(_bench, "pin_heap", lambda threads: None)
+    more = ["--rounds", "1", "--no-compile", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["cpu", *tiny, *more])
+    with same_threads():
+        scripts.cpu.main()
+    told = capsys.readouterr()
+    assert told.err.count("left out: no_such_engine comes with normkit[bench-peers]") == 1
+    assert "| pytest / out= " in told.out
+    for result in json.loads(next(tmp_path.glob("*.json")).read_text())["results"]:
+        assert result["candidates"]["pytest"]["against"] == NORMKIT
+        assert result["peers"] == {"pytest": pytest.__version__}
+
+
+@pytest.mark.parametrize("dtype", list(_bench.DTYPES))
+@pytest.mark.parametrize("name", list(peers.PEERS))
+def test_models_of_the_peers_compute_the_ops(name: str, dtype: str, monkeypatch: Any) -> None:
+    pytest.importorskip(name)
+    if name == "onnxruntime":
+        pytest.importorskip("onnx")
+    monkeypatch.setattr(peers, "PEERS", {name: peers.PEERS[name]})
+    for op in _bench.OPS.values():
+        names = _bench.operands(op, _bench.shape_for(op, 3, 256), _bench.DTYPES[dtype])
+        without: dict[str, str] = {}
+        statements, _ = peers.candidates(op, names, dtype, without)
+        expected = {} if statements else {name: "LookupError: no operator with weights per head"}
+        assert without == expected
+        assert statements or op.heads
+
+
+def test_aims_are_of_a_shape_and_its_threads() -> None:
+    limit = scripts.cpu.limit
+    assert limit("rms_norm", "bfloat16", "32768x128", 2) == 1.6
+    assert limit("layer_norm", "float16", "32x4096", 1) == 3.2
+    assert limit("add_layer_norm", "float32", "2048x4096", 2) == 1.1
+    assert limit("rms_norm", "bfloat16", "32768x128", 1) is None
+    assert limit("head_norm", "bfloat16", "32768x128", 2) is None
 
 
 @torch.no_grad()
@@ -64,14 +205,24 @@ def test_torch_compile_gets_the_formula_of_every_op(monkeypatch: Any) -> None:
         torch.testing.assert_close(got[-1] if op.adds else got, expected)
 
 
-def test_a_compiler_that_fails_leaves_its_column_out(run: Any, monkeypatch: Any) -> None:
-    def broken(op: Any) -> tuple[Any, str]:
+@pytest.mark.parametrize("late", [False, True])
+def test_a_compiler_that_fails_leaves_its_column_out(
+    run: Any, monkeypatch: Any, late: bool
+) -> None:
+    """Where it is asked for the function, or at the function's first call."""
+
+    def fail(*_: Any) -> Any:
         raise RuntimeError("no compiler here")
 
+    def broken(op: Any) -> tuple[Any, str]:
+        return (fail, "compiled(x)") if late else fail()
+
+    monkeypatch.setattr(peers, "PEERS", {})
     monkeypatch.setattr(scripts.cpu, "compiled", broken)
     tiny = ["--only", "rms_norm", "--dtypes", "float32", "--shapes", "2x64", "--rounds", "1"]
     _, kept = run("cpu", *tiny)
-    assert kept["results"][0]["without"] == {cases.COMPILED: "RuntimeError: no compiler here"}
+    without = kept["results"][0]["without"]
+    assert without[cases.COMPILED] == "RuntimeError: no compiler here"
 
 
 def test_host_times_every_line(run: Any, monkeypatch: Any) -> None:
@@ -120,15 +271,56 @@ def test_results_are_named_after_what_tells_machines_apart(tmp_path: Path) -> No
 
 
 def test_the_tables_of_the_docs_are_those_of_the_results() -> None:
-    kept = json.loads(scripts.figures.kept_results("cpu").read_text())
+    source = scripts.figures.kept_results("cpu")
+    kept = json.loads(source.read_text())
     for path, short in ((scripts.readme.README, True), (scripts.readme.PAGE, False)):
-        assert scripts.readme.block(kept, short=short) in path.read_text()
+        assert scripts.readme.block(kept, source.name, short=short) in path.read_text()
 
 
-def test_the_table_of_the_readme_is_of_one_commit() -> None:
-    kept = json.loads(scripts.figures.kept_results("cpu").read_text())
-    assert len({r["commit"] for r in kept["results"]}) > 1  # or nothing is left out
-    assert len({r["commit"] for r in scripts.readme.of_one_commit(kept["results"])}) == 1
+def kept_result(shape: str, commit: str, copies: float, **more: Any) -> dict[str, Any]:
+    cell = {"us": 1.0, "copies": copies, "of_normkit": 3.0, **more.pop("cell", {})}
+    candidates = dict.fromkeys((NORMKIT, ALLOCATING, TORCH), cell)
+    found = {"op": "rms_norm", "dtype": "bfloat16", "shape": shape, "candidates": candidates}
+    return found | {"commit": commit, "threads": 2, "torch": "2", "kernel_us": 1.0} | more
+
+
+def test_a_table_has_one_commit_and_says_from_which_file_it_is() -> None:
+    machine = {"cpu": "A", "cores": 2, "isa": "B", "caches": ["C"]}
+    results = [kept_result(shape, "new", 1.25) for shape in ("1x4096", "16x4096")]
+    one_thread = kept_result("16x4096", "new", 4.25, threads=1)
+    kept = {
+        "machine": machine,
+        "results": [kept_result("64x4096", "old", 9.75), *results, one_thread],
+    }
+    page = scripts.readme.block(kept, "some.json", short=False)
+    new, old = page.split("Commit old")
+    assert "Commit new, torch 2:" in new
+    assert "|  | dtype | 16x4096 |\n" in new
+    assert "| `rms_norm` | bfloat16 | 1.25 (3.0x) |\n" in new
+    assert "One row of 4096 in bfloat16: 1.00 us" in new
+    assert "| `rms_norm` | bfloat16 | 9.75 (3.0x) |\n" in old
+    assert "One row" not in old
+    for text in (page, scripts.readme.block(kept, "some.json", short=True)):
+        assert "`benchmarks/results/some.json`" in text
+        assert "4.25" not in text
+    assert "old" not in scripts.readme.block(kept, "some.json", short=True)
+
+
+def test_the_tables_say_which_copy_they_count_and_what_a_gain_compares() -> None:
+    older = [kept_result("16x4096", "a", 1.0)]
+    assert "calls of torch's `copy_`" in scripts.readme.yardstick(older)
+    assert "that call" in scripts.readme.yardstick(older)
+    newer = [kept_result("16x4096", "a", 1.0, floor="C copy", cell={"against": ALLOCATING})]
+    assert "copies in C of the same bytes" in scripts.readme.yardstick(newer)
+    assert "an allocating call" in scripts.readme.yardstick(newer)
+    with pytest.raises(ValueError, match="results: expected one kind of copies and gains"):
+        scripts.readme.yardstick([*older, *newer])
+
+
+def test_the_verdict_is_of_one_commit_and_one_copy() -> None:
+    mine = {"commit": "a", "floor": "C copy"}
+    others = [{"commit": "b", "floor": "C copy"}, {"commit": "a", "floor": COPY}, {"commit": "a"}]
+    assert scripts.report.comparable([mine, *others], mine) == [mine]
 
 
 @pytest.mark.parametrize("name", scripts.figures.FIGURES)

@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from torch.utils.benchmark import Measurement, Timer
 
 COPY, NORMKIT, TORCH = "copy", "normkit", "torch"
+ALLOCATING = "normkit, allocating"
 
 # --------------------------------------------------------------------------------------- measuring
 
@@ -98,10 +99,13 @@ def paired(
     rounds: int,
     seconds: float = SAMPLE_SECONDS,
     patience: float = math.inf,
+    settle: float = 0.0,
 ) -> Comparison:
     """Take a sample of each candidate in each round; a round starts with the next candidate.
 
     After `patience` seconds an interrupted sample is kept, and counted, and not taken again.
+    `settle` is a pause in seconds after each sample, in which threads fall asleep that wait in a
+    loop for more work: those of another library would take a core from the next candidate.
     """
     from torch.utils.benchmark import Measurement
 
@@ -128,6 +132,7 @@ def paired(
                 retaken += 1
                 time.sleep(PAUSE_SECONDS)
             samples[name].append(sample)
+            time.sleep(settle)
     merged = {name: Measurement.merge(of_name)[0] for name, of_name in samples.items()}
     return Comparison(merged, retaken, disturbed)
 
@@ -180,7 +185,20 @@ class Op:
         return f"{self.allocating[:-1]}, out=y{', residual_out=residual_out' * self.adds})"
 
     @property
+    def torch_allocating(self) -> str:
+        """One expression, whose value is what `allocating` returns but for the order of two."""
+        x = "residual_out" if self.adds else "x"
+        norm = {
+            (False, False): f"F.rms_norm({x}, shape, weight, 1e-6)",
+            (False, True): f"F.layer_norm({x}, shape, weight, bias)",
+            (True, False): f"F.rms_norm({x}, shape, None, 1e-6) * weight",
+            (True, True): f"F.layer_norm({x}, shape) * weight + bias",
+        }[self.heads, self.layer]
+        return f"(residual_out := x + residual, {norm})" if self.adds else norm
+
+    @property
     def torch(self) -> str:
+        """Into given outputs as far as torch can."""
         x = "residual_out" if self.adds else "x"
         norm = {
             (False, False): f"F.rms_norm({x}, shape, weight, 1e-6)",
@@ -241,37 +259,51 @@ def measure(
     n: int,
     dtype: str,
     rounds: int,
-    more: Mapping[str, str] | None = None,
-    names: Mapping[str, object] | None = None,
+    *,
+    names: Names | None = None,
+    allocating: Mapping[str, str] | None = None,
+    given: Mapping[str, str] | None = None,
+    floor: str = COPY,
     patience: float = math.inf,
+    settle: float = 0.0,
 ) -> dict[str, Any]:
-    """Time op `name` with out= against torch and a plain copy; returns one entry of the report.
+    """Time op `name` against torch and a plain copy; returns one entry of the report.
 
-    `more` are candidates beside these, and `names` what their statements use.  After `patience`
-    seconds interrupted samples are kept.
+    Further candidates are statements over `names`: `allocating` ones make their outputs and `given`
+    ones write into outputs that exist; `floor` is the one that all are held against.  After
+    `patience` seconds interrupted samples are kept; `settle` is `paired`'s.
     """
     op = OPS[name]
     shape = shape_for(op, rows, n)
-    code = {COPY: op.copy, NORMKIT: op.normkit, TORCH: op.torch, **(more or {})}
-    every = operands(op, shape, DTYPES[dtype]) | dict(names or {})
+    into = {COPY: op.copy, NORMKIT: op.normkit, **(given or {})}
+    made = {ALLOCATING: op.allocating, TORCH: op.torch_allocating, **(allocating or {})}
+    code, every = into | made, names or operands(op, shape, DTYPES[dtype])
     with torch.no_grad():
         timers = {k: timer(v, every) for k, v in code.items()}
-        compared = paired(timers, rounds, patience=patience)
-    cells = {k: cell | {"code": code[k]} for k, cell in cells_of(compared, COPY).items()}
+        compared = paired(timers, rounds, patience=patience, settle=settle)
+    cells = cells_of(compared, floor, made)
     case = {"op": name, "dtype": dtype, "shape": "x".join(map(str, shape)), "elements": rows * n}
     case |= {"rounds": rounds, "threads": torch.get_num_threads(), **retakes(compared)}
-    return case | {"candidates": cells}
+    case |= {"floor": floor}
+    return case | {"candidates": {k: cell | {"code": code[k]} for k, cell in cells.items()}}
 
 
-def cells_of(compared: Comparison, floor: str) -> dict[str, dict[str, object]]:
-    """What a report says of each candidate; `floor` is what they are held against."""
+def cells_of(
+    compared: Comparison, floor: str, allocating: Container[str] = ()
+) -> dict[str, dict[str, object]]:
+    """What a report says of each candidate; `floor` is what they are held against.
+
+    Gains pair like with like: those that are `allocating` are compared with normkit allocating.
+    """
+    against = {k: ALLOCATING if k in allocating else NORMKIT for k in compared.measurements}
     return {
         name: {
             "us": compared.us(name),
             "copies": compared.ratio(name, floor),
             "copies_quartiles": compared.quartiles(name, floor),
             "over_us": compared.over_us(name, floor),
-            "of_normkit": compared.ratio(name, NORMKIT),
+            "of_normkit": compared.ratio(name, against[name]),
+            "against": against[name],
         }
         for name in compared.measurements
     }
@@ -357,28 +389,40 @@ def write_json(path: Path, data: object) -> None:
     partial.replace(path)
 
 
+def rivals(result: Mapping[str, Any]) -> list[str]:
+    """The candidates that are neither normkit nor a copy."""
+    no_rivals = (result.get("floor", COPY), COPY, NORMKIT, ALLOCATING)
+    return [name for name in result["candidates"] if name not in no_rivals]
+
+
 def bench_table(results: Sequence[Mapping[str, Any]]) -> Table:
     """The results as a rich table; gains are a competitor's time over normkit's."""
     from rich.table import Table
 
     floor = results[0].get("floor", COPY)
-    names = dict.fromkeys(name for r in results for name in r["candidates"])
-    rivals = [name for name in names if name not in (floor, NORMKIT)]
+    timed = dict.fromkeys(name for r in results for name in r["candidates"])
+    shown = [name for name in (floor, COPY, NORMKIT, ALLOCATING) if name in timed]
+    shown, gains = list(dict.fromkeys(shown)), dict[str, str]()
+    for r in results:
+        gains |= {name: r["candidates"][name].get("against", NORMKIT) for name in rivals(r)}
     told = {"samples": "samples", "retaken": "retaken", "disturbed": "kept though interrupted"}
     counts = [f"{sum(r.get(key, 0) for r in results)} {text}" for key, text in told.items()]
-    columns = ["op", "dtype", "case", f"{floor} us", "normkit us", f"x {floor}", "quartiles"]
-    table = Table(*columns, "us above", *rivals, caption=", ".join(counts))
+    heads = {NORMKIT: "out=", ALLOCATING: "allocating"}
+    columns = ["op", "dtype", "case", *(f"{heads.get(name, name)} us" for name in shown)]
+    columns += [f"out= / {floor}", "quartiles", "us above"]
+    columns += [f"{name} / {heads[to]}" for name, to in gains.items()]
+    table = Table(*columns, caption=", ".join(counts))
     for i, column in enumerate(table.columns):
         column.no_wrap, column.justify = True, "right" if i > 2 else "left"
     for r in results:
         ours, cells = r["candidates"][NORMKIT], r["candidates"]
         row = [r["op"], r["dtype"], r.get("label", r["shape"])]
-        row += [f"{cells[name]['us']:.2f}" if name in cells else "" for name in (floor, NORMKIT)]
+        row += [f"{cells[name]['us']:.2f}" if name in cells else "" for name in shown]
         row += [f"{ours['copies']:.2f}", "{:.2f}-{:.2f}".format(*ours["copies_quartiles"])]
         row.append(f"{ours['over_us']:.2f}")
-        gains = [cells[name]["of_normkit"] if name in cells else None for name in rivals]
-        colours = [f"[{'green' if g >= 1 else 'red'}]{g:.1f}x[/]" if g else "" for g in gains]
-        table.add_row(*row, *colours)
+        times = [cells[name]["of_normkit"] if name in cells else None for name in gains]
+        row += [f"[{'green' if g >= 1 else 'red'}]{g:.1f}x[/]" if g else "" for g in times]
+        table.add_row(*row)
     return table
 
 
@@ -404,7 +448,8 @@ def plot(results: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
 
 
 def _draw_panel(axis: Axes, results: Sequence[Mapping[str, Any]]) -> None:
-    candidates = dict.fromkeys(name for r in results for name in r["candidates"] if name != COPY)
+    floors = {r.get("floor", COPY) for r in results}
+    candidates = dict.fromkeys(k for r in results for k in r["candidates"] if k not in floors)
     for name, marker in zip(candidates, "os^vDPX*", strict=False):
         cells = {i: r["candidates"][name] for i, r in enumerate(results) if name in r["candidates"]}
         middle = [cell["copies"] for cell in cells.values()]
