@@ -1,6 +1,6 @@
 """How fast are the norms on this CPU, against torch and against a plain copy of the same bytes?
 
-    python benchmarks/cpu.py                         # everything, about 30 minutes on 2 cores
+    python benchmarks/cpu.py                         # everything, about 40 minutes on 2 idle cores
     python benchmarks/cpu.py --only rms_norm --dtypes bfloat16 --shapes 16x4096 --no-compile
 
 Prints Markdown tables in units of copies, and keeps the results of all runs on a machine in

@@ -185,7 +185,7 @@ def test_bench_quick_gives_up_on_a_busy_machine_and_says_what_it_kept(
     monkeypatch.setattr(_bench, "_interruptions", lambda: next(interruptions))
     monkeypatch.setattr(cli, "QUICK_PATIENCE", 0)
     told = run("bench", "--quick", "--out", tmp_path, "--threads", "1")
-    assert "168 samples, 0 retaken, 168 kept though interrupted" in " ".join(told.stdout.split())
+    assert "224 samples, 0 retaken, 224 kept though interrupted" in " ".join(told.stdout.split())
 
 
 def test_bench_prints_json_that_it_also_writes(small_bench: None, tmp_path: Path) -> None:

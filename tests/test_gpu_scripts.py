@@ -42,8 +42,8 @@ spec.loader.exec_module(steps)  # type: ignore[union-attr]
 
 # What needs no GPU, or runs on a CPU too.
 OTHERS = (
-    "cases", "compiled", "convert", "cpu", "errors", "figures", "modulated", "patched", "readme",
-    "report",
+    "c_copy", "cases", "compiled", "convert", "cpu", "errors", "figures", "modulated", "patched",
+    "peers", "readme", "report",
 )  # fmt: skip
 FILES = [STEPS, *(path for path in BENCHMARKS.glob("*.py") if path.stem not in OTHERS)]
 PLAN = "32 lanes, 4 to a block of 128, in clusters of 2, programmatic launch"
