@@ -48,6 +48,7 @@ def unfused_sum(x: Any, residual: Any, gate: Any, scale: Any, shift: Any) -> Any
 
 
 def names_for(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
+    torch._dynamo.reset()  # a graph for each shape, and not one for all
     generator = torch.Generator().manual_seed(0)
     batch, _, n = shape
 
@@ -60,8 +61,8 @@ def names_for(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
     names |= {"F": torch.nn.functional, "unfused_sum": unfused_sum}
     names |= {name: getattr(normkit, name) for name in ("modulated_norm", "add_modulated_norm")}
     return names | {
-        "compiled": torch.compile(unfused),
-        "compiled_sum": torch.compile(unfused_sum),
+        "compiled": torch.compile(unfused, dynamic=False),
+        "compiled_sum": torch.compile(unfused_sum, dynamic=False),
     }
 
 
