@@ -88,7 +88,10 @@ class Free {
     const auto gap = [&](const auto& field, const auto& next) {
       add(place(field) + sizeof(field), place(next));
     };
-    gap(norm.statistic, norm.rows);
+    const auto all = [&](const auto& field) { add(place(field), place(field) + sizeof(field)); };
+    gap(norm.statistic, norm.first_row);
+    all(norm.first_row);   // 0 in a call that is one launch
+    all(norm.modulation);  // whose launches are not kept
     gap(norm.outer_dims, norm.outer_size);
     beyond(norm.outer_size);
     for (const RowsOf* t : {&norm.x, &norm.residual, &norm.out, &norm.residual_out}) {
