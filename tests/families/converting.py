@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +43,7 @@ class Outcome:
     difference: float = 0.0  # of the outputs, relative to their largest
     fused: int = 0  # sums in the code of layers, and
     sums: int = 0  # how many were made with a norm when the model was called
+    modulated: int = 0  # norms that took their scale and shift with them when it was called
     unread: Counter[tuple[str, str]] = field(default_factory=Counter)
     fused_alike: bool = True  # bit for bit as converted
     reverted: bool = True  # bit for bit
@@ -94,18 +95,19 @@ def _convert(
     result.unread.update((r.cls, r.reason) for r in fusing.layers if r.reason)
     with _running() as run:
         result.fused_alike = _same(_outputs(model, given), after)
-    result.sums = run.sums
+    result.sums, result.modulated = run.sums, run.modulated
     fusing.revert()
     report.revert()
     result.reverted = _same(_outputs(model, given), before)
 
 
 class _Run:
-    """The modules whose calls normkit ran, and how many calls had a sum in them."""
+    """The modules whose calls normkit ran, and calls with a sum, or a scale and shift, in them."""
 
     def __init__(self) -> None:
         self.modules: set[nn.Module] = set()
         self.sums = 0
+        self.modulated = 0
 
 
 @contextlib.contextmanager
@@ -114,12 +116,17 @@ def _running() -> Iterator[_Run]:
     run = _plan.Plan.run
 
     def watched(
-        self: _plan.Plan, module: nn.Module, x: Tensor, residual: Tensor | None = None
+        self: _plan.Plan,
+        module: nn.Module,
+        x: Tensor,
+        residual: Tensor | None = None,
+        modulation: Sequence[Tensor] = (),
     ) -> Any:
-        made = run(self, module, x, residual)
+        made = run(self, module, x, residual, modulation)
         if made is not None:
             seen.modules.add(module)
             seen.sums += residual is not None
+            seen.modulated += bool(modulation)
         return made
 
     _plan.Plan.run = watched  # type: ignore[method-assign]
@@ -204,6 +211,8 @@ def _counts(part: list[Outcome]) -> str:
         f"{sum(r.fused for r in built)} sums fused in the code of {sum(r.fused > 0 for r in built)}"
         f" models, {sum(r.sums for r in built)} when these ran, with the bits of before in"
         f" {sum(r.fused_alike and r.fused > 0 for r in built)}",
+        f"{sum(r.modulated for r in built)} norms modulated when these ran, with the bits of before"
+        f" in {sum(r.fused_alike and r.modulated > 0 for r in built)} models",
         f"reverted exactly in {sum(r.reverted for r in built)}",
     ]
     return "; ".join(words)
