@@ -155,7 +155,7 @@ inline bool rows_are_apart(const Tensor& t) {
 }
 
 inline Refusal check_memory(const Arguments& a) {
-  const Tensor* inputs[] = {&a.x, &a.residual, &a.weight, &a.bias, &a.gate, &a.scale, &a.shift};
+  const Tensor* inputs[] = {&a.x, &a.residual, &a.weight, &a.bias};
   for (const Tensor* written : {&a.out, &a.residual_out}) {
     if (!*written) continue;
     if (!rows_are_apart(*written)) return {written->name, "may overlap itself", Refusal::kMemory};
@@ -163,14 +163,15 @@ inline Refusal check_memory(const Arguments& a) {
       if (may_overlap(*written, *input))
         return {written->name, "may overlap an input", Refusal::kMemory};
   }
-  // The sum is written before these are read, and rows of x share them: not even one memory of one
-  // row is harmless.
-  for (const Tensor* affine : {&a.weight, &a.bias, &a.gate, &a.scale, &a.shift})
+  // The sum is written before weight and bias are read: not even one memory of one row is harmless.
+  for (const Tensor* affine : {&a.weight, &a.bias})
     if (share_memory(a.residual_out, *affine))
-      return {"residual_out", "overlaps what is read after it is written", Refusal::kMemory};
-  for (const Tensor* rows : {&a.gate, &a.scale, &a.shift})
-    if (share_memory(a.out, *rows))
-      return {a.out.name, "overlaps gate, scale or shift", Refusal::kMemory};
+      return {"residual_out", "overlaps weight or bias", Refusal::kMemory};
+  // Rows of x share them.
+  if (a.is_modulated())
+    for (const Tensor* rows : {&a.gate, &a.scale, &a.shift})
+      if (share_memory(a.out, *rows) || share_memory(a.residual_out, *rows))
+        return {rows->name, "overlaps an output", Refusal::kMemory};
   if (share_memory(a.out, a.residual_out))
     return {a.out.name, "may overlap residual_out", Refusal::kMemory};
   return {};

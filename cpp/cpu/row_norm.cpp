@@ -259,9 +259,8 @@ struct Job {
   const Kernels& kernels;
   float* affine;  // affine_floats for each part, where weight and bias are not used as stored
   int64_t affine_floats;
-  float* wide;  // block_rows rows for each part
-  float*
-      modulation;  // modulation_floats for each part: rows of ModulationCursor, and normalised ones
+  float* wide;        // block_rows rows for each part
+  float* modulation;  // modulation_floats for each part: ModulationCursor's, and normalised rows
   int64_t modulation_floats;
 };
 

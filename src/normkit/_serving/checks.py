@@ -194,14 +194,15 @@ def _check_shapes(call: Call) -> None:
             raise ValueError(f"{name}: expected shape {shape[-2:]} or ({n},), got {tuple(t.shape)}")
     for name in MODULATORS:
         t = getattr(call, name)
-        if t is not None and not _is_per_row(tuple(t.shape), shape):
+        if t is not None and not is_per_row(t.shape, shape):
             raise ValueError(
                 f"{name}: expected x's first dimensions, or ones in their place, and its last,"
                 f" {shape}, got {tuple(t.shape)}"
             )
 
 
-def _is_per_row(of: tuple[int, ...], x: tuple[int, ...]) -> bool:
+def is_per_row(of: Sequence[int], x: Sequence[int]) -> bool:
+    """Whether a gate, scale or shift of this shape has rows for an x of that one."""
     if not 1 <= len(of) <= len(x) or of[-1] != x[-1]:
         return False
     return all(size in (1, wanted) for size, wanted in zip(of[:-1], x, strict=False))

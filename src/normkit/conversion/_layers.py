@@ -11,6 +11,7 @@ from torch import nn
 from torch.compiler import is_dynamo_compiling
 from torch.nn.modules import module as torch_module
 
+from normkit._serving.checks import is_per_row
 from normkit._serving.serve import PLAIN
 from normkit.conversion._classes import PLAN, derived_class, is_ours
 from normkit.conversion._plan import NotConvertible, Plan
@@ -118,14 +119,10 @@ def _modulate_alike(x: Any, modulation: Collection[Any]) -> bool:
         type(t) in PLAIN
         and t.dtype is x.dtype
         and t.device == x.device
-        and t.shape[-1:] == x.shape[-1:]
-        and (t.ndim == 1 or (t.ndim == x.ndim and _broadcasts(t, x)))
+        and t.ndim in (1, x.ndim)  # which torch broadcasts as normkit does
+        and is_per_row(t.shape, x.shape)
         for t in modulation
     )
-
-
-def _broadcasts(t: torch.Tensor, x: torch.Tensor) -> bool:
-    return all(size in (1, of_x) for size, of_x in zip(t.shape, x.shape, strict=True))
 
 
 def _is_alike(residual: Any, x: Any) -> bool:
