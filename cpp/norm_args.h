@@ -74,6 +74,20 @@ struct Modulation {
   explicit operator bool() const { return gate.data || scale.data || shift.data; }
 };
 
+enum class Activation : uint8_t { kSilu, kSigmoid };
+
+// What a gated norm does with act(z), in float32: it multiplies the norm, or x before the norm.
+// Absent where z is.
+struct Gating {
+  RowsOf z;
+  Activation activation = Activation::kSilu;
+  bool norm_first = true;
+  bool round_norm = false;  // to the dtype of what is normalised, before act(z) multiplies it
+  explicit operator bool() const { return z.data; }
+  bool is_before_norm() const { return z.data && !norm_first; }
+  bool is_behind_norm() const { return z.data && norm_first; }
+};
+
 // The dtype of what torch computes of two tensors.
 constexpr DType promoted(DType a, DType b) { return a == b ? a : DType::kFloat32; }
 
@@ -105,6 +119,7 @@ struct RowNorm {
   RowsOf x, residual, out, residual_out;
   Affine weight, bias;
   Modulation modulation;
+  Gating gating;
   NormOptions options;
   float* rstd;  // one a row, as it multiplied, for the backward pass; null when not asked for
   float* mean;  // likewise; null for kRms

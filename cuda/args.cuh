@@ -12,6 +12,12 @@ struct ModulationArgs {
   DType gated, product;  // what gate * x, and n * (1 + scale), are rounded to
 };
 
+struct GatingArgs {
+  LaunchRows z;
+  Activation activation;
+  bool norm_first, round_norm;
+};
+
 struct RowNormArgs : Grid {
   LaunchRows x, residual, out, residual_out;
   LaunchAffine weight, bias;
@@ -25,6 +31,7 @@ struct RowNormArgs : Grid {
   DType normalised;       // what round_before_weight and round_rstd round to
   SplitArgs split;
   ModulationArgs modulation;
+  GatingArgs gating;
 };
 
 using Kernel = void (*)(RowNormArgs);

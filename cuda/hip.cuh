@@ -54,6 +54,7 @@ __device__ __forceinline__ void let_next_kernel_start() {}
 __device__ __forceinline__ float inverse_square_root(float v) {
   return static_cast<float>(1.0 / __builtin_sqrt(static_cast<double>(v)));
 }
+__device__ __forceinline__ float exponential(float v) { return expf(v); }
 
 // A wave runs both sides of a branch under a mask: nothing has to be predicated by hand.
 __device__ __forceinline__ uint4 load_if(const void* from, bool wanted) {

@@ -5,10 +5,10 @@ namespace normkit::cuda {
 
 // One instance for all dtypes: next to reading a row again, what is asked for as a kernel goes
 // costs little.  One for both statistics too where a row is split, next to the collective between
-// steps, and where it is modulated.
-Kernel streamed_kernel_of(Statistic statistic, bool adds, Step step, bool modulated) {
+// steps, and where it is fused with more than a sum.
+Kernel streamed_kernel_of(Statistic statistic, bool adds, Step step, bool fused) {
   constexpr Statistic kRms = Statistic::kRms, kLayer = Statistic::kLayer;
-  if (modulated) return streamed_row_norm_kernel<kLayer, true, Step::kWhole, true>;
+  if (fused) return streamed_row_norm_kernel<kLayer, true, Step::kWhole, true>;
   if (step == Step::kStatistics) return streamed_row_norm_kernel<kLayer, false, Step::kStatistics>;
   if (step == Step::kApply) return streamed_row_norm_kernel<kLayer, false, Step::kApply>;
   if (statistic == kRms)

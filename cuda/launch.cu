@@ -11,7 +11,7 @@ namespace normkit::cuda {
 template <class T>
 Kernel kernel_of(Statistic statistic, bool adds, const Plan& plan);  // instances_*.cu
 Kernel streamed_kernel_of(Statistic statistic, bool adds, Step step,
-                          bool modulated);  // instances_streamed.cu
+                          bool fused);  // instances_streamed.cu
 
 namespace {
 
@@ -25,8 +25,10 @@ bool all_of(const RowNorm& norm, const F& f) {
          holds(norm.weight) && holds(norm.bias);
 }
 
+bool is_fused(const RowNorm& norm) { return norm.modulation || norm.gating; }
+
 Access access_of(const RowNorm& norm) {
-  if (norm.modulation) return Access::kAny;  // it has one kernel, for all
+  if (is_fused(norm)) return Access::kAny;  // it has one kernel, for all
   const int64_t pack = pack_size(norm);
   const auto wide = [&](const auto& t) { return is_wide(norm, t, pack); };
   if (norm.n % pack != 0 || !all_of(norm, wide)) return Access::kAny;
@@ -73,13 +75,16 @@ RowNormArgs args_of(const RowNorm& norm, const Plan& plan) {
   a.modulation = {launch_affine(norm, m.gate, pack),    launch_affine(norm, m.scale, pack),
                   launch_affine(norm, m.shift, pack),   m.round_each,
                   promoted(norm.x.dtype, m.gate.dtype), promoted(a.normalised, m.scale.dtype)};
+  if (norm.gating)
+    a.gating = {launch_rows(norm, norm.gating.z, pack), norm.gating.activation,
+                norm.gating.norm_first, norm.gating.round_norm};
   return a;
 }
 
 Kernel kernel_for(const RowNorm& norm, const Plan& plan) {
   const bool adds = norm.residual.data != nullptr;
   if (plan.packs == 0)
-    return streamed_kernel_of(norm.statistic, adds, norm.split.step, bool(norm.modulation));
+    return streamed_kernel_of(norm.statistic, adds, norm.split.step, is_fused(norm));
   switch (norm.x.dtype) {
     case DType::kFloat32:
       return kernel_of<float>(norm.statistic, adds, plan);
@@ -178,7 +183,7 @@ void row_norm(const RowNorm& norm, int index, void* stream) {
   if (is_plain_norm(norm)) return row_norm(as_plain_norm(norm), index, stream);
   const DeviceGuard guard(index);
   const Device& on = device(index);
-  if (is_one_launch(norm) && !norm.modulation) {
+  if (is_one_launch(norm) && !is_fused(norm)) {
     thread_local Memo<Launch> memo;
     const LaunchKey key = key_of(norm, on, index);
     Launch* launch = memo.find(key);

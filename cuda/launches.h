@@ -99,7 +99,7 @@ inline float launch_offset(float weight_offset) {
 // f(rows) for each tensor of rows.
 template <class F>
 void for_rows(RowNorm& norm, const F& f) {
-  for (RowsOf* t : {&norm.x, &norm.residual, &norm.out, &norm.residual_out}) f(*t);
+  for (RowsOf* t : {&norm.x, &norm.residual, &norm.out, &norm.residual_out, &norm.gating.z}) f(*t);
 }
 template <class F>
 void for_rows(RowNormBackward& norm, const F& f) {

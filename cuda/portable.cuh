@@ -126,6 +126,7 @@ __device__ __forceinline__ void let_next_kernel_start() {
 }
 
 __device__ __forceinline__ float inverse_square_root(float v) { return __frsqrt_rn(v); }
+__device__ __forceinline__ float exponential(float v) { return expf(v); }
 
 // 16 bytes, or undefined where they are not wanted.  One predicated instruction: of an `if` the
 // compiler makes a branch, and moves the first use of what came before in front of it, so that a
@@ -238,6 +239,7 @@ inline void let_next_kernel_start() {}
 inline float inverse_square_root(float v) {
   return static_cast<float>(1.0 / std::sqrt(static_cast<double>(v)));
 }
+inline float exponential(float v) { return std::exp(v); }
 
 // What is not wanted is NaN in every dtype, so that a use of it shows.
 template <class Bits>

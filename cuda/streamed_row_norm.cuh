@@ -22,11 +22,23 @@ __device__ __forceinline__ void round_all(DType dtype, Floats<kSize>& v) {
   for (int i = 0; i < kSize; ++i) v.v[i] = round_to(dtype, v.v[i]);
 }
 
+// Times act(z).
+template <int kSize>
+__device__ __forceinline__ void multiply_by_activation(const GatingArgs& g, const Floats<kSize>& z,
+                                                       Floats<kSize>& v) {
+  const bool silu = g.activation == Activation::kSilu;
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) {
+    const float divisor = 1.f + exponential(-z.v[i]);
+    v.v[i] *= (silu ? z.v[i] : 1.f) / divisor;
+  }
+}
+
 // A group of lanes a row.  The sum with the residual is made anew in each pass and written last, so
 // that outputs may be inputs.  Packs are of eight columns for every dtype.  Where a row of this
 // length may also stay in registers, it is added up in the order of that kernel (a.turns).  One
-// that is kModulated serves both statistics, and adds a residual where there is one.
-template <Statistic kStatistic, bool kAdds, Step kStep = Step::kWhole, bool kModulated = false>
+// that is kFused serves both statistics, and does what of the rest is asked for.
+template <Statistic kStatistic, bool kAdds, Step kStep = Step::kWhole, bool kFused = false>
 __global__ void __launch_bounds__(kMostLanes, 1) streamed_row_norm_kernel(RowNormArgs a) {
   constexpr int kSize = kLongPack, kQuads = kSize / 4;
   using Access = Any<kSize>;
@@ -43,7 +55,8 @@ __global__ void __launch_bounds__(kMostLanes, 1) streamed_row_norm_kernel(RowNor
   const RowAt x_row = place.of(a.x, a.dims);
   const RowAt residual_row = kAdds ? place.of(a.residual, a.dims) : RowAt{};
   const ModulationArgs& m = a.modulation;
-  const RowAt gate_row = kModulated ? place.of(m.gate) : RowAt{};
+  const GatingArgs& g = a.gating;
+  const RowAt gate_row = kFused ? place.of(m.gate) : RowAt{};
   const RowAt weight_row = place.of(a.weight), bias_row = place.of(a.bias);
   wait_for_previous_kernel();
 
@@ -51,13 +64,15 @@ __global__ void __launch_bounds__(kMostLanes, 1) streamed_row_norm_kernel(RowNor
   const auto values_of = [&](int64_t column, Values& sum) {
     Values v = Access::load(x_row, column, end);
     clamp_infinities(a, a.x.dtype, v);
-    if (kModulated && m.gate.data) {
+    if (kFused && g.z.data && !g.norm_first)
+      multiply_by_activation(g, Access::load(place.of(g.z, a.dims), column, end), v);
+    if (kFused && m.gate.data) {
       const Values gate = Access::load(gate_row, column, end);
 #pragma unroll
       for (int i = 0; i < kSize; ++i) v.v[i] *= gate.v[i];
       if (m.round_each) round_all(m.gated, v);
     }
-    if (kAdds && (!kModulated || a.residual.data)) {
+    if (kAdds && (!kFused || a.residual.data)) {
       const Values residual = Access::load(residual_row, column, end);
 #pragma unroll
       for (int i = 0; i < kSize; ++i) v.v[i] += residual.v[i];
@@ -111,7 +126,7 @@ __global__ void __launch_bounds__(kMostLanes, 1) streamed_row_norm_kernel(RowNor
     squares = squares_of_parts(a.split, row, a.n, mean);
   } else {
     if (kStatistic == Statistic::kLayer &&
-        ((kStep == Step::kWhole && !kModulated) || a.split.planes == 2))
+        ((kStep == Step::kWhole && !kFused) || a.split.planes == 2))
       mean = mean_of(a, sum_of_row(std::false_type{}, 0.f, sum_storage));
     squares = sum_of_row(std::true_type{}, mean, squares_storage);
   }
@@ -128,7 +143,7 @@ __global__ void __launch_bounds__(kMostLanes, 1) streamed_row_norm_kernel(RowNor
     for (int64_t column = lane * kSize; column < end; column += lanes * kSize) {
       Values sum, weight = filled<kSize>(1.f), bias = filled<kSize>(-0.f);  // v + -0 is v
       Values v = values_of(column, sum);
-      if (kAdds && (!kModulated || a.residual.data))
+      if (kAdds && (!kFused || a.residual.data))
         Access::store(place.of(a.residual_out, a.dims), column, end, sum);
       if (a.weight.data) weight = Access::load(weight_row, column, end);
       if (a.bias.data) bias = Access::load(bias_row, column, end);
@@ -138,7 +153,11 @@ __global__ void __launch_bounds__(kMostLanes, 1) streamed_row_norm_kernel(RowNor
 #pragma unroll
       for (int i = 0; i < kSize; ++i)
         v.v[i] = fmaf(v.v[i], weight.v[i] + a.options.weight_offset, bias.v[i]);
-      if constexpr (kModulated) {
+      if constexpr (kFused) {
+        if (g.z.data && g.norm_first) {
+          if (g.round_norm) round_all(a.normalised, v);
+          multiply_by_activation(g, Access::load(place.of(g.z, a.dims), column, end), v);
+        }
         if (m.round_each) round_all(a.normalised, v);
         if (m.scale.data) {
           Values factor = Access::load(place.of(m.scale), column, end);

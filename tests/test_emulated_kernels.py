@@ -58,7 +58,7 @@ def test_bits_do_not_depend_on_rows_alignment_or_processors(emu: Any, op: Op, n:
     assert_same_bits(uniform.y, expected.y.bfloat16())
     alone = inputs._replace(x=inputs.x[-1:], residual=inputs.residual[-1:])
     assert_same_bits(run(emu, op, alone).y, uniform.y[-1:])
-    if n == 4096 and not op.modulated:  # which have one kernel
+    if n == 4096 and not op.fused:  # which have one kernel
         assert len(plans) > 1, "few and many rows are to be met"
 
 

@@ -38,6 +38,8 @@ SHOWN = [name for name, field in FIELDS.items() if field.type not in ("Tensor", 
 def expected_of(op: Op, *, in_place: bool) -> dict[str, object]:
     """Arguments and defaults of a function, in its order but for options."""
     taken = {name: field.default for name, field in op.fields.items()}
+    if op.gated:
+        taken["group_size"] = None  # a view of the tensors, of which a call knows nothing
     if in_place:
         return taken
     return taken | {name: field.default for name, field in op.results.items()}
@@ -51,7 +53,7 @@ def test_signatures_are_those_of_the_table(op: Op, in_place: bool) -> None:
     found = {name: ... if p.default is p.empty else p.default for name, p in parameters.items()}
     assert found == expected_of(op, in_place=in_place)
     positional = [n for n, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
-    tensors = [n for n in ("x", "residual", *MODULATORS, "weight", "bias") if n in op.fields]
+    tensors = [n for n in ("x", "residual", *MODULATORS, "z", "weight", "bias") if n in op.fields]
     assert positional == [*tensors, "eps"]
 
 

@@ -9,14 +9,17 @@ namespace normkit {
 
 struct Arguments {
   Tensor x{"x"}, residual{"residual"}, weight{"weight"}, bias{"bias"}, out{"out"},
-      residual_out{"residual_out"}, gate{"gate"}, scale{"scale"}, shift{"shift"};
+      residual_out{"residual_out"}, gate{"gate"}, scale{"scale"}, shift{"shift"}, z{"z"};
   Statistic statistic;
-  bool per_head, adds = false;
+  bool per_head, adds = false, gated = false;
   NormOptions options;
   bool round_each = false;
+  Activation activation = Activation::kSilu;  // of z
+  bool norm_before_gate = true;
   std::optional<DType> out_dtype;  // none: that of out, or x's
 
   bool is_modulated() const { return gate || scale || shift; }
+  bool is_fused() const { return is_modulated() || z; }
 };
 
 inline bool same_shape(const Tensor& a, const Tensor& b) {
@@ -61,7 +64,7 @@ inline bool is_packed(const Tensor& t) {
   if (!t) return {};
   const bool row = t.ndim == 1 && t.size(1) == x.size(1);
   const bool row_per_head =
-      per_head && t.ndim == 2 && t.size(1) == x.size(1) && t.size(2) == x.size(2);
+      per_head && t.ndim == 2 && x.ndim >= 2 && t.size(1) == x.size(1) && t.size(2) == x.size(2);
   if (!row && !row_per_head) return {t.name, "does not fit x's shape", Refusal::kShape};
   if (t.size(1) > 1 && t.stride(1) != 1)
     return {t.name, "has a last stride other than 1", Refusal::kStrides};
@@ -155,7 +158,7 @@ inline bool rows_are_apart(const Tensor& t) {
 }
 
 inline Refusal check_memory(const Arguments& a) {
-  const Tensor* inputs[] = {&a.x, &a.residual, &a.weight, &a.bias};
+  const Tensor* inputs[] = {&a.x, &a.residual, &a.weight, &a.bias, &a.z};
   for (const Tensor* written : {&a.out, &a.residual_out}) {
     if (!*written) continue;
     if (!rows_are_apart(*written)) return {written->name, "may overlap itself", Refusal::kMemory};
@@ -186,7 +189,9 @@ inline Refusal check_memory(const Arguments& a) {
 
 // memory_checked: the caller knows that what is written overlaps nothing.
 inline Refusal check(const Arguments& a, bool memory_checked) {
-  if (a.x.ndim < (a.per_head ? 2 : 1)) return {"x", "has too few dimensions", Refusal::kShape};
+  // Those of a gated norm may be heads.
+  if (a.x.ndim < (a.per_head && !a.gated ? 2 : 1))
+    return {"x", "has too few dimensions", Refusal::kShape};
   if (a.x.size(1) < 1) return {"x", "has rows of no elements", Refusal::kShape};
   if (bool(a.residual) != a.adds)
     return {"residual", a.residual ? "is not None" : "is None", Refusal::kOption};
@@ -199,6 +204,9 @@ inline Refusal check(const Arguments& a, bool memory_checked) {
     if (const Refusal no = check_modulation(a)) return no;
     if (const Refusal no = check_roundings(a)) return no;
   }
+  if (bool(a.z) != a.gated) return {"z", a.z ? "is not None" : "is None", Refusal::kOption};
+  if (const Refusal no = check_device(a.z, a.x)) return no;
+  if (const Refusal no = check_rows(a.z, a.x, Refusal::kStrides)) return no;
   for (const Tensor* t : {&a.x, &a.residual})
     if (const Refusal no = check_rows(*t, a.x, Refusal::kStrides)) return no;
   for (const Tensor* t : {&a.out, &a.residual_out})
@@ -256,6 +264,16 @@ inline Affine affine_of(const Tensor& t) {
   return map;
 }
 
+inline void lay_out_gated(const Arguments& a, RowNorm& norm) {
+  Gating& g = norm.gating;
+  g.activation = a.activation;
+  g.norm_first = a.norm_before_gate;
+  g.round_norm = a.round_each;
+  const Tensor* const tensors[] = {&a.x, &a.residual, &a.out, &a.residual_out, &a.z};
+  RowsOf* const rows[] = {&norm.x, &norm.residual, &norm.out, &norm.residual_out, &g.z};
+  lay_out_rows(a.x, tensors, rows, norm);
+}
+
 // Not by a return value: the strides of four tensors take 2 KB, and 40 ns to copy.
 inline void lay_out(const Arguments& a, RowNorm& norm) {
   norm.weight = affine_of(a.weight);
@@ -272,6 +290,8 @@ inline void lay_out(const Arguments& a, RowNorm& norm) {
     if (a.scale) find_rows(a.scale, a.x, norm.modulation.scale);
     if (a.shift) find_rows(a.shift, a.x, norm.modulation.shift);
   }
+  norm.gating.z.data = nullptr;
+  if (a.z) return lay_out_gated(a, norm);
   const Tensor* const tensors[] = {&a.x, &a.residual, &a.out, &a.residual_out};
   RowsOf* const rows[] = {&norm.x, &norm.residual, &norm.out, &norm.residual_out};
   lay_out_rows(a.x, tensors, rows, norm);

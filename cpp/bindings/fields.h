@@ -71,16 +71,20 @@ template <auto kOption, class Arguments>
 }
 
 // 1 layer instead of rms, 2 weight and bias may have a row per head, 4 adds a residual, 8 x is the
-// output.
+// output; 32 gated, 64 sigmoid instead of silu, 128 the gate multiplies the norm and not x.
 template <class Arguments>
 [[gnu::always_inline]] inline Refusal kind(Arguments& a, const char*, PyObject* value) {
   const long bits = read_bits(value);
   a.statistic = static_cast<Statistic>(bits & 1);
   a.per_head = bits & 2;
-  if constexpr (std::is_base_of_v<BackwardArguments, Arguments>)
+  if constexpr (std::is_base_of_v<BackwardArguments, Arguments>) {
     a.from_output = bits & 8;
-  else
+  } else {
     a.adds = bits & 4;
+    a.gated = bits & 32;
+    a.activation = bits & 64 ? Activation::kSigmoid : Activation::kSilu;
+    a.norm_before_gate = bits & 128;
+  }
   return {};
 }
 
@@ -153,13 +157,14 @@ constexpr auto joined(const std::array<Field<Arguments>, kBefore>& before,
   return all;
 }
 
-// What a modulated norm has besides; other calls end before these.
-inline constexpr auto kModulatedFields =
+// What a fused norm has besides; other calls end before these.
+inline constexpr auto kFusedFields =
     joined(kNormFields, {
                             {"gate", member<&Arguments::gate>},
                             {"scale", member<&Arguments::scale>},
                             {"shift", member<&Arguments::shift>},
                             {"round_each", member<&Arguments::round_each>},
+                            {"z", member<&Arguments::z>},
                         });
 
 inline constexpr Field<BackwardArguments> kBackwardFields[] = {

@@ -60,8 +60,8 @@ const Tensor* find_differentiated(const Arguments& a) {
   // in place, out is x, which need not be asked twice
   for (const Tensor* t : {&a.x, &a.residual, &a.weight, &a.bias, &a.out, &a.residual_out})
     if (*t && (t == &a.x || t->object != a.x.object) && requires_grad(*t)) return t;
-  if (a.is_modulated())
-    for (const Tensor* t : {&a.gate, &a.scale, &a.shift})
+  if (a.is_fused())
+    for (const Tensor* t : {&a.gate, &a.scale, &a.shift, &a.z})
       if (*t && requires_grad(*t)) return t;
   return nullptr;
 }
@@ -236,27 +236,27 @@ nb::object plan(PyObject* const* args) {
 
 void add_norm(nb::module_& m) {
   static PyMethodDef methods[] = {
-      method<kNormFields, try_norm<kNormFields>, kModulatedFields, try_norm<kModulatedFields>>(
+      method<kNormFields, try_norm<kNormFields>, kFusedFields, try_norm<kFusedFields>>(
           "try_norm", R"(Run a row norm of eager tensors, where nothing speaks against it.
 
 Returns y, or (y, residual_out) when there is a residual; None where Python has to look at the call.
 
 kind is 0 for rms and 1 for layer, plus 2 when weight and bias may have a row per head, plus 4 when
 there is a residual.  The other arguments are those of normkit.functional.)"),
-      method<kNormFields, norm<kNormFields>, kModulatedFields, norm<kModulatedFields>>(
+      method<kNormFields, norm<kNormFields>, kFusedFields, norm<kFusedFields>>(
           "norm", R"(Run a row norm for a caller who has checked that outputs overlap nothing.
 
 Arguments and result are those of try_norm(), but a Refusal where there is no result.)"),
-      method<kNormFields, norm_saving<kNormFields>, kModulatedFields,
-             norm_saving<kModulatedFields>>("norm_saving",
-                                            R"(Run norm(), and keep what norm_backward() needs.
+      method<kNormFields, norm_saving<kNormFields>, kFusedFields, norm_saving<kFusedFields>>(
+          "norm_saving",
+          R"(Run norm(), and keep what norm_backward() needs.
 
 Returns (y, residual_out or None, rstd, mean or None), or a Refusal.)"),
       method<kNormFields, try_norm_saving>(
           "try_norm_saving", R"(Run norm_saving() for an eager call that needs gradients.
 
 Returns None where it needs none, and where Python has to look at the call.)"),
-      method<kNormFields, plan<kNormFields>, kModulatedFields, plan<kModulatedFields>>(
+      method<kNormFields, plan<kNormFields>, kFusedFields, plan<kFusedFields>>(
           "plan",
           R"(Tell what norm() would do, without making or running anything.
 
@@ -265,7 +265,7 @@ Returns (name of the backend, its plan in words), or a Refusal.)"),
   add_methods(m, methods);
 
   nb::list names;
-  for (const auto& field : kModulatedFields) names.append(field.name);
+  for (const auto& field : kFusedFields) names.append(field.name);
   m.attr("fields") = nb::tuple(names);
   m.def(
       "set_quick_path", [](bool on) { quick_path_is_off = !on; }, nb::arg("on"),

@@ -3,6 +3,7 @@
 // Such a kernel makes Python objects of its arguments, which for tensors are the ones that they
 // have already, and calls a function of this module.  What that refuses goes to the operator's
 // Python implementation, which runs it elsewhere, or raises.
+#include <algorithm>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -140,12 +141,20 @@ bool is_text(const nb::object& value, const char* text) {
   return PyUnicode_Check(value.ptr()) && PyUnicode_CompareWithASCIIString(value.ptr(), text) == 0;
 }
 
-// A bool, or a kind of norm.
-bool is_flag(const nb::object& value) {
-  return PyBool_Check(value.ptr()) || is_text(value, "rms") || is_text(value, "layer");
+// The words that an argument may be in place of a bool: a kind of norm, the activation of a gate.
+constexpr const char* kOff[] = {"rms", "silu"};
+constexpr const char* kOn[] = {"layer", "sigmoid"};
+
+template <size_t kCount>
+bool is_one_of(const nb::object& value, const char* const (&words)[kCount]) {
+  return std::any_of(words, words + kCount, [&](const char* word) { return is_text(value, word); });
 }
 
-bool is_on(const nb::object& flag) { return flag.ptr() == Py_True || is_text(flag, "layer"); }
+bool is_flag(const nb::object& value) {
+  return PyBool_Check(value.ptr()) || is_one_of(value, kOff) || is_one_of(value, kOn);
+}
+
+bool is_on(const nb::object& flag) { return flag.ptr() == Py_True || is_one_of(flag, kOn); }
 
 // None, for bits, where a flag is none.
 nb::object field_of(const Source& source, const Objects& given) {

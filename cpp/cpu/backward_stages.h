@@ -6,6 +6,7 @@
 #pragma once
 #include <iterator>
 
+#include "activation.h"
 #include "stages.h"
 
 namespace normkit::cpu {
@@ -261,6 +262,7 @@ constexpr Kernels make_kernels(const char* name) {
   fill_forward<Float32>(k);
   fill_forward<Float16>(k);
   fill_forward<BFloat16>(k);
+  fill_activate(k);
   fill_backward<Float32>(k);
   fill_backward<Float16>(k);
   fill_backward<BFloat16>(k);

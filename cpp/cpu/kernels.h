@@ -35,8 +35,10 @@ struct Block {
   void* out[kMaxBlockRows];
   const void* weight[kMaxBlockRows];  // float32 in the apply stage's layout, or as stored
   const void* bias[kMaxBlockRows];
+  const void* z[kMaxBlockRows];
+  float* factor[kMaxBlockRows];      // memory for act(z)
   const void* gate[kMaxBlockRows];   // float32; null: none
-  const void* scale[kMaxBlockRows];  // 1 + scale as float32, in the layout of the stage that has it
+  const void* scale[kMaxBlockRows];  // 1 + scale, or act(z), as float32 in its stage's layout
   const void* shift[kMaxBlockRows];
   void*
       normalised[kMaxBlockRows];  // the row between norm and modulation, where they are two stages
@@ -98,6 +100,8 @@ struct Kernels {
   // "As stored" is there for 16-bit source, output, weight and bias of one type.
   Stage apply[3][3][3][2][2];
   Stage gate[3][3];  // [x][product]: wide = gate * x
+  // [activation]: rows z of whole chunks become act(z), times weight where there is one.
+  void (*activate[2])(float* row, int64_t n, const float* weight);
   // [source, and what xhat is rounded to][product][out][statistic]: apply, with the product rounded
   // before the bias is added.  Null for what is made in two stages, or no kernel's.
   Stage modulate[3][3][3][2];

@@ -103,6 +103,8 @@ struct Stages {
   // shift; or has_scale: apply takes scale and shift for weight and bias.
   Stage modulate = nullptr;
   bool has_scale = false;
+  // has_scale, and weight goes into the scale: y = xhat * (weight * act(z)).
+  bool scale_has_weight = false;
   bool wide = false;  // the row that is normalised is kept as float32
   bool affine_as_stored = false;
   Layout layout = Layout::kNatural;
@@ -113,20 +115,23 @@ void choose_apply(Stages& s, const RowNorm& norm, DType source, const Kernels& k
   const Modulation& m = norm.modulation;
   const DType out = norm.out.dtype, normalised = normalised_dtype(norm);
   const bool layer = norm.statistic == Statistic::kLayer;
-  const bool modulated = m.scale.data || m.shift.data;
+  const bool gated = norm.gating.is_behind_norm();
+  const bool modulated = m.scale.data || m.shift.data || gated;
   // What the norm itself gives, and its product with 1 + scale.
-  const DType of_norm = m.round_each ? normalised : DType::kFloat32;
+  const bool rounds_norm = gated ? norm.gating.round_norm : m.round_each;
+  const DType of_norm = rounds_norm ? normalised : DType::kFloat32;
   const DType product = promoted(of_norm, m.scale.dtype);
   const bool rounds_product = m.round_each && m.scale.data && m.shift.data;
   DType rounded = norm.options.round_before_weight ? normalised : DType::kFloat32;
-  if (modulated && !norm.weight.data && !norm.bias.data) {
-    const DType xhat = m.round_each ? normalised : rounded;
+  s.scale_has_weight = gated && !rounds_norm && norm.weight.data && !norm.bias.data;
+  if (modulated && (s.scale_has_weight || !norm.weight.data) && !norm.bias.data) {
+    const DType xhat = rounds_norm ? normalised : rounded;
     if (!rounds_product)
       s.apply = kernels.apply[int(source)][int(xhat)][int(out)][0][layer];
     else if (source == of_norm)
       s.apply = kernels.modulate[int(source)][int(product)][int(out)][layer];
     s.has_scale = s.apply;
-    s.modulation_layout = layout_of(source, out);
+    s.layout = s.modulation_layout = layout_of(source, out);
     if (s.has_scale) return;
   }
   const DType to = modulated ? of_norm : out;
@@ -158,6 +163,10 @@ Stages stages_of(const RowNorm& norm, const Kernels& kernels) {
     s.gate = kernels.gate[int(x)][int(product)];
     x = DType::kFloat32;
   }
+  if (norm.gating.is_before_norm()) {
+    s.gate = kernels.gate[int(x)][int(DType::kFloat32)];
+    s.wide = true;
+  }
   if (norm.residual.data) {
     s.add = kernels.add[int(x)][int(norm.residual.dtype)][!norm.options.round_sum];
     s.wide = !norm.options.round_sum;
@@ -175,12 +184,29 @@ Stages stages_of(const RowNorm& norm, const Kernels& kernels) {
   return s;
 }
 
+// A row of float32 for each row of a block becomes act(z), in some layout; times the row's weight,
+// where that is in the same layout.
+void activate(Block& b, const RowNorm& norm, Layout layout, bool has_weight,
+              const Kernels& kernels) {
+  const int64_t n = padded(norm.n);
+  for (int r = 0; r < b.rows; ++r) {
+    const Affine z{static_cast<const char*>(b.z[r]), norm.gating.z.dtype};
+    kernels.affine[int(z.dtype)][int(layout)](z.data, norm.n, -0.f, false, b.factor[r]);
+    add_last_chunk(z, 0, norm.n, layout, 0.f, false, kernels, b.factor[r]);
+    kernels.activate[int(norm.gating.activation)](
+        b.factor[r], n, has_weight ? static_cast<const float*>(b.weight[r]) : nullptr);
+    b.gate[r] = b.scale[r] = b.factor[r];
+    b.shift[r] = nullptr;
+  }
+}
+
 // b.source becomes what is normalised.
-void prepare(Block& b, const Stages& s) {
+void prepare(Block& b, const Stages& s, const RowNorm& norm, const Kernels& kernels) {
   if (s.clamp_x) {
     s.clamp_x(b);
     for (int r = 0; r < b.rows; ++r) b.x[r] = b.wide[r];
   }
+  if (norm.gating.is_before_norm()) activate(b, norm, Layout::kNatural, false, kernels);
   if (s.gate) {
     s.gate(b);
     for (int r = 0; r < b.rows; ++r) b.x[r] = b.wide[r];
@@ -238,8 +264,8 @@ void apply_and_modulate(Block& b, const Stages& s) {
 }
 
 // The block's first row is `row`.
-void run(Block& b, const Stages& s, const RowNorm& norm, int64_t row) {
-  prepare(b, s);
+void run(Block& b, const Stages& s, const RowNorm& norm, const Kernels& kernels, int64_t row) {
+  prepare(b, s, norm, kernels);
   if (norm.split.step == Step::kApply) {
     combine(b, norm, row);
   } else {
@@ -249,6 +275,10 @@ void run(Block& b, const Stages& s, const RowNorm& norm, int64_t row) {
   take_rstd(b, norm, s.rstd);
   if (norm.rstd) std::copy_n(b.rstd, b.rows, norm.rstd + row);
   if (norm.mean) std::copy_n(b.mean, b.rows, norm.mean + row);
+  if (norm.gating.is_behind_norm()) {
+    activate(b, norm, s.modulation_layout, s.scale_has_weight, kernels);
+    if (s.has_scale) take_modulation(b);
+  }
   s.modulate ? apply_and_modulate(b, s) : s.apply(b);
 }
 
@@ -259,8 +289,9 @@ struct Job {
   const Kernels& kernels;
   float* affine;  // affine_floats for each part, where weight and bias are not used as stored
   int64_t affine_floats;
-  float* wide;        // block_rows rows for each part
-  float* modulation;  // modulation_floats for each part: ModulationCursor's, and normalised rows
+  float* wide;  // block_rows rows for each part
+  // modulation_floats for each part: ModulationCursor's, or those of act(z); and normalised rows
+  float* modulation;
   int64_t modulation_floats;
 };
 
@@ -272,7 +303,8 @@ AffineRows prepared_to_apply(const Affine& affine, const Job& job, float offset,
   const Layout layout = job.stages.layout;
   const int64_t n = job.norm.n;
   float* row = buffer;
-  const bool copies = is_overwritten(job.norm);
+  // An activation works on whole chunks, and so it reads the weight.
+  const bool copies = is_overwritten(job.norm) || (job.stages.scale_has_weight && n % kChunk != 0);
   const AffineRows rows = prepared(affine, n, layout, offset, copies, job.kernels, buffer);
   if (affine.data && (copies || !is_as_read(affine, layout, offset)))
     for (int64_t group = 0; group < affine.groups; ++group, row += padded(n))
@@ -284,7 +316,7 @@ AffineRows prepared_to_apply(const Affine& affine, const Job& job, float offset,
 // it again (4096 columns on Zen 4: 0.14 us to write, 8 us to fetch).
 AffinePair affine_of(const Job& job, int part) {
   const RowNorm& norm = job.norm;
-  if (job.stages.has_scale) return {};
+  if (job.stages.has_scale && !job.stages.scale_has_weight) return {};
   if (job.stages.affine_as_stored) return {stored(norm.weight), stored(norm.bias)};
   float* buffer = job.affine + part * job.affine_floats;
   AffinePair pair;
@@ -309,9 +341,13 @@ void run_part(void* context, int part) {
   Cursor cursor(tensors, norm.outer_dims, norm.outer_size, begin);
   GroupCursor affine_cursor(norm.weight, norm.bias, begin);
   std::optional<ModulationCursor> modulation_cursor;
-  float* normalised = nullptr;
-  if (job.modulation) {
-    float* const memory = job.modulation + part * job.modulation_floats;
+  std::optional<Cursor<1>> z_cursor;
+  float* const memory = job.modulation ? job.modulation + part * job.modulation_floats : nullptr;
+  float* normalised = memory;
+  if (norm.gating) {
+    const RowsOf* const z[] = {&norm.gating.z};
+    z_cursor.emplace(z, norm.outer_dims, norm.outer_size, begin);
+  } else if (memory) {
     normalised = memory + ModulationCursor::floats(norm, job.plan.block_rows);
     modulation_cursor.emplace(norm, job.stages.modulation_layout, job.plan.block_rows, begin,
                               job.kernels, memory);
@@ -339,9 +375,17 @@ void run_part(void* context, int part) {
         b.bias[r] = affine.bias.row(affine_cursor.group());
       }
     }
-    if (!modulation_cursor) return;
-    modulation_cursor->fill(b);
+    if (!memory) return;
     for (int r = 0; r < b.rows; ++r) b.normalised[r] = normalised + r * padded(norm.n);
+    if (z_cursor) {
+      float* const factors = memory + job.plan.block_rows * padded(norm.n);
+      for (int r = 0; r < b.rows; ++r, z_cursor->next()) {
+        b.z[r] = z_cursor->at(0);
+        b.factor[r] = factors + r * padded(norm.n);
+      }
+      return;
+    }
+    modulation_cursor->fill(b);
     if (job.stages.has_scale) take_modulation(b);
   };
   Block blocks_in_flight[2];
@@ -354,14 +398,14 @@ void run_part(void* context, int part) {
     const int fetched = job.plan.fetch && more ? std::min(block->rows, next->rows) : 0;
     std::copy_n(next->x, fetched, block->next);
     std::fill_n(block->next + fetched, block->rows - fetched, nullptr);
-    run(*block, job.stages, norm, row);
+    run(*block, job.stages, norm, job.kernels, row);
     std::swap(block, next);
   }
 }
 
 int64_t row_bytes(const RowNorm& norm) {
   int64_t bytes = 0;
-  for (const RowsOf* t : {&norm.x, &norm.residual, &norm.out, &norm.residual_out})
+  for (const RowsOf* t : {&norm.x, &norm.residual, &norm.out, &norm.residual_out, &norm.gating.z})
     if (t->data) bytes += norm.n * item_size(t->dtype);
   return bytes;
 }
@@ -414,13 +458,14 @@ void row_norm(const RowNorm& norm) {
   if (norm.rows == 0) return;
   const Kernels& kernels = kernels_in_use();
   Job job{norm, plan(norm), stages_of(norm, kernels), kernels, nullptr, 0, nullptr, nullptr, 0};
-  if (!job.stages.affine_as_stored && !job.stages.has_scale) {
+  if (!job.stages.affine_as_stored && (!job.stages.has_scale || job.stages.scale_has_weight)) {
     job.affine_floats = padded(norm.n) * (norm.weight.groups + norm.bias.groups);
     job.affine = affine_scratch.reserve(job.plan.threads * job.affine_floats);
   }
-  if (norm.modulation) {
+  if (norm.modulation || norm.gating) {
+    const int64_t rows = job.plan.block_rows * padded(norm.n);
     job.modulation_floats =
-        ModulationCursor::floats(norm, job.plan.block_rows) + job.plan.block_rows * padded(norm.n);
+        rows + (norm.gating ? rows : ModulationCursor::floats(norm, job.plan.block_rows));
     job.modulation = modulation_scratch.reserve(job.plan.threads * job.modulation_floats);
   }
   if (job.stages.wide || job.stages.clamp_x || job.stages.gate)

@@ -17,6 +17,16 @@ inline V sub(V a, V b) { return _mm256_sub_ps(a, b); }
 inline V mul(V a, V b) { return _mm256_mul_ps(a, b); }
 inline V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
 inline V bits_and(V a, V b) { return _mm256_and_ps(a, b); }
+inline V div(V a, V b) { return _mm256_div_ps(a, b); }
+// v times 2^(the integer in the lowest bits of k).
+inline V add_to_exponent(V v, V k) {
+  const __m256i shifted = _mm256_slli_epi32(_mm256_castps_si256(k), 23);
+  return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(v), shifted));
+}
+// yes in the lanes where v >= limit, no in others and where v is NaN.
+inline V where_at_least(V v, float limit, V yes, V no) {
+  return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(v, set1(limit), _CMP_GE_OQ));
+}
 // The second operand comes back when the first is NaN, so a NaN in v survives both.
 inline V clamp(V v, float limit) {
   return _mm256_min_ps(set1(limit), _mm256_max_ps(set1(-limit), v));

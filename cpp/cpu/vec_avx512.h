@@ -20,6 +20,16 @@ inline V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
 inline V bits_and(V a, V b) {
   return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(a), _mm512_castps_si512(b)));
 }
+inline V div(V a, V b) { return _mm512_div_ps(a, b); }
+// v times 2^(the integer in the lowest bits of k).
+inline V add_to_exponent(V v, V k) {
+  const __m512i shifted = _mm512_slli_epi32(_mm512_castps_si512(k), 23);
+  return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(v), shifted));
+}
+// yes in the lanes where v >= limit, no in others and where v is NaN.
+inline V where_at_least(V v, float limit, V yes, V no) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(v, set1(limit), _CMP_GE_OQ), no, yes);
+}
 // The second operand comes back when the first is NaN, so a NaN in v survives both.
 inline V clamp(V v, float limit) {
   return _mm512_min_ps(set1(limit), _mm512_max_ps(set1(-limit), v));

@@ -19,6 +19,15 @@ inline V fma(V a, V b, V c) { return vfmaq_f32(c, a, b); }
 inline uint32x4_t bits_of(V v) { return vreinterpretq_u32_f32(v); }
 inline V of_bits(uint32x4_t bits) { return vreinterpretq_f32_u32(bits); }
 inline V bits_and(V a, V b) { return of_bits(vandq_u32(bits_of(a), bits_of(b))); }
+inline V div(V a, V b) { return vdivq_f32(a, b); }
+// v times 2^(the integer in the lowest bits of k).
+inline V add_to_exponent(V v, V k) {
+  return of_bits(vaddq_u32(bits_of(v), vshlq_n_u32(bits_of(k), 23)));
+}
+// yes in the lanes where v >= limit, no in others and where v is NaN.
+inline V where_at_least(V v, float limit, V yes, V no) {
+  return vbslq_f32(vcgeq_f32(v, set1(limit)), yes, no);
+}
 // vminq and vmaxq hand a NaN on.
 inline V clamp(V v, float limit) { return vminq_f32(set1(limit), vmaxq_f32(set1(-limit), v)); }
 

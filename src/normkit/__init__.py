@@ -26,6 +26,8 @@ from normkit.functional import (
 from normkit.fusions import (
     add_modulated_norm,
     add_modulated_norm_,
+    gated_norm,
+    gated_norm_,
     modulated_norm,
     modulated_norm_,
 )
@@ -57,6 +59,8 @@ __all__ = [
     "compile_mode",
     "convert",
     "explain",
+    "gated_norm",
+    "gated_norm_",
     "head_norm",
     "head_norm_",
     "layer_norm",

@@ -8,7 +8,7 @@ tests and benchmarks come from these; signatures are written by hand, and a test
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from operator import attrgetter, itemgetter
 from typing import Any, Literal, NamedTuple, TypedDict, cast
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 Kind = Literal["rms", "layer"]
+Activation = Literal["silu", "sigmoid"]
 
 # What a call returns: y, or (y, residual_out).
 Result = Tensor | tuple[Tensor, Tensor]
@@ -33,7 +34,9 @@ FLOATS_TEXT = "float32, float16 or bfloat16"
 DEFAULT_EPS: dict[Kind, float] = {"rms": 1e-6, "layer": 1e-5}
 
 # The bits of a call's kind, as the extension has them; 0 is an rms norm of rows.
-LAYER, PER_HEAD, ADD, MODULATED = 1, 2, 4, 16
+LAYER, PER_HEAD, ADD, MODULATED, GATED, SIGMOID, NORM_FIRST = 1, 2, 4, 16, 32, 64, 128
+# A call of any of these has FUSED arguments besides.
+_FUSED_KINDS = MODULATED | GATED
 
 
 def is_layer(kind: Kind) -> bool:
@@ -45,6 +48,40 @@ def is_layer(kind: Kind) -> bool:
     if kind not in ("rms", "layer"):
         raise ValueError(f'kind: expected "rms" or "layer", got {kind!r}')
     return kind == "layer"
+
+
+def is_sigmoid(activation: Activation) -> bool:
+    """Whether a gate is sigmoid(z) instead of silu(z) = z * sigmoid(z).
+
+    Raises:
+        ValueError: activation is neither "silu" nor "sigmoid".
+    """
+    if activation not in ("silu", "sigmoid"):
+        raise ValueError(f'activation: expected "silu" or "sigmoid", got {activation!r}')
+    return activation == "sigmoid"
+
+
+def is_before_gate(norm_before_gate: bool) -> bool:
+    """The value itself.
+
+    Raises:
+        TypeError: it is no bool.
+    """
+    if not isinstance(norm_before_gate, bool):
+        given = type(norm_before_gate).__name__
+        raise TypeError(f"norm_before_gate: expected True or False, got {given}")
+    return norm_before_gate
+
+
+def gated(kind: Kind, activation: Activation, norm_before_gate: bool) -> int:
+    """The bits of a gated norm."""
+    return (
+        GATED
+        | PER_HEAD
+        | is_layer(kind) * LAYER
+        | is_sigmoid(activation) * SIGMOID
+        | is_before_gate(norm_before_gate) * NORM_FIRST
+    )
 
 
 def heads(kind: Kind) -> int:
@@ -92,7 +129,7 @@ class Options(PlainOptions, total=False):
 
 @dataclass
 class Call:
-    """One call of an op: the extension's arguments, two that only Python knows, and MODULATION's.
+    """One call of an op: the extension's arguments, two that only Python knows, and FUSED ones.
 
     No NamedTuple, of which Dynamo of torch 2.10 cannot trace the properties.
     """
@@ -117,11 +154,12 @@ class Call:
     scale: Tensor | None = None
     shift: Tensor | None = None
     round_each: bool = False
+    z: Tensor | None = None
 
     @property
     def op(self) -> str:
         """The name of the function that was called."""
-        return _NAMES[self.kind] + "_" * self.in_place
+        return _NAMES[self.kind & ~(SIGMOID | NORM_FIRST)] + "_" * self.in_place
 
     @property
     def layer(self) -> bool:
@@ -144,6 +182,26 @@ class Call:
         return bool(self.kind & MODULATED)
 
     @property
+    def gated(self) -> bool:
+        """Whether an activation of z multiplies it."""
+        return bool(self.kind & GATED)
+
+    @property
+    def fused(self) -> bool:
+        """Whether it has FUSED arguments."""
+        return bool(self.kind & _FUSED_KINDS)
+
+    @property
+    def activation(self) -> Activation:
+        """Of z, in words."""
+        return "sigmoid" if self.kind & SIGMOID else "silu"
+
+    @property
+    def norm_before_gate(self) -> bool:
+        """Whether the norm is multiplied, and not what is normalised."""
+        return bool(self.kind & NORM_FIRST)
+
+    @property
     def statistic(self) -> Kind:
         """The norm in words."""
         return "layer" if self.layer else "rms"
@@ -158,10 +216,13 @@ class Call:
         """Whether y is kept for the gradients, and what was normalised made of it again."""
         return self.memory_efficient and not self.round_before_weight and not self.clamp_inf
 
+    # Its tensors have a dimension for the groups, before it becomes a call.
+    group_size = None
+
     def native(self) -> tuple[object, ...]:
         """The arguments of the extension."""
         values: tuple[object, ...] = _native_values(self)
-        return values + _modulation_values(self) if self.kind & MODULATED else values
+        return values + _fused_values(self) if self.kind & _FUSED_KINDS else values
 
     def options(self) -> Options:
         """All of OPTIONS."""
@@ -183,7 +244,7 @@ class Call:
 
     def inputs(self) -> list[tuple[str, Tensor]]:
         """Those that the call reads."""
-        return self._given("x", "residual", "weight", "bias", *MODULATORS)
+        return self._given("x", "residual", "weight", "bias", *FUSED_TENSORS)
 
     def written(self) -> list[tuple[str, Tensor]]:
         """Those that the call writes, under the names that its caller knows."""
@@ -205,17 +266,20 @@ class Call:
             or (self.weight is not None and self.weight.requires_grad)
             or (self.bias is not None and self.bias.requires_grad)
             or (self.residual is not None and self.residual.requires_grad)
-            or (self.modulated and any(t.requires_grad for _, t in self._given(*MODULATORS)))
+            or (self.fused and any(t.requires_grad for _, t in self._given(*FUSED_TENSORS)))
         )
 
 
-# The fields that are the extension's arguments, in its order; a modulated norm has more of them.
+# The fields that are the extension's arguments, in its order; a fused norm has more of them.
 _CALL = tuple(field.name for field in fields(Call))
 NATIVE = _CALL[: _CALL.index("memory_efficient")]
-MODULATION = _CALL[_CALL.index("gate") :]
+FUSED = _CALL[_CALL.index("gate") :]
+MODULATION = ("gate", "scale", "shift", "round_each")
 MODULATORS = MODULATION[:-1]  # the tensors among them
+GATING = ("z", "activation", "norm_before_gate")
+FUSED_TENSORS = (*MODULATORS, "z")
 _native_values = attrgetter(*NATIVE)
-_modulation_values = attrgetter(*MODULATION)
+_fused_values = attrgetter(*FUSED)
 
 # The options that change what is computed, in the order of a call.
 OPTIONS = NATIVE[NATIVE.index("eps") + 1 : NATIVE.index("out_dtype")]
@@ -296,6 +360,7 @@ Fields = dict[str, Field]
 FIELDS: Fields = {
     "x": Field("Tensor", ..., "what is normalised, row by row"),
     "residual": Field("Tensor", ..., "added to x first"),
+    "z": Field("Tensor", ..., "gated: its activation multiplies the norm, or x before the norm"),
     "gate": Field("Tensor?", None, "modulated: multiplies x before it is added; None for no gate"),
     "scale": Field("Tensor?", None, "modulated: 1 + scale multiplies the norm; None for no scale"),
     "shift": Field("Tensor?", None, "modulated: added last; None for no shift"),
@@ -307,13 +372,18 @@ FIELDS: Fields = {
         "added to the statistic; None: epsilon of the computing dtype",
     ),
     "kind": Field("str", "rms", '"rms" or "layer"; modulated: "layer" is the default'),
+    "activation": Field("str", "silu", 'gated: "silu" or "sigmoid"'),
+    "norm_before_gate": Field("bool", True, "gated: multiply the norm; False: x (Mamba-2)"),
     "round_sum": Field(
         "bool",
         True,
         "fused adds: normalise the sum as rounded to residual's dtype",
     ),
     "round_each": Field(
-        "bool", False, "modulated: round each operation, as torch does (Flux, SD3, Qwen-Image)"
+        "bool",
+        False,
+        "modulated: round each operation, as torch does (Flux, SD3, Qwen-Image);"
+        " gated: round the norm before it is multiplied (Qwen3-Next)",
     ),
     "weight_offset": Field("float", 0.0, "added to the weight in float32 (Gemma: 1.0)"),
     "round_before_weight": Field("bool", False, "round xhat to x's dtype first (Llama, Qwen)"),
@@ -328,8 +398,19 @@ FIELDS: Fields = {
 }
 FLAGS = tuple(name for name in OPTIONS if FIELDS[name].type == "bool")
 DEFAULT_OPTIONS = cast(Options, {name: FIELDS[name].default for name in OPTIONS})
+# What only some fusions take.
+_OF_FUSED = {*MODULATION, *GATING}
 # What forms that write in place do not take.
 _OF_RESULTS = ("out_dtype", "out", "residual_out", "memory_efficient")
+
+
+# Arguments that are bits of a call's kind.
+_KIND_FLAGS = {"kind": LAYER, "activation": SIGMOID, "norm_before_gate": NORM_FIRST}
+_IS_ON: dict[str, Callable[[Any], bool]] = {
+    "kind": is_layer,
+    "activation": is_sigmoid,
+    "norm_before_gate": is_before_gate,
+}
 
 
 class Op(NamedTuple):
@@ -340,12 +421,31 @@ class Op(NamedTuple):
     per_head: bool = False
     adds: bool = False
     modulated: bool = False
+    gated: bool = False
+
+    @property
+    def fused(self) -> bool:
+        """Whether its calls have FUSED arguments."""
+        return self.modulated or self.gated
 
     @property
     def bits(self) -> int:
-        """The kind of its calls, but for what `kind` says."""
+        """The kind of its calls, but for what is said by `flags`."""
         given = self.per_head * PER_HEAD | self.adds * ADD | self.modulated * MODULATED
-        return bool(self.layer) * LAYER | given
+        return bool(self.layer) * LAYER | given | self.gated * GATED
+
+    @property
+    def flags(self) -> dict[str, int]:
+        """Arguments that are bits of a call's kind."""
+        return {name: bit for name, bit in _KIND_FLAGS.items() if name in self.fields}
+
+    def kind_of(self, given: Mapping[str, Any]) -> int:
+        """The kind of a call with these arguments, of which the defaults may be left out."""
+        bits = self.bits
+        for name, bit in self.flags.items():
+            value = given.get(name, self.fields[name].default)
+            bits |= bit * _IS_ON[name](value)
+        return bits
 
     @property
     def fields(self) -> Fields:
@@ -359,24 +459,21 @@ class Op(NamedTuple):
             del taken["residual"], taken["gate"], taken["round_sum"]
         if self.modulated:
             taken["kind"] = taken["kind"]._replace(default="layer")
-            return taken
-        return {name: field for name, field in taken.items() if name not in MODULATION}
+        own = MODULATION * self.modulated + (*GATING, "round_each") * self.gated
+        return {name: f for name, f in taken.items() if name in own or name not in _OF_FUSED}
 
     @property
     def results(self) -> Fields:
         """What the form that returns y takes besides."""
-        left_out = (() if self.adds else ("residual_out",)) + ("memory_efficient",) * self.modulated
+        left_out = (() if self.adds else ("residual_out",)) + ("memory_efficient",) * self.fused
         return {name: FIELDS[name] for name in _OF_RESULTS if name not in left_out}
 
     def call(self, given: Mapping[str, Any], *, in_place: bool = False) -> Call:
         """Make the call that these arguments mean; those in place are written, too."""
-        kind = self.bits
-        if self.layer is None:
-            kind |= is_layer(given.get("kind", self.fields["kind"].default)) * LAYER
-        rest = {name: value for name, value in given.items() if name != "kind"}
+        rest = {name: value for name, value in given.items() if name not in _KIND_FLAGS}
         if in_place:
             rest |= {"out": rest["x"], "residual_out": rest.get("residual")}
-        return Call(kind, in_place=in_place, **rest)
+        return Call(self.kind_of(given), in_place=in_place, **rest)
 
 
 OPS = {
@@ -390,6 +487,7 @@ OPS = {
         Op("add_head_norm", None, per_head=True, adds=True),
         Op("modulated_norm", None, modulated=True),
         Op("add_modulated_norm", None, adds=True, modulated=True),
+        Op("gated_norm", None, per_head=True, gated=True),
     )
 }
 _NAMES = {

@@ -448,6 +448,6 @@ def add_head_norm_(
 FUNCTIONS.update(
     (op.name + form, globals()[op.name + form])
     for op in OPS.values()
-    if not op.modulated
+    if not op.fused
     for form in ("", "_")
 )

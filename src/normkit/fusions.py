@@ -1,7 +1,7 @@
 """Norms together with what models compute around them, in one pass over memory.
 
 Arguments of a norm mean what they mean in `normkit.functional`; those of the fusion are described
-once, in `modulated_norm` and `add_modulated_norm`.
+once, in `modulated_norm`, `add_modulated_norm` and `gated_norm`.
 """
 
 from __future__ import annotations
@@ -14,10 +14,18 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from normkit._serving.backends import quick
+from normkit._serving.checks import in_groups
 from normkit._serving.serve import FUNCTIONS, serve
-from normkit._spec import ADD, LAYER, MODULATED, OPS, Call, Kind, is_layer
+from normkit._spec import ADD, LAYER, MODULATED, OPS, Activation, Call, Kind, gated, is_layer
 
-__all__ = ["add_modulated_norm", "add_modulated_norm_", "modulated_norm", "modulated_norm_"]
+__all__ = [
+    "add_modulated_norm",
+    "add_modulated_norm_",
+    "gated_norm",
+    "gated_norm_",
+    "modulated_norm",
+    "modulated_norm_",
+]
 
 _norm = cast("Callable[..., Tensor | None]", quick)
 _add_norm = cast("Callable[..., tuple[Tensor, Tensor] | None]", quick)
@@ -81,7 +89,7 @@ def modulated_norm(
         MODULATED | is_layer(kind) * LAYER, x, None, weight, bias, eps, weight_offset,
         round_before_weight, True, clamp_inf, round_rstd, out_dtype, out, None,
     )  # fmt: skip
-    modulation = (None, scale, shift, round_each)
+    modulation = (None, scale, shift, round_each, None)
     made = None if is_dynamo_compiling() else _norm(*call, *modulation)
     return _serve(Call(*call, False, False, *modulation)) if made is None else made
 
@@ -106,7 +114,7 @@ def modulated_norm_(
         MODULATED | is_layer(kind) * LAYER, x, None, weight, bias, eps, weight_offset,
         round_before_weight, True, clamp_inf, round_rstd, None, x, None,
     )  # fmt: skip
-    modulation = (None, scale, shift, round_each)
+    modulation = (None, scale, shift, round_each, None)
     made = None if is_dynamo_compiling() else _norm(*call, *modulation)
     return _serve(Call(*call, False, True, *modulation)) if made is None else made
 
@@ -163,7 +171,7 @@ def add_modulated_norm(
         MODULATED | ADD | is_layer(kind) * LAYER, x, residual, weight, bias, eps, weight_offset,
         round_before_weight, round_sum, clamp_inf, round_rstd, out_dtype, out, residual_out,
     )  # fmt: skip
-    modulation = (gate, scale, shift, round_each)
+    modulation = (gate, scale, shift, round_each, None)
     made = None if is_dynamo_compiling() else _add_norm(*call, *modulation)
     return _serve_both(Call(*call, False, False, *modulation)) if made is None else made
 
@@ -191,14 +199,125 @@ def add_modulated_norm_(
         MODULATED | ADD | is_layer(kind) * LAYER, x, residual, weight, bias, eps, weight_offset,
         round_before_weight, round_sum, clamp_inf, round_rstd, None, x, residual,
     )  # fmt: skip
-    modulation = (gate, scale, shift, round_each)
+    modulation = (gate, scale, shift, round_each, None)
     made = None if is_dynamo_compiling() else _add_norm(*call, *modulation)
     return _serve_both(Call(*call, False, True, *modulation)) if made is None else made
+
+
+def gated_norm(
+    x: Tensor,
+    z: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float | None = 1e-6,
+    *,
+    kind: Kind = "rms",
+    activation: Activation = "silu",
+    norm_before_gate: bool = True,
+    group_size: int | None = None,
+    round_each: bool = False,
+    weight_offset: float = 0.0,
+    round_before_weight: bool = False,
+    clamp_inf: bool = False,
+    round_rstd: bool = False,
+    out_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Normalise x, and multiply it by an activation of z, or the other way round.
+
+        norm_before_gate:  y = n * act(z),  n = xhat * (weight + weight_offset) + bias
+        otherwise:         y = h_hat * (weight + weight_offset) + bias,  h = x * act(z)
+
+    with xhat and h_hat by `kind` as in `rms_norm` or `layer_norm`, act(z) = z * sigmoid(z) for
+    "silu" and sigmoid(z) for "sigmoid".
+
+    Args:
+        x: (..., n), as in `rms_norm`.
+        z: of x's shape, with any outer strides, in any of the three dtypes.
+        weight: (n,), or (heads, n) for an x of (..., heads, n); None for no weight.
+        bias: likewise.
+        kind: "rms" or "layer".
+        activation: "silu" or "sigmoid".
+        norm_before_gate: True: Qwen3-Next, Kimi-Linear, OLMo-Hybrid; False: Mamba-2, Bamba,
+            Zamba-2, Falcon-H1.
+        group_size: normalise each group of so many columns by itself; it divides n.  None: all
+            of them together.
+        round_each: round n to x's dtype before act(z) multiplies it, as Qwen3-Next does, together
+            with round_before_weight.  No effect where the gate comes first: Mamba-2 and its
+            relatives compute in float32 up to round_before_weight.
+
+    All in float32, act(z) too, and rounded once, at the store, but for what these say; an act(z)
+    below 2^-126 counts as 0.  The other arguments, errors and rounding are those of `rms_norm`.
+    Gradients go to x, z, weight and bias.
+
+    Returns:
+        y, of x's shape, rounded to out_dtype.
+
+    Semantics: `RMSNormGated` of mamba-ssm (Dao and Gu 2024, arXiv:2405.21060) and of Hugging Face
+    transformers.
+
+    Example:
+        >>> import normkit, torch
+        >>> x, z, weight = torch.randn(2, 5, 8), torch.randn(2, 5, 8), torch.ones(8)
+        >>> normkit.gated_norm(x, z, weight, norm_before_gate=False, group_size=4).shape
+        torch.Size([2, 5, 8])
+    """
+    if group_size is not None:
+        split = in_groups(group_size, x=x, z=z, weight=weight, bias=bias, out=out)
+        y = gated_norm(
+            **split, eps=eps, kind=kind, activation=activation, norm_before_gate=norm_before_gate,
+            round_each=round_each, weight_offset=weight_offset,
+            round_before_weight=round_before_weight, clamp_inf=clamp_inf, round_rstd=round_rstd,
+            out_dtype=out_dtype,
+        )  # fmt: skip
+        return y.flatten(-2) if out is None else out
+    call = (
+        gated(kind, activation, norm_before_gate), x, None, weight, bias, eps, weight_offset,
+        round_before_weight, True, clamp_inf, round_rstd, out_dtype, out, None,
+    )  # fmt: skip
+    gating = (None, None, None, round_each, z)
+    made = None if is_dynamo_compiling() else _norm(*call, *gating)
+    return _serve(Call(*call, False, False, *gating)) if made is None else made
+
+
+def gated_norm_(
+    x: Tensor,
+    z: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float | None = 1e-6,
+    *,
+    kind: Kind = "rms",
+    activation: Activation = "silu",
+    norm_before_gate: bool = True,
+    group_size: int | None = None,
+    round_each: bool = False,
+    weight_offset: float = 0.0,
+    round_before_weight: bool = False,
+    clamp_inf: bool = False,
+    round_rstd: bool = False,
+) -> Tensor:
+    """`gated_norm` in place: x, whose last stride has to be 1, is overwritten and returned."""
+    if group_size is not None:
+        split = in_groups(group_size, x=x, z=z, weight=weight, bias=bias)
+        gated_norm_(
+            **split, eps=eps, kind=kind, activation=activation, norm_before_gate=norm_before_gate,
+            round_each=round_each, weight_offset=weight_offset,
+            round_before_weight=round_before_weight, clamp_inf=clamp_inf, round_rstd=round_rstd,
+        )  # fmt: skip
+        return x
+    call = (
+        gated(kind, activation, norm_before_gate), x, None, weight, bias, eps, weight_offset,
+        round_before_weight, True, clamp_inf, round_rstd, None, x, None,
+    )  # fmt: skip
+    gating = (None, None, None, round_each, z)
+    made = None if is_dynamo_compiling() else _norm(*call, *gating)
+    return _serve(Call(*call, False, True, *gating)) if made is None else made
 
 
 FUNCTIONS.update(
     (op.name + form, globals()[op.name + form])
     for op in OPS.values()
-    if op.modulated
+    if op.fused
     for form in ("", "_")
 )

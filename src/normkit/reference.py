@@ -31,14 +31,17 @@ def norm(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     round_each: bool = False,
+    z: Tensor | None = None,
+    activation: str = "silu",
+    norm_before_gate: bool = True,
     out_dtype: torch.dtype | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Normalise x over its last dimension.
 
-    ``y = round(n * (1 + scale) + shift)`` with ``n = (x - mean) * rstd * (weight + weight_offset) +
-    bias`` and ``rstd = 1 / sqrt(statistic + eps)``; kind "rms" has mean 0 and the mean of x^2 as
-    statistic, kind "layer" has the mean and the variance of x.
+    ``y = round(n * (1 + scale) + shift)``, or with z ``round(n * act(z))``, with ``n = (x - mean)
+    * rstd * (weight + weight_offset) + bias`` and ``rstd = 1 / sqrt(statistic + eps)``; kind "rms"
+    has mean 0 and the mean of x^2 as statistic, kind "layer" has the mean and the variance of x.
 
     Args:
         x: shape (..., n), any floating dtype.
@@ -53,7 +56,10 @@ def norm(
         scale: x's first dimensions, or ones in their place, and its last; None for zeros.
         shift: likewise.
         round_each: round n to x's dtype, ``1 + scale`` to scale's, and the product and the sum to
-            the dtype in which torch computes them of two tensors.
+            the dtype in which torch computes them of two tensors; n alone where z multiplies it.
+        z: x's shape; None for no gate.
+        activation: "silu" or "sigmoid".
+        norm_before_gate: False: act(z) multiplies x before it is normalised, and not n.
         out_dtype: the dtype of the result; None is x's.
         compute_dtype: the dtype of everything in between; None is float64 for a float64 x, else
             float32.
@@ -72,10 +78,16 @@ def norm(
         tensor([1.2000, 1.6000, 0.0000, 0.0000])
     """
     compute = compute_dtype_of(x, compute_dtype)
-    xhat = _normalised(widened(x, compute, clamp_inf), eps, kind, x.dtype if round_rstd else None)
+    row = widened(x, compute, clamp_inf)
+    if z is not None and not norm_before_gate:
+        row = row * activated(z, activation, compute)
+    xhat = _normalised(row, eps, kind, x.dtype if round_rstd else None)
     if round_before_weight:
         xhat = rounded(xhat, x.dtype)
     n = scaled(xhat, weight, bias, weight_offset)
+    if z is not None and norm_before_gate:
+        n = (rounded(n, x.dtype) if round_each else n) * activated(z, activation, compute)
+        return n.to(out_dtype or x.dtype)
     y = modulated(n, scale, shift, x.dtype if round_each else None)
     return y.to(out_dtype or x.dtype)
 
@@ -166,16 +178,21 @@ def statistics(
     round_rstd: bool = False,
     gate: Tensor | None = None,
     round_each: bool = False,
+    z: Tensor | None = None,
+    activation: str = "silu",
+    norm_before_gate: bool = True,
     compute_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return what `norm`, or with a residual `add_norm`, takes of each row: (rstd, mean).
 
     Both are of x's shape without its last dimension, in the computing dtype.  rstd is as it
     multiplies: rounded, with round_rstd.  mean is None for kind "rms".  The arguments are those of
-    `add_norm`.
+    `add_norm`, and z and what belongs to it those of `norm`.
     """
     compute = compute_dtype_of(x, compute_dtype)
     total = normalised_row(x, residual, compute, round_sum, clamp_inf, gate, round_each)
+    if z is not None and not norm_before_gate:
+        total = total * activated(z, activation, compute)
     dtype = _dtype_normalised(x, residual, round_sum) if round_rstd else None
     rstd, mean = _statistics(total, eps, kind, dtype)
     return rstd.squeeze(-1), None if mean is None else mean.squeeze(-1)
@@ -301,6 +318,12 @@ def from_statistics(
         xhat = rounded(xhat, xhat_dtype)
     n = scaled(xhat, weight, bias, weight_offset)
     return n if dtype is None else rounded(n, dtype)
+
+
+def activated(z: Tensor, activation: str, compute: torch.dtype) -> Tensor:
+    """Return act(z) in the computing dtype: sigmoid(z), or z * sigmoid(z) for "silu"."""
+    wide = z.to(compute).contiguous()  # torch has other code for strides, of other bits
+    return torch.sigmoid(wide) if activation == "sigmoid" else torch.nn.functional.silu(wide)
 
 
 def modulated(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from normkit import reference
+from normkit._spec import Activation
 
 __all__ = ["Inputs", "assert_accurate", "error_bound", "make_inputs"]
 
@@ -21,6 +22,9 @@ _STORE = 1 + 2.0**-9  # of half a step of the output dtype
 _ARITHMETIC = 4 * 2.0**-24  # of the magnitude that the arithmetic in float32 handles
 _OFFSET = 2.0**-24  # of it again, for the rounding of weight + weight_offset
 _MODULATION = 3 * 2.0**-24  # of it again, for 1 + scale, its product, and the sum with the shift
+# Likewise for act(z) and its product; and where that is normalised, since rstd is taken of it, too.
+_GATE_BEHIND, _GATE_BEFORE = 5 * 2.0**-24, 8 * 2.0**-24
+_LEAST_GATE = 2.0**-126  # what is below counts as 0
 _UNDERFLOW = 2.0**-150  # half the smallest number of float32
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 
@@ -180,6 +184,9 @@ def assert_accurate(
     gate: Tensor | None = None,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
+    z: Tensor | None = None,
+    activation: Activation = "silu",
+    norm_before_gate: bool = True,
     round_sum: bool = True,
     weight_offset: float = 0.0,
     round_before_weight: bool = False,
@@ -206,6 +213,10 @@ def assert_accurate(
             and the sum, and in t ``w * (1 + scale)`` is w and ``|bias * (1 + scale)| + |shift|``
             the bias.
         shift: likewise.
+        z: of a gated norm without round_each, as in the call; with it the 4 before t is a 9, or a
+            12 where the gate comes first, and in t ``w * act(z)`` is w, or ``x * act(z)`` is x.
+        activation: as in the call.
+        norm_before_gate: as in the call.
         round_sum: as in the call.
         weight_offset: as in the call.
         round_before_weight: as in the call.
@@ -236,6 +247,8 @@ def assert_accurate(
         _assert_same_bits(residual_out, total.to(residual.dtype))
         rounded_to = residual.dtype if round_sum else x.dtype
         x = residual_out if round_sum else total
+    if z is not None and not norm_before_gate:
+        x = _clamped(x, clamp_inf) * reference.activated(z, activation, torch.float64)
     oracle = _Oracle(
         x,
         weight,
@@ -248,6 +261,10 @@ def assert_accurate(
         clamp_inf,
     )
     oracle.modulate(scale, shift)
+    if z is not None and norm_before_gate:
+        oracle.gate(z, activation)
+    elif z is not None:
+        oracle.arithmetic += _GATE_BEFORE
     _assert_within(y, oracle)
 
 
@@ -273,6 +290,7 @@ class _Oracle:
         self.weight, self.bias = _widened(weight), _widened(bias)
         self.size_of_bias: Tensor | None = None  # None: that of the bias
         self.arithmetic = _ARITHMETIC
+        self.lost: Tensor | float = 0.0  # by gates, of t
         if self.weight is not None:
             self.arithmetic += _OFFSET if weight_offset else 0.0
             self.weight = self.weight + _rounded(weight_offset, computing)
@@ -299,6 +317,15 @@ class _Oracle:
             self.size_of_bias = wide.abs() + (0.0 if self.bias is None else self.bias.abs())
             self.bias = wide if self.bias is None else self.bias + wide
 
+    def gate(self, z: Tensor, activation: Activation) -> None:
+        """Have weight and bias stand for what act(z) makes of them."""
+        self.arithmetic += _GATE_BEHIND
+        factor = reference.activated(z, activation, torch.float64)
+        lost = _LEAST_GATE * z.double().abs().clamp(min=1)
+        self.lost = lost if self.weight is None else lost * self.weight.abs()
+        self.weight = factor if self.weight is None else self.weight * factor
+        self.bias = None if self.bias is None else self.bias * factor
+
     def stated(self) -> Tensor:
         """What `reference.norm` gives in float64."""
         xhat = self.xhats[0]
@@ -318,6 +345,7 @@ class _Oracle:
         elif self.bias is not None:
             shift = self.bias.abs()
         arithmetic = self.arithmetic * (self.t * scale + shift) + _UNDERFLOW * self.u * scale
+        arithmetic = arithmetic + self.lost * self.t
         values = [self._scaled(xhat) for xhat in candidates]
         return [(y, _ulp(y, out_dtype) / 2 * _STORE + arithmetic) for y in values]
 

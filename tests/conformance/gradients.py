@@ -10,8 +10,10 @@ bound of docs/numerics.md, ulp / 2 * (1 + 2^-9) + 4 * 2^-24 * t:
     of bias:    t = sum(|grad_y|)
     of shift:   t = sum(|grad_y|); of scale: t = sum(|grad_y| * (u * |w| + |bias|))
     of gate:    t = sum(t of h * |x|), where h is the sum; of x: that of h times |gate|
+    of z:       t = |grad_y| * (u * |w| + |bias|) * (|act'(z)| + 1)
 
-With a scale, grad_y is grad_y * (1 + scale) in all but the last two lines; the 4 is an 8 in all.
+With a scale, grad_y is grad_y * (1 + scale) in all but the last three lines, and with z it is
+grad_y * act(z); the 4 is an 8 in all.
 With round_rstd, rstd is in all of this what the forward pass multiplied by.
 """
 
@@ -29,7 +31,7 @@ from normkit.testing import make_inputs
 
 _STORE = 1 + 2.0**-9
 _ARITHMETIC = 4 * 2.0**-24
-_MODULATED = 8 * 2.0**-24  # 1 + scale, the products with it and with the gate, and their sums
+_FUSED = 8 * 2.0**-24  # 1 + scale or act(z), the products with it and with the gate, their sums
 
 
 class Gradients(NamedTuple):
@@ -40,6 +42,7 @@ class Gradients(NamedTuple):
     gate: Tensor | None = None
     scale: Tensor | None = None
     shift: Tensor | None = None
+    z: Tensor | None = None
 
 
 class Case(NamedTuple):
@@ -64,6 +67,8 @@ def case_of(
 
 def wanting(op: Op, inputs: Inputs) -> Inputs:
     """The same inputs as leaves that want gradients; those the op does not take are left alone."""
+    if op.gated:
+        inputs = inputs._replace(z=op.tensor("z", inputs))
     used = {id(t) for t in op.tensors(inputs) if t is not None}
     leaves = (t if t is None or id(t) not in used else t.detach().requires_grad_() for t in inputs)
     return Inputs(*leaves)
@@ -93,7 +98,7 @@ def gradients(call: Callable[..., Any], case: Case) -> Gradients:
 
 def check(case: Case, made: Gradients) -> None:
     """Check what `gradients` returned against float64."""
-    arithmetic = _MODULATED if case.op.modulated else _ARITHMETIC
+    arithmetic = _FUSED if case.op.fused else _ARITHMETIC
     for name, expected, t in _expected(case):
         got = getattr(made, name)
         assert got is not None, name
@@ -129,8 +134,14 @@ def _expected(case: Case) -> list[tuple[str, Tensor, Tensor]]:
     grad_y = case.grad_y.to(options.get("out_dtype") or case.inputs.x.dtype).double()
     weight, scale, gate = case.inputs.weight, _double(case, "scale"), _double(case, "gate")
     of_y = grad_y
+    z = op.tensor("z", case.inputs) if op.gated else None
     if scale is not None:
         grad_y = grad_y * (1 + scale)
+    if z is not None:
+        z = z.detach().double().requires_grad_()
+        a = torch.nn.functional.silu(z)
+        (slope,) = torch.autograd.grad(a.sum(), z)
+        grad_y = grad_y * a.detach()
     g = grad_y
     if weight is not None:
         g = g * (weight.double() + _float32(options.get("weight_offset", 0.0)))
@@ -151,7 +162,7 @@ def _expected(case: Case) -> list[tuple[str, Tensor, Tensor]]:
         x = case.inputs.x.double()
         sums = (of_x * x).sum_to_size(gate.shape), (t_x * x.abs()).sum_to_size(gate.shape)
         expected.append(("gate", *sums))
-    if scale is not None:
+    if scale is not None or z is not None:
         w = 1.0 if weight is None else weight.double() + _float32(options.get("weight_offset", 0.0))
         b = torch.zeros(()) if case.inputs.bias is None else case.inputs.bias.double()
         forward, size = xhat, u * (1 + slack / rstd / _ARITHMETIC)
@@ -159,8 +170,11 @@ def _expected(case: Case) -> list[tuple[str, Tensor, Tensor]]:
             forward, more = _rounded(xhat, rounded_to, _ARITHMETIC * u + slack / rstd * u)
             size = size + more / _ARITHMETIC
         n, t = forward * w + b, size * abs(w) + b.abs()
-        sums = (of_y * n).sum_to_size(scale.shape), (of_y.abs() * t).sum_to_size(scale.shape)
-        expected.append(("scale", *sums))
+        if z is not None:
+            expected.append(("z", of_y * n * slope, of_y.abs() * t * (slope.abs() + 1)))
+        else:
+            sums = (of_y * n).sum_to_size(scale.shape), (of_y.abs() * t).sum_to_size(scale.shape)
+            expected.append(("scale", *sums))
     if op.modulated and case.inputs.shift is not None:
         shape = case.inputs.shift.shape
         expected.append(("shift", of_y.sum_to_size(shape), of_y.abs().sum_to_size(shape)))

@@ -35,7 +35,7 @@ Call = Callable[..., Any]
 
 
 class Inputs(NamedTuple):
-    """Those of `testing.make_inputs`, and of modulated norms."""
+    """Those of `testing.make_inputs`, and of fused norms."""
 
     x: Tensor
     residual: Tensor
@@ -44,6 +44,7 @@ class Inputs(NamedTuple):
     gate: Tensor | None = None
     scale: Tensor | None = None
     shift: Tensor | None = None
+    z: Tensor | None = None
 
 
 class Op(NamedTuple):
@@ -54,14 +55,20 @@ class Op(NamedTuple):
     adds: bool = False
     per_head: bool = False
     modulated: bool = False
+    gated: bool = False
 
     def __str__(self) -> str:
-        return f"{self.name}-{self.kind}" if self.per_head or self.modulated else self.name
+        return f"{self.name}-{self.kind}" if self.per_head or self.fused else self.name
+
+    @property
+    def fused(self) -> bool:
+        """Whether more than a sum stands around the norm."""
+        return self.modulated or self.gated
 
     @property
     def selected(self) -> dict[str, Any]:
         """The options that make the function this op."""
-        return {"kind": self.kind} if self.per_head or self.modulated else {}
+        return {"kind": self.kind} if self.per_head or self.fused else {}
 
     @property
     def eps(self) -> float:
@@ -73,29 +80,39 @@ class Op(NamedTuple):
         """The names of its tensors, in the order of a call."""
         adds, modulated = ("residual",) * self.adds, ("scale", "shift") * self.modulated
         gate = ("gate",) * (self.adds and self.modulated)
-        return ("x", *adds, *gate, *modulated, "weight", "bias")
+        return ("x", *adds, *gate, *modulated, *("z",) * self.gated, "weight", "bias")
 
     def tensors(self, inputs: Any) -> list[Any]:
-        return [getattr(inputs, name, None) for name in self.takes]
+        return [self.tensor(name, inputs) for name in self.takes]
+
+    def tensor(self, name: str, inputs: Any) -> Any:
+        """One of them; x gates itself where there is no z, so that each row has its own."""
+        made = getattr(inputs, name, None)
+        return inputs.x if name == "z" and made is None else made
 
 
 def _kinds(spec: _spec.Op) -> tuple[str, ...]:
     if spec.layer is not None:
         return ("layer",) if spec.layer else ("rms",)
-    # That of a modulated one is seen in test_modulation.py: the suite has to be quick.
-    return ("layer",) if spec.modulated else ("rms", "layer")
+    # The other kind of these is seen in tests of their own: the suite has to be quick.
+    if spec.fused:
+        return (spec.fields["kind"].default,)
+    return ("rms", "layer")
 
 
 OPS = tuple(
-    Op(spec.name, kind, spec.adds, spec.per_head, spec.modulated)
+    Op(spec.name, kind, spec.adds, spec.per_head and not spec.gated, spec.modulated, spec.gated)
     for spec in _spec.OPS.values()
     for kind in _kinds(spec)
 )
 RMS, LAYER, HEAD_RMS, HEAD_LAYER, ADD_RMS, ADD_LAYER, ADD_HEAD_RMS, ADD_HEAD_LAYER = OPS[:8]
 # Each of ADDING normalises the sum as the one of PLAIN in its place does.
 PLAIN, ADDING = (tuple(op for op in OPS if op.adds is adds) for adds in (False, True))
+# Those whose results go by numbers of x alone.
+NOT_GATED = tuple(op for op in OPS if not op.gated)
+NOT_GATED_PLAIN = tuple(op for op in PLAIN if not op.gated)
 # Those that end with the norm, for what only the norm itself shows.
-BARE = tuple(op for op in OPS if not op.modulated)
+BARE = tuple(op for op in OPS if not op.fused)
 BARE_PLAIN, BARE_ADDING = (tuple(op for op in BARE if op.adds is adds) for adds in (False, True))
 
 
@@ -129,7 +146,8 @@ def check(op: Op, result: Result, inputs: Inputs, **options: Any) -> None:
     if op.adds:
         options |= {"residual": inputs.residual, "residual_out": result.residual_out}
     options.setdefault("eps", op.eps)
-    options |= {name: getattr(inputs, name, None) for name in op.takes if name in _spec.MODULATORS}
+    fused = [name for name in op.takes if name in _spec.FUSED_TENSORS]
+    options |= {name: op.tensor(name, inputs) for name in fused}
     testing.assert_accurate(result.y, inputs.x, inputs.weight, inputs.bias, kind=op.kind, **options)
 
 
@@ -148,7 +166,8 @@ def run_and_check(call: Call, op: Op, inputs: Inputs, **options: Any) -> Result:
 def formula(op: Op, inputs: Inputs, **options: Any) -> Result:
     """What an op is, in plain torch."""
     options = {"eps": op.eps, "kind": op.kind} | options
-    options |= {name: getattr(inputs, name) for name in op.takes if name in _spec.MODULATORS}
+    fused = [name for name in op.takes if name in _spec.FUSED_TENSORS]
+    options |= {name: op.tensor(name, inputs) for name in fused}
     affine = inputs.weight, inputs.bias
     if op.adds:
         return Result(*reference.add_norm(inputs.x, inputs.residual, *affine, **options))

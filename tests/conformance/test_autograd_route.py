@@ -72,7 +72,7 @@ def test_without_grad_mode_the_kernels_serve_tensors_that_require_one(kernels: A
 def test_in_place_refuses_a_gradient_and_names_the_way_out(backend: Any, op: Op) -> None:
     for wanted in op.takes:
         made = inputs_for(op, 3, 8, torch.float32)
-        inputs = made._replace(**{wanted: getattr(made, wanted).clone().requires_grad_()})
+        inputs = made._replace(**{wanted: op.tensor(wanted, made).clone().requires_grad_()})
         given = _used(op, inputs)
         before = [t.detach().clone() for t in given]
         with pytest.raises(RuntimeError, match=rf"\b{op.name}\b"):

@@ -251,6 +251,6 @@ def test_every_op_of_the_table_is_reached_in_both_forms() -> None:
     assert reached == {
         (name + form, kind)
         for name, spec in _spec.OPS.items()
-        for kind in (["layer"] if spec.modulated else kinds[spec.layer])
+        for kind in ([spec.fields["kind"].default] if spec.fused else kinds[spec.layer])
         for form in ("", "_")
     }

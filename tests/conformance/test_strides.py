@@ -202,7 +202,8 @@ def _assert_explained(backend: Any, op: Op, inputs: Inputs, name: str) -> None:
     with normkit.use_backend(backend.name):
         reason = normkit.explain(op.name, *op.tensors(inputs), **op.selected).reason
     assert "copied" in reason
-    assert reason.endswith(f": {name}")
+    copied = f"{name}, z" if op.gated and inputs.x is op.tensor(name, inputs) else name
+    assert reason.endswith(f": {copied}")
 
 
 def test_a_permuted_image_is_normalised_over_its_channels(backend: Any) -> None:

@@ -111,5 +111,6 @@ inline void report(const std::string& name, const char* what, int64_t row, int64
 uint64_t sweep_backward(uint64_t seed, uint64_t share, uint64_t of);
 uint64_t sweep_parts(uint64_t seed, uint64_t share, uint64_t of);
 uint64_t sweep_modulated(uint64_t seed, uint64_t share, uint64_t of);
+uint64_t sweep_gated(uint64_t seed, uint64_t share, uint64_t of);
 
 }  // namespace sweep

@@ -92,6 +92,7 @@ class Free {
     gap(norm.statistic, norm.first_row);
     all(norm.first_row);   // 0 in a call that is one launch
     all(norm.modulation);  // whose launches are not kept
+    all(norm.gating);      // likewise
     gap(norm.outer_dims, norm.outer_size);
     beyond(norm.outer_size);
     for (const RowsOf* t : {&norm.x, &norm.residual, &norm.out, &norm.residual_out}) {

@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from normkit._spec import FIELDS, FLOATS, FLOATS_TEXT, MODULATORS, Call
+from normkit._spec import FIELDS, FLOATS, FLOATS_TEXT, FUSED_TENSORS, MODULATORS, Call
 
 _FLAGS = tuple(name for name, field in FIELDS.items() if field.type == "bool")
 
@@ -39,9 +39,9 @@ def check(call: Call) -> Call:
 
 def _check_types(call: Call) -> None:
     names = ("x", "residual", "weight", "bias", "out", "residual_out")
-    for name in names + MODULATORS * call.modulated:
+    for name in names + FUSED_TENSORS * call.fused:
         value = getattr(call, name)
-        needed = name == "x" or (name == "residual" and call.adds)
+        needed = name == "x" or (name == "residual" and call.adds) or (name == "z" and call.gated)
         if value is None and not needed:
             continue
         if not isinstance(value, Tensor):
@@ -136,6 +136,37 @@ def check_size(name: str, value: object) -> None:
         raise ValueError(f"{name}: expected at least 1, got {value}")
 
 
+def in_groups(group_size: object, *, x: Tensor, **tensors: Tensor | None) -> dict[str, Any]:
+    """The tensors of a call with each group of columns as a row of its own.
+
+    Raises:
+        TypeError: group_size is no int, or an argument is no tensor.
+        ValueError: it does not divide the last dimension of x, or another has other columns.
+    """
+    check_size("group_size", group_size)
+    given = {"x": x, **tensors}
+    for name, t in given.items():
+        if t is None and name not in ("x", "z"):
+            continue
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {_type_name(t)}")
+    if x.ndim < 1 or x.shape[-1] % cast(int, group_size) != 0:
+        raise ValueError(
+            f"group_size: expected a divisor of x's last dimension, got {group_size}"
+            f" for x of {tuple(x.shape)}"
+        )
+    for name, t in given.items():
+        if t is not None and tuple(t.shape[-1:]) != tuple(x.shape[-1:]):
+            raise ValueError(
+                f"{name}: expected x's last dimension {x.shape[-1]}, got {tuple(t.shape)}"
+            )
+    size = cast(int, group_size)
+    groups = (x.shape[-1] // size, size)
+    return {
+        name: None if t is None else t.view(*t.shape[:-1], *groups) for name, t in given.items()
+    }
+
+
 def sizes_of(shape: int | Sequence[int]) -> tuple[int, ...]:
     """The sizes that a normalized_shape means, or an error."""
     try:
@@ -173,14 +204,14 @@ def _brief(value: object) -> str:
 
 def _check_shapes(call: Call) -> None:
     shape = tuple(call.x.shape)
-    least = 2 if call.per_head else 1
+    least = 2 if call.per_head and not call.gated else 1  # rows of a gated norm may be heads
     if len(shape) < least:
         form = "(..., heads, head_dim)" if call.per_head else "(..., n)"
         raise ValueError(f"x: expected shape {form}, got {shape}")
     n = shape[-1]
     if n == 0:
         raise ValueError(f"x: expected at least one element in the last dimension, got {shape}")
-    for name in ("residual", "out", "residual_out"):
+    for name in ("residual", "out", "residual_out", "z"):
         t = getattr(call, name)
         if t is not None and tuple(t.shape) != shape:
             raise ValueError(f"{name}: expected x's shape {shape}, got {tuple(t.shape)}")
@@ -190,8 +221,9 @@ def _check_shapes(call: Call) -> None:
             continue
         if not call.per_head:
             raise ValueError(f"{name}: expected shape ({n},), got {tuple(t.shape)}")
-        if tuple(t.shape) != shape[-2:]:
-            raise ValueError(f"{name}: expected shape {shape[-2:]} or ({n},), got {tuple(t.shape)}")
+        if tuple(t.shape) != shape[-2:] or len(shape) < 2:
+            fitting = f"{shape[-2:]} or ({n},)" if len(shape) > 1 else f"({n},)"
+            raise ValueError(f"{name}: expected shape {fitting}, got {tuple(t.shape)}")
     for name in MODULATORS:
         t = getattr(call, name)
         if t is not None and not is_per_row(t.shape, shape):

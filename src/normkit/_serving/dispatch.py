@@ -20,6 +20,7 @@ from normkit._serving.backends import Native, backends, falls_back, natives, wan
 from normkit._serving.checks import check
 from normkit._serving.refusal import Refusal
 from normkit._spec import (
+    GATING,
     MODULATION,
     MODULATORS,
     OF_STATISTICS,
@@ -82,6 +83,7 @@ def save_by_reference(call: Call) -> Saved:
         kind=call.statistic,
         gate=call.gate,
         round_each=call.round_each,
+        **call.named(GATING),
         **call.named(OF_STATISTICS),
     )
     return y, residual_out, rstd, mean
@@ -323,6 +325,7 @@ def run_by_reference(call: Call) -> Result:
             scale=call.scale,
             shift=call.shift,
             round_each=call.round_each,
+            **call.named(GATING),
             **call.plain_options(),
         )
         return packed(y) if call.out is None else call.out.copy_(y)

@@ -76,7 +76,7 @@ def chosen(call: Call) -> bool:
     if _mode == "op" or is_sharded(call.x) or not falls_back(wanted_backend()):
         return False
     # Its own gradients, not those of torch's operators, for which Inductor would leave out casts.
-    if call.modulated and call.requires_grad():
+    if call.fused and call.requires_grad():
         return False
     return _mode == "inline" or _is_better_fused(call)
 

@@ -77,7 +77,7 @@ def gradients(
     """
     kept, (formula, round_each) = Kept(*ctx.saved_tensors), ctx.options
     if torch.is_grad_enabled():  # to be differentiated again
-        kept, norm_backward = _as_functions(kept, formula, round_each), _differentiable
+        kept, norm_backward = _as_functions(kept, formula, round_each), differentiable
     if grad_y is None:
         grad_y = torch.zeros_like(kept.x)
     compute = kept.rstd.dtype
@@ -97,7 +97,7 @@ def gradients(
                     needed["bias"])  # fmt: skip
     tensors = (g, None, source, None, kept.weight, kept.bias, kept.rstd, kept.mean)
     of_h, _, made["weight"], made["bias"] = norm_backward(
-        _formula_of(formula, adds), wanted, ctx.backend, *tensors
+        of_row_alone(formula, clamped=adds), wanted, ctx.backend, *tensors
     )
     if not adds:
         made["x"] = of_h
@@ -120,7 +120,8 @@ def _as_functions(kept: Kept, formula: Formula, round_each: bool) -> Kept:
     return kept._replace(rstd=rstd, mean=mean, residual_out=None)
 
 
-def _differentiable(formula: Formula, wanted: Wanted, _backend: str, *tensors: Any) -> Gradients:
+def differentiable(formula: Formula, wanted: Wanted, _backend: str, *tensors: Any) -> Gradients:
+    """The norm's gradients by operations that torch can differentiate again."""
     return dispatch.backward_by_reference(formula, wanted, *tensors[:-1], differentiable=True)
 
 
@@ -171,14 +172,13 @@ def _source(kept: Kept, formula: Formula, round_each: bool) -> Tensor:
     return total.to(kept.residual.dtype) if options["round_sum"] else total
 
 
-def _formula_of(formula: Formula, adds: bool) -> Formula:
-    """That of the norm alone: a sum has been clamped where it had to be."""
+def of_row_alone(formula: Formula, *, clamped: bool) -> Formula:
+    """That of the norm of what has been made of x; clamped: where it had to be."""
     options: dict[str, Any] = {**formula.options}
-    if adds:
+    if clamped:
         options["clamp_inf"] = False
-    return Formula(
-        formula.layer, False, False, formula.eps, tuple(options[name] for name in OPTIONS)
-    )
+    given = tuple(options[name] for name in OPTIONS)
+    return Formula(formula.layer, formula.per_head, False, formula.eps, given)
 
 
 def _norm_again(kept: Kept, source: Tensor, formula: Formula, round_each: bool) -> Tensor:

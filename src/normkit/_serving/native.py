@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from normkit._serving import backends
-from normkit._spec import LAYER, MODULATION, NATIVE, Call, Fields, Op
+from normkit._spec import FUSED, NATIVE, Call, Fields, Op
 
 
 class Kernel(NamedTuple):
@@ -50,10 +50,10 @@ def give_kernel(
 def kernel_of(op: Op, arguments: Fields, outputs: Sequence[str] = ()) -> Kernel:
     """That of an operator which makes these outputs, or else writes those among its arguments."""
     places = {name: place for place, name in enumerate(arguments)}
-    flags = ((places["kind"], LAYER),) if "kind" in places else ()
+    flags = tuple((places[name], bit) for name, bit in op.flags.items())
     written = {"out": "x", "residual_out": "residual"} if "out" not in arguments else {}
     sources: list[object] = [(op.bits, flags)]
-    for name in NATIVE[1:] + MODULATION * op.modulated:
+    for name in NATIVE[1:] + FUSED * op.fused:
         if not outputs:
             name = written.get(name, name)
         sources.append(places.get(name, getattr(Call, name, None)))

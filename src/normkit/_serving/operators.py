@@ -14,7 +14,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from normkit._serving import dispatch, modulation
+from normkit._serving import dispatch, gating, modulation
 from normkit._serving.backends import quick, quick_saving, wanted_backend
 from normkit._serving.checks import check
 from normkit._serving.definition import KERNEL, Definition, refusal
@@ -22,8 +22,7 @@ from normkit._serving.dispatch import Wanted
 from normkit._serving.native import backward_kernel, kernel_of
 from normkit._spec import (
     FIELDS,
-    LAYER,
-    MODULATION,
+    FUSED,
     NATIVE,
     OPS,
     OPTIONS,
@@ -35,7 +34,6 @@ from normkit._spec import (
     Op,
     Result,
     Saved,
-    is_layer,
 )
 
 
@@ -55,18 +53,19 @@ def _reader(
     op: Op, arguments: Fields, *, in_place: bool = False
 ) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
     """Return what makes an operator's values the extension's, quicker than `Call.native`."""
-    native = NATIVE[1:] + MODULATION * op.modulated
+    native = NATIVE[1:] + FUSED * op.fused
     names = (*arguments, *(name for name in native if name not in arguments))
     defaults = tuple(
         arguments[name].default if name in arguments else getattr(Call, name) for name in names
     )
     written = {"out": "x", "residual_out": "residual"} if in_place else {}
     pick = itemgetter(*(names.index(written.get(name, name)) for name in native))
+    flags = {name: names.index(name) for name in op.flags}
 
     def read(values: Sequence[Any]) -> tuple[Any, ...]:
         given = (*values, *defaults[len(values) :])
-        layer = op.layer is None and is_layer(given[names.index("kind")])
-        return op.bits | layer * LAYER, *pick(given)
+        kind = op.kind_of({name: given[place] for name, place in flags.items()})
+        return kind, *pick(given)
 
     return read
 
@@ -245,6 +244,7 @@ def _register_functional(op: Op) -> None:
     outputs = _outputs(op)
     has_mean = "mean" in outputs
     named, read = _namer(arguments), _reader(op, arguments)
+    fusion = modulation if op.modulated else gating if op.gated else None
 
     def call_of(values: Sequence[object]) -> Call:
         return op.call(named(values))
@@ -279,15 +279,15 @@ def _register_functional(op: Op) -> None:
         summands = ctx.needs_input_grad[1 : 3 + op.modulated] if op.adds else (True,)
         ctx.mark_non_differentiable(*output[1 + (op.adds and any(summands)) :])
         ctx.set_materialize_grads(False)
-        if op.modulated:
-            modulation.keep(cast(modulation.Context, ctx), call, made)
+        if fusion is not None:
+            fusion.keep(cast(Any, ctx), call, made)
             return
         remember(
             ctx, Formula.of(call), call, (made["y"], made.get("residual_out"), made["rstd"], mean)
         )
 
     names = list(op.fields)
-    with_gradients = modulation.INPUTS if op.modulated else ("x", "residual", "weight", "bias")
+    with_gradients = ("x", "residual", "weight", "bias") if fusion is None else fusion.INPUTS
     places = [names.index(name) if name in names else None for name in with_gradients]
 
     def backward(
@@ -297,17 +297,11 @@ def _register_functional(op: Op) -> None:
         needs = ctx.needs_input_grad[1:]  # as many as arguments were given
         needed = [place is not None and place < len(needs) and needs[place] for place in places]
         made: Sequence[Tensor | None]
-        if op.modulated:
+        if fusion is not None:
             by_name = dict(zip(with_gradients, needed, strict=True))
-            made = tuple(
-                modulation.gradients(
-                    cast(modulation.Context, ctx),
-                    by_name,
-                    grad_y,
-                    grad_residual_out,
-                    _call_backward_operator,
-                ).values()
-            )
+            grads_out = grad_y, cast(Any, grad_residual_out)
+            of_all = fusion.gradients(cast(Any, ctx), by_name, *grads_out, _call_backward_operator)
+            made = tuple(of_all.values())
         else:
             made = gradients(ctx, needed, grad_y, grad_residual_out, _call_backward_operator)
         of_inputs: list[Tensor | None] = [None] * len(needs)
@@ -428,7 +422,7 @@ SHARDED = tuple(
         *(
             (op.name, (*op.fields, *_of_values(op)), _outputs(op))
             for op in OPS.values()
-            if not op.modulated
+            if not op.fused
         ),
         ("norm_backward", tuple(_BACKWARD), _GRADIENTS),
     )
@@ -444,7 +438,7 @@ _FORMS = {
 
 def call_operator(call: Call) -> Result:
     """Run a checked call as an operator of torch."""
-    if is_sharded(call.x) and (call.written() or call.modulated):
+    if is_sharded(call.x) and (call.written() or call.fused):
         return dispatch.run_by_reference(call)
     name = call.op
     values = [

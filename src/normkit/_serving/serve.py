@@ -21,12 +21,12 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from normkit._serving import dispatch, nested, operators
 from normkit._serving.backends import ALWAYS_DISPATCH, falls_back, wanted_backend
-from normkit._serving.checks import check
+from normkit._serving.checks import check, in_groups
 from normkit._serving.dispatch import Explanation, run_by_reference
 from normkit._serving.inline import chosen as is_inlined
 from normkit._serving.inline import run as run_inlined
 from normkit._serving.operators import call_operator
-from normkit._spec import OPS, Call, Result
+from normkit._spec import FUSED_TENSORS, OPS, Call, Result
 from normkit.reference import is_transformed
 
 # Devices on which torch's autocast has its layer norm (True) or rms norm (False) return float32.
@@ -52,11 +52,11 @@ def serve(call: Call) -> Result:
     """Check and run a call that the quick path did not take."""
     if is_dynamo_compiling():
         return _serve_compiled(call)
-    differentiated = None if call.modulated else operators.run_with_gradient_quickly(call)
+    differentiated = None if call.fused else operators.run_with_gradient_quickly(call)
     if differentiated is not None:
         return differentiated
     if type(call.x) not in PLAIN:
-        if nested.is_jagged(call.x) and not call.modulated:
+        if nested.is_jagged(call.x) and not call.fused:
             return _run_jagged(call)
         if not isinstance(call.x, Tensor | type) and has_torch_function((call.x,)):
             return _hand_over(call)
@@ -78,7 +78,7 @@ def serve(call: Call) -> Result:
     writes = call.out is not None or call.residual_out is not None
     if transformed or writes or not call.requires_grad():
         return dispatch.run(check(call))
-    if call.modulated:
+    if call.fused:
         return operators.call_operator(check(call))
     # The extension checks, and what it refuses dispatch.save; but neither sees the first and the
     # last of these, and the backward pass wants numbers that torch can add.
@@ -98,7 +98,7 @@ def _serve_compiled(call: Call) -> Result:
     At each call of what it compiled Dynamo looks whether all that this reads is as it was, twice
     where two modules have one thing by a name: functions are imported, and little is read.
     """
-    if getattr(call.x, "is_nested", False) and nested.is_jagged(call.x) and not call.modulated:
+    if getattr(call.x, "is_nested", False) and nested.is_jagged(call.x) and not call.fused:
         return _run_jagged(call)
     if not getattr(call.x, "is_cpu", True):
         call = _autocast(call)
@@ -144,11 +144,16 @@ def explain(op: str | Callable[..., Result], *args: object, **options: object) -
     name: str = function.__name__
     given = _signature(function).bind(*args, **options)
     given.apply_defaults()
-    return _explain(OPS[name.rstrip("_")].call(given.arguments, in_place=name[-1] == "_"))
+    arguments = given.arguments
+    group_size = arguments.pop("group_size", None)
+    if group_size is not None:
+        names = [name for name in ("x", "z", "weight", "bias", "out") if name in arguments]
+        arguments.update(in_groups(group_size, **{name: arguments[name] for name in names}))
+    return _explain(OPS[name.rstrip("_")].call(arguments, in_place=name[-1] == "_"))
 
 
 def _explain(call: Call) -> Explanation:
-    if nested.is_jagged(call.x) and not call.modulated:
+    if nested.is_jagged(call.x) and not call.fused:
         return _explain(nested.norm_of_values(call))
     call = check(_autocast(call))
     plug_in = _plug_in(call)
@@ -207,7 +212,7 @@ def autocasts(call: Call) -> bool:
 def _is_plain(call: Call) -> bool:
     """Whether kernels may read the tensors, and autograd needs no help of the dispatcher."""
     given = (call.x, call.residual, call.weight, call.bias, call.out, call.residual_out)
-    for t in (*given, call.gate, call.scale, call.shift) if call.modulated else given:
+    for t in (*given, *(getattr(call, name) for name in FUSED_TENSORS)) if call.fused else given:
         # A nested tensor of the older kind is a plain Tensor without a shape.
         if t is not None and (type(t) not in PLAIN or t.is_nested):
             return False

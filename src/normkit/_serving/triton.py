@@ -246,8 +246,8 @@ def _refuse(call: Call) -> Refusal | None:
         return Refusal("x", "is None", "dtype")
     if (call.residual is not None) != call.adds:
         return Refusal("residual", "is None", "dtype")
-    if call.modulated:
-        return Refusal("the Triton backend", "has no modulated norms", "backend")
+    if call.fused:
+        return Refusal("the Triton backend", f"has no {call.op}", "backend")
     tensors = [*call.inputs(), *call.written()]
     for name, t in tensors:
         if why := _refuse_tensor(t) or _refuse_place(name, t, call):

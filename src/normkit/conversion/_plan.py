@@ -137,7 +137,7 @@ class Plan:
             spec.weight_offset, spec.round_before_weight, True, False, spec.round_rstd,
             spec.out_dtype, None, None,
         )  # fmt: skip
-        rest: tuple[Any, ...] = (None, *modulation, True) if modulation else ()
+        rest: tuple[Any, ...] = (None, *modulation, True, None) if modulation else ()
         y: object = quick(*call, *rest)
         if y is None:
             named: dict[str, Any] = dict(zip(MODULATION, rest, strict=False))
