@@ -42,7 +42,7 @@ spec.loader.exec_module(steps)  # type: ignore[union-attr]
 
 # What needs no GPU, or runs on a CPU too.
 OTHERS = (
-    "c_copy", "cases", "compiled", "convert", "cpu", "errors", "figures", "modulated", "patched",
+    "c_copy", "cases", "compiled", "convert", "cpu", "errors", "figures", "fusions", "patched",
     "peers", "readme", "report",
 )  # fmt: skip
 FILES = [STEPS, *(path for path in BENCHMARKS.glob("*.py") if path.stem not in OTHERS)]

@@ -14,8 +14,8 @@ import normkit
 from normkit._serving import backends, dispatch, native, operators
 from normkit._spec import (
     FIELDS,
-    MODULATED,
-    MODULATION,
+    FUSED,
+    GATED,
     MODULATORS,
     NATIVE,
     OF_STATISTICS,
@@ -71,7 +71,7 @@ def test_modules_and_operators_have_the_defaults_of_the_table(op: Op) -> None:
 def test_a_call_is_the_arguments_of_the_extension() -> None:
     if backends._missing:
         pytest.skip("no extension")
-    assert normkit._C.fields == NATIVE + MODULATION
+    assert normkit._C.fields == NATIVE + FUSED
     assert tuple(field.name for field in fields(Call))[: len(NATIVE)] == NATIVE
 
 
@@ -85,12 +85,13 @@ def test_operators_hand_the_extension_what_a_call_does(
     monkeypatch.setattr(dispatch, "save_quickly", asked.append)
     x, residual, weight = torch.randn(2, 3, 8), torch.randn(2, 3, 8), torch.rand(8)
     given = {
-        name: next(value for value in (0.25, True, "layer", torch.float16) if is_of(value, field))
+        name: example_of(name, field)
         for name, field in op.fields.items()
         if not field.type.startswith("Tensor")
     }
     given |= {"x": x, "weight": weight} | ({"residual": residual} if op.adds else {})
     given |= {name: torch.rand(8) for name in MODULATORS if name in op.fields}
+    given |= {"z": torch.randn(2, 3, 8)} if op.gated else {}
     outputs = {"out": torch.empty_like(x)} if form == "_out" else {}
     outputs |= {"residual_out": torch.empty_like(x)} if outputs and op.adds else {}
     with torch.no_grad(), normkit.use_backend("reference"):  # which no kernel of torch's runs
@@ -105,11 +106,8 @@ def test_kernels_of_operators_hand_the_extension_what_a_call_does(op: Op, form: 
     schema = getattr(torch.ops.normkit, op.name + form).default._schema
     known = {**op.fields, **op.results}
     arguments = {argument.name: known[argument.name] for argument in schema.arguments}
-    examples = (0.25, True, "layer", torch.float16)
     given = {
-        name: torch.ones(3)
-        if field.type.startswith("Tensor")
-        else next(value for value in examples if is_of(value, field))
+        name: torch.ones(3) if field.type.startswith("Tensor") else example_of(name, field)
         for name, field in arguments.items()
     }
     kernel = native.kernel_of(op, arguments, () if form else [r.name for r in schema.returns])
@@ -118,7 +116,9 @@ def test_kernels_of_operators_hand_the_extension_what_a_call_does(op: Op, form: 
     def read(source: object) -> object:
         if isinstance(source, tuple):
             bits, flags = source
-            return bits | sum(bit for place, bit in flags if values[place] in (True, "layer"))
+            return bits | sum(
+                bit for place, bit in flags if values[place] in (True, "layer", "sigmoid")
+            )
         return values[source] if type(source) is int else source
 
     assert kernel.function == ("try_norm" if form else "norm_saving")
@@ -137,9 +137,11 @@ def assert_same_arguments(native: Sequence[object], expected: Sequence[object]) 
             assert mine == theirs
 
 
-def is_of(value: object, field: Field) -> bool:
-    kinds = {"bool": bool, "float": float, "str": str, "ScalarType": torch.dtype}
-    return type(value) is kinds[field.type.rstrip("?")]
+def example_of(name: str, field: Field) -> object:
+    """A value of an argument that is no tensor, and not its default."""
+    words = {"kind": "layer", "activation": "sigmoid"}
+    values = {"bool": True, "float": 0.25, "str": words.get(name), "ScalarType": torch.float16}
+    return values[field.type.rstrip("?")]
 
 
 @pytest.mark.parametrize("name", ["norm_tp", "part_apply"])
@@ -163,7 +165,7 @@ def option_table() -> str:
         default = FIELDS[name].default
         if name == "eps":
             default = "1e-6 for rms, 1e-5 for layer"
-        shown = f'"{default}"' if name == "kind" else default
+        shown = f'"{default}"' if isinstance(default, str) else default
         lines.append(f"| `{name}` | {shown} | {FIELDS[name].meaning} |")
     return "\n".join(lines)
 
@@ -178,7 +180,7 @@ def test_the_table_of_options_in_the_docs_is_that_of_the_fields() -> None:
 def test_kinds_name_every_op_once() -> None:
     x = torch.ones(2, 2, 4)
     for op in OPS.values():
-        given = {"x": x} | ({"residual": x} if op.adds else {})
+        given = {"x": x} | ({"residual": x} if op.adds else {}) | ({"z": x} if op.gated else {})
         for kind in ("rms", "layer") if op.layer is None else (None,):
             call = op.call(given | ({} if kind is None else {"kind": kind}))
             assert call.op == op.name
@@ -186,4 +188,4 @@ def test_kinds_name_every_op_once() -> None:
             in_place = op.call(given, in_place=True)
             assert in_place.op == op.name + "_"
             assert in_place.out is x
-    assert max(op.bits for op in OPS.values()) < 2 * MODULATED
+    assert max(op.bits for op in OPS.values()) < 2 * GATED

@@ -23,6 +23,7 @@ from normkit.functional import (
     rms_norm,
     rms_norm_,
 )
+from normkit.fused_modules import GatedRMSNorm
 from normkit.fusions import (
     add_modulated_norm,
     add_modulated_norm_,
@@ -43,6 +44,7 @@ __version__ = _version("normkit")
 __all__ = [
     "Backend",
     "Explanation",
+    "GatedRMSNorm",
     "HeadNorm",
     "LayerNorm",
     "RMSNorm",

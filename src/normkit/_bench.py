@@ -213,7 +213,7 @@ class Op:
         return "y.copy_(x)" + "; residual_out.copy_(residual)" * self.adds
 
 
-# A head norm has both statistics, by an argument; benchmarks/modulated.py is about modulated ones.
+# A head norm has both statistics, by an argument; benchmarks/fusions.py is about fused ones.
 OPS = {
     op.name + "_layer" * (op.layer is None and layer): Op(op.name, layer, op.adds, op.per_head)
     for op in SPECS.values()

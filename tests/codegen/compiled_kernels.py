@@ -39,7 +39,7 @@ ARCHS = ("sm_75", "sm_80", "sm_90", "sm_100", "sm_120")
 WHOLE = "sm_90"
 EVERYWHERE = ("instances_bfloat16.cu", "instances_backward_bfloat16.cu")
 STEPS = ("whole", "statistics", "apply")  # in the order of Step
-MODULATED = "modulated"
+FUSED = "fused"
 
 # What CMakeLists.txt asks for, and what a Release build adds.
 FLAGS = ("-O3", "-DNDEBUG", "-Xcompiler=-fPIC,-fvisibility=hidden", "-fmad=false", "-std=c++17")
@@ -159,7 +159,7 @@ def named_streamed_instances() -> set[Instance]:
         for statistic in ("rms", "layer")
         for adds in (False, True)
     }
-    whole.add(Instance("layer", True, "streamed", step=MODULATED))  # of both statistics
+    whole.add(Instance("layer", True, "streamed", step=FUSED))  # of both statistics
     return whole | {
         Instance("layer", False, "streamed", backward=backward, step=step)
         for backward in (False, True)
@@ -173,7 +173,7 @@ _MANGLED = re.compile(
     r"LNS_9StatisticE(?P<statistic>[01])ELb(?P<adds>[01])E"
     r"(?:NS0_4WideI\w+?Lb(?P<mixed>[01])E+Li(?P<packs>\d+)ELi(?P<rows>\d+)E)?"
     + _STEP
-    + r"(?:Lb(?P<modulated>[01])E)?E"
+    + r"(?:Lb(?P<fused>[01])E)?E"
 )
 _MANGLED_BACKWARD = re.compile(
     r"\d\d(?P<kind>row_norm_backward|long_row_backward|long_columns|fold)_kernel"
@@ -199,7 +199,7 @@ def instance_of(mangled: str) -> Instance | None:
     statistic = ("rms", "layer")[int(match["statistic"])]
     adds = match["adds"] == "1"
     if match["packs"] is None:
-        step = MODULATED if match["modulated"] == "1" else STEPS[int(match["step"])]
+        step = FUSED if match["fused"] == "1" else STEPS[int(match["step"])]
         return Instance(statistic, adds, "streamed", step=step)
     access = "Mixed" if match["mixed"] == "1" else "Uniform"
     return Instance(statistic, adds, access, int(match["packs"]), int(match["rows"]))

@@ -12,7 +12,7 @@ from compiled_kernels import (
     CUDA,
     DTYPES,
     EVERYWHERE,
-    MODULATED,
+    FUSED,
     MOST_MIXED_PACKS,
     MOST_PACKS,
     ROOT,
@@ -117,8 +117,8 @@ def budget(kernel: Kernel) -> int:
     i = kernel.instance
     if i.backward:
         return BACKWARD_BUDGETS.get((i.access, i.packs), MOST)
-    if i.step == MODULATED:  # five tensors more, in one kernel for all
-        return STREAMED_BUDGET + 32
+    if i.step == FUSED:  # six tensors more, in one kernel; of 65 to 128 the blocks are as many
+        return STREAMED_BUDGET + 48
     if i.access == "streamed":
         return STREAMED_BUDGET + 8 * i.adds
     if i.rows == 4:

@@ -51,7 +51,7 @@ def test_gradients_are_right_in_float64(op: Op) -> None:
 def test_one_tensor_that_wants_a_gradient_is_enough(op: Op) -> None:
     for wanted in op.takes:
         made = inputs_for(op, 3, 8, torch.bfloat16)
-        inputs = made._replace(**{wanted: getattr(made, wanted).requires_grad_()})
+        inputs = made._replace(**{wanted: op.tensor(wanted, made).clone().requires_grad_()})
         explanation = normkit.explain(op.name, *op.tensors(inputs), **op.selected)
         assert explanation.backend == "cpu"
         assert explanation.reason == "served natively, gradients too"
@@ -145,7 +145,7 @@ def test_transforms_of_torch_func(op: Op) -> None:
         return made[0] if op.adds else made
 
     expected = y(inputs.x, *rest)
-    batched = tuple(0 if name in ("x", "residual") else None for name in op.takes)
+    batched = tuple(0 if name in ("x", "residual", "z") else None for name in op.takes)
     torch.testing.assert_close(torch.vmap(y, batched)(inputs.x, *rest), expected)
     wanting = inputs.x.clone().requires_grad_()
     (y(wanting, *rest) ** 2).sum().backward()
