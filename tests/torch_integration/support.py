@@ -16,7 +16,7 @@ from conformance.support import bits
 from normkit._spec import OPS
 from normkit.testing import make_inputs
 
-# Of the norms alone; test_modulation.py is about the others.
+# Of the norms alone; test_fusions.py is about the others.
 NAMES = tuple(name for name, op in OPS.items() if not op.fused)
 FUNCTIONS = tuple(name for name in NAMES if hasattr(normkit, name))
 FORMS = ("", "_", "_out")

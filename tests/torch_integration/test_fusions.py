@@ -1,4 +1,4 @@
-"""Modulated norms inside PyTorch: operators, compiled, exported, transformed, under modes."""
+"""Fused norms inside PyTorch: operators, compiled, exported, transformed, under modes."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ from torch_integration.support import (
     results_and_gradients,
 )
 
-NAMES = tuple(name for name, op in OPS.items() if op.modulated)
+NAMES = tuple(name for name, op in OPS.items() if op.fused)
 every_op = pytest.mark.parametrize("name", NAMES)
 ADDS = "add_modulated_norm"
 
 
 def tensors(name: str, dtype: torch.dtype = torch.float32, *, grad: bool = False) -> list[Tensor]:
-    """Make an op's tensors, with a gate, scale and shift for each sample."""
+    """Make an op's tensors, with a gate, scale and shift for each sample, and z of x's shape."""
     made = make_inputs((2, 3, 8), dtype)._asdict()
     made |= dict(zip(MODULATORS, make_inputs((3, 2, 8), dtype, seed=1).x, strict=True))
+    made["z"] = make_inputs((2, 3, 8), dtype, seed=2).x
     given = [made[field] for field in OPS[name].fields if field in made]
     return [t.clone().requires_grad_(grad) for t in given]
 
