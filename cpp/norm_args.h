@@ -88,6 +88,22 @@ struct Gating {
   bool is_behind_norm() const { return z.data && norm_first; }
 };
 
+// A norm in front of the sum that is normalised.  It is that of x, and of the same statistic and
+// options as the one behind the sum but for eps and the offset:
+//   the sum is alpha * residual + beta * n
+// In float32; or, with round_norm, n and its product with beta are rounded to x's dtype, and
+// alpha * residual to residual's.  Where there is no `out`, the sum is all.
+struct NormBefore {
+  bool on = false;
+  Affine weight, bias;
+  float eps = 0.f;
+  float weight_offset = 0.f;  // 0 where there is no weight
+  float alpha = 1.f, beta = 1.f;
+  bool round_norm = true;
+  explicit operator bool() const { return on; }
+  bool scales() const { return alpha != 1.f || beta != 1.f; }
+};
+
 // The dtype of what torch computes of two tensors.
 constexpr DType promoted(DType a, DType b) { return a == b ? a : DType::kFloat32; }
 
@@ -120,6 +136,7 @@ struct RowNorm {
   Affine weight, bias;
   Modulation modulation;
   Gating gating;
+  NormBefore before;
   NormOptions options;
   float* rstd;  // one a row, as it multiplied, for the backward pass; null when not asked for
   float* mean;  // likewise; null for kRms

@@ -44,11 +44,13 @@ inline uint8_t seen_of(const void* address) {
                               (address ? kAlignment : 0));
 }
 
-// Of a call that is one launch, and neither modulated nor gated.  Structs are taken apart by the number of their
-// fields: one that is added does not compile until it has found its place here.
+// Of a call that is one launch, and neither modulated nor gated, nor with a norm in front of its
+// sum.  Structs are taken apart by the number of their fields: one that is added does not compile
+// until it has found its place here.
 inline LaunchKey key_of(const RowNorm& norm, const Device& device, int index) {
   const auto& [statistic, first_row, rows, n, outer_dims, outer_size, x, residual, out,
-               residual_out, weight, bias, modulation, gating, options, rstd, mean, split] = norm;
+               residual_out, weight, bias, modulation, gating, before, options, rstd, mean, split] =
+      norm;
   const auto& [step, statistics, gathered, parts, plane] = split;
   const auto& [processors, clusters, programmatic] = device;
   LaunchKey key{};

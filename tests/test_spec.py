@@ -15,13 +15,14 @@ from normkit._serving import backends, dispatch, native, operators
 from normkit._spec import (
     FIELDS,
     FUSED,
-    GATED,
     MODULATORS,
     NATIVE,
+    NEXT,
     OF_STATISTICS,
     OPS,
     OPTIONS,
     PLAIN_OPTIONS,
+    POST,
     Call,
     Field,
     Op,
@@ -53,8 +54,9 @@ def test_signatures_are_those_of_the_table(op: Op, in_place: bool) -> None:
     found = {name: ... if p.default is p.empty else p.default for name, p in parameters.items()}
     assert found == expected_of(op, in_place=in_place)
     positional = [n for n, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
-    tensors = [n for n in ("x", "residual", *MODULATORS, "z", "weight", "bias") if n in op.fields]
-    assert positional == [*tensors, "eps"]
+    in_order = ("x", "residual", *MODULATORS, "z", "weight", "next_weight", "bias", "next_bias")
+    taken = [name for name in (*in_order, "eps", "next_eps") if name in op.fields]
+    assert positional == taken
 
 
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)
@@ -89,8 +91,8 @@ def test_operators_hand_the_extension_what_a_call_does(
         for name, field in op.fields.items()
         if not field.type.startswith("Tensor")
     }
-    given |= {"x": x, "weight": weight} | ({"residual": residual} if op.adds else {})
-    given |= {name: torch.rand(8) for name in MODULATORS if name in op.fields}
+    given |= {"x": x, "weight": weight} | ({"residual": residual} if takes_residual(op) else {})
+    given |= {name: torch.rand(8) for name in (*MODULATORS, *NEXT) if name in op.fields}
     given |= {"z": torch.randn(2, 3, 8)} if op.gated else {}
     outputs = {"out": torch.empty_like(x)} if form == "_out" else {}
     outputs |= {"residual_out": torch.empty_like(x)} if outputs and op.adds else {}
@@ -137,6 +139,10 @@ def assert_same_arguments(native: Sequence[object], expected: Sequence[object]) 
             assert mine == theirs
 
 
+def takes_residual(op: Op) -> bool:
+    return op.adds or op.post
+
+
 def example_of(name: str, field: Field) -> object:
     """A value of an argument that is no tensor, and not its default."""
     words = {"kind": "layer", "activation": "sigmoid"}
@@ -180,7 +186,8 @@ def test_the_table_of_options_in_the_docs_is_that_of_the_fields() -> None:
 def test_kinds_name_every_op_once() -> None:
     x = torch.ones(2, 2, 4)
     for op in OPS.values():
-        given = {"x": x} | ({"residual": x} if op.adds else {}) | ({"z": x} if op.gated else {})
+        given = {"x": x} | ({"residual": x} if takes_residual(op) else {})
+        given |= {"z": x} if op.gated else {}
         for kind in ("rms", "layer") if op.layer is None else (None,):
             call = op.call(given | ({} if kind is None else {"kind": kind}))
             assert call.op == op.name
@@ -188,4 +195,4 @@ def test_kinds_name_every_op_once() -> None:
             in_place = op.call(given, in_place=True)
             assert in_place.op == op.name + "_"
             assert in_place.out is x
-    assert max(op.bits for op in OPS.values()) < 2 * GATED
+    assert max(op.bits for op in OPS.values()) < 2 * POST

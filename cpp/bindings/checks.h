@@ -9,17 +9,23 @@ namespace normkit {
 
 struct Arguments {
   Tensor x{"x"}, residual{"residual"}, weight{"weight"}, bias{"bias"}, out{"out"},
-      residual_out{"residual_out"}, gate{"gate"}, scale{"scale"}, shift{"shift"}, z{"z"};
+      residual_out{"residual_out"}, gate{"gate"}, scale{"scale"}, shift{"shift"}, z{"z"},
+      next_weight{"next_weight"}, next_bias{"next_bias"};
   Statistic statistic;
-  bool per_head, adds = false, gated = false;
+  bool per_head, adds = false, gated = false, post = false;
   NormOptions options;
   bool round_each = false;
   Activation activation = Activation::kSilu;  // of z
   bool norm_before_gate = true;
+  float next_eps = 0.f, alpha = 1.f, beta = 1.f;
+  bool round_norm = true;
   std::optional<DType> out_dtype;  // none: that of out, or x's
 
   bool is_modulated() const { return gate || scale || shift; }
-  bool is_fused() const { return is_modulated() || z; }
+  bool is_fused() const { return is_modulated() || z || post; }
+  // y is the sum, of residual's dtype.
+  bool is_sum() const { return post && !adds; }
+  DType out_dtype_of() const { return is_sum() ? residual.dtype : out_dtype.value_or(x.dtype); }
 };
 
 inline bool same_shape(const Tensor& a, const Tensor& b) {
@@ -69,6 +75,13 @@ inline bool is_packed(const Tensor& t) {
   if (t.size(1) > 1 && t.stride(1) != 1)
     return {t.name, "has a last stride other than 1", Refusal::kStrides};
   return {};
+}
+
+[[gnu::always_inline]] inline Refusal check_device(const Tensor& t, const Tensor& x) {
+  if (!t ||
+      (t.device.device_type == x.device.device_type && t.device.device_id == x.device.device_id))
+    return {};
+  return {t.name, "is on another device than x", Refusal::kDevice};
 }
 
 // The rows of a gate, scale or shift, which has x's first dimensions, or ones in their place, and
@@ -129,6 +142,22 @@ inline Refusal check_roundings(const Arguments& a) {
   return {};
 }
 
+inline bool is_finite(float number) { return number - number == 0.f; }
+
+inline Refusal check_post_norm(const Arguments& a) {
+  for (const Tensor* t : {&a.next_weight, &a.next_bias}) {
+    if (const Refusal no = check_device(*t, a.x)) return no;
+    if (const Refusal no = check_affine(*t, a.x, false)) return no;
+  }
+  if (a.is_modulated() || a.per_head)
+    return {"x", "is normalised in front of a sum, and no kernel modulates that", Refusal::kOption};
+  if (!(a.next_eps >= 0.f && is_finite(a.next_eps)))
+    return {"next_eps", "is not a finite number >= 0", Refusal::kOption};
+  if (!is_finite(a.alpha)) return {"alpha", "is not finite", Refusal::kOption};
+  if (!is_finite(a.beta)) return {"beta", "is not finite", Refusal::kOption};
+  return {};
+}
+
 // Whether the memory from the first to the last element of one crosses that of the other.
 inline bool share_memory(const Tensor& a, const Tensor& b) {
   return a && b && a.data < b.data + b.extent() && b.data < a.data + a.extent();
@@ -175,16 +204,14 @@ inline Refusal check_memory(const Arguments& a) {
     for (const Tensor* rows : {&a.gate, &a.scale, &a.shift})
       if (share_memory(a.out, *rows) || share_memory(a.residual_out, *rows))
         return {rows->name, "overlaps an output", Refusal::kMemory};
+  // Other rows still read the weights when the sum of one, or its y, is written.
+  if (a.post)
+    for (const Tensor* affine : {&a.weight, &a.bias, &a.next_weight, &a.next_bias})
+      if (share_memory(a.out, *affine) || share_memory(a.residual_out, *affine))
+        return {affine->name, "overlaps an output", Refusal::kMemory};
   if (share_memory(a.out, a.residual_out))
     return {a.out.name, "may overlap residual_out", Refusal::kMemory};
   return {};
-}
-
-[[gnu::always_inline]] inline Refusal check_device(const Tensor& t, const Tensor& x) {
-  if (!t ||
-      (t.device.device_type == x.device.device_type && t.device.device_id == x.device.device_id))
-    return {};
-  return {t.name, "is on another device than x", Refusal::kDevice};
 }
 
 // memory_checked: the caller knows that what is written overlaps nothing.
@@ -193,7 +220,7 @@ inline Refusal check(const Arguments& a, bool memory_checked) {
   if (a.x.ndim < (a.per_head && !a.gated ? 2 : 1))
     return {"x", "has too few dimensions", Refusal::kShape};
   if (a.x.size(1) < 1) return {"x", "has rows of no elements", Refusal::kShape};
-  if (bool(a.residual) != a.adds)
+  if (bool(a.residual) != (a.adds || a.post))
     return {"residual", a.residual ? "is not None" : "is None", Refusal::kOption};
   for (const Tensor* t : {&a.residual, &a.weight, &a.bias, &a.out, &a.residual_out})
     if (const Refusal no = check_device(*t, a.x)) return no;
@@ -207,6 +234,8 @@ inline Refusal check(const Arguments& a, bool memory_checked) {
   if (bool(a.z) != a.gated) return {"z", a.z ? "is not None" : "is None", Refusal::kOption};
   if (const Refusal no = check_device(a.z, a.x)) return no;
   if (const Refusal no = check_rows(a.z, a.x, Refusal::kStrides)) return no;
+  if (a.post)
+    if (const Refusal no = check_post_norm(a)) return no;
   for (const Tensor* t : {&a.x, &a.residual})
     if (const Refusal no = check_rows(*t, a.x, Refusal::kStrides)) return no;
   for (const Tensor* t : {&a.out, &a.residual_out})
@@ -218,7 +247,7 @@ inline Refusal check(const Arguments& a, bool memory_checked) {
     return {"eps", "is not a finite number >= 0", Refusal::kOption};
   if (!(options.weight_offset - options.weight_offset == 0.f))
     return {"weight_offset", "is not finite", Refusal::kOption};
-  if (a.out && a.out.dtype != a.out_dtype.value_or(a.out.dtype))
+  if (a.out && a.out.dtype != (a.is_sum() ? a.residual.dtype : a.out_dtype.value_or(a.out.dtype)))
     return {"out", "is not of out_dtype", Refusal::kDtype};
   if (a.residual_out && a.residual_out.dtype != a.residual.dtype)
     return {"residual_out", "is not of residual's dtype", Refusal::kDtype};
@@ -274,6 +303,29 @@ inline void lay_out_gated(const Arguments& a, RowNorm& norm) {
   lay_out_rows(a.x, tensors, rows, norm);
 }
 
+// The norm behind the sum is the norm of the job, and the one in front of it stands before that;
+// without one behind it, y is the sum.
+inline void lay_out_post_norm(const Arguments& a, RowNorm& norm) {
+  norm.before = {true,
+                 affine_of(a.weight),
+                 affine_of(a.bias),
+                 a.options.eps,
+                 a.weight ? a.options.weight_offset : 0.f,
+                 a.alpha,
+                 a.beta,
+                 a.round_norm};
+  norm.weight = affine_of(a.next_weight);
+  norm.bias = affine_of(a.next_bias);
+  norm.options.eps = a.next_eps;
+  norm.options.weight_offset = a.next_weight ? a.options.weight_offset : 0.f;
+  norm.options.round_sum = true;
+  const Tensor none{"out"};
+  const Tensor* const tensors[] = {&a.x, &a.residual, a.is_sum() ? &none : &a.out,
+                                   a.is_sum() ? &a.out : &a.residual_out};
+  RowsOf* const rows[] = {&norm.x, &norm.residual, &norm.out, &norm.residual_out};
+  lay_out_rows(a.x, tensors, rows, norm);
+}
+
 // Not by a return value: the strides of four tensors take 2 KB, and 40 ns to copy.
 inline void lay_out(const Arguments& a, RowNorm& norm) {
   norm.weight = affine_of(a.weight);
@@ -283,14 +335,16 @@ inline void lay_out(const Arguments& a, RowNorm& norm) {
   norm.options = a.options;
   if (!a.weight) norm.options.weight_offset = 0.f;
   norm.rstd = norm.mean = nullptr;
+  norm.before = {};
   norm.modulation = {};
+  norm.gating.z.data = nullptr;
+  if (a.post) return lay_out_post_norm(a, norm);
   if (a.is_modulated()) {
     norm.modulation.round_each = a.round_each;
     if (a.gate) find_rows(a.gate, a.x, norm.modulation.gate);
     if (a.scale) find_rows(a.scale, a.x, norm.modulation.scale);
     if (a.shift) find_rows(a.shift, a.x, norm.modulation.shift);
   }
-  norm.gating.z.data = nullptr;
   if (a.z) return lay_out_gated(a, norm);
   const Tensor* const tensors[] = {&a.x, &a.residual, &a.out, &a.residual_out};
   RowsOf* const rows[] = {&norm.x, &norm.residual, &norm.out, &norm.residual_out};

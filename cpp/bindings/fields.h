@@ -71,7 +71,8 @@ template <auto kOption, class Arguments>
 }
 
 // 1 layer instead of rms, 2 weight and bias may have a row per head, 4 adds a residual, 8 x is the
-// output; 32 gated, 64 sigmoid instead of silu, 128 the gate multiplies the norm and not x.
+// output; 32 gated, 64 sigmoid instead of silu, 128 the gate multiplies the norm and not x; 256
+// normalises x before it is added.
 template <class Arguments>
 [[gnu::always_inline]] inline Refusal kind(Arguments& a, const char*, PyObject* value) {
   const long bits = read_bits(value);
@@ -84,6 +85,7 @@ template <class Arguments>
     a.gated = bits & 32;
     a.activation = bits & 64 ? Activation::kSigmoid : Activation::kSilu;
     a.norm_before_gate = bits & 128;
+    a.post = bits & 256;
   }
   return {};
 }
@@ -99,6 +101,13 @@ template <class Arguments>
   constexpr float kFloat32Epsilon = 1.1920929e-07f;
   a.options.eps = kFloat32Epsilon;
   return value == Py_None ? Refusal{} : read_value(a.options.eps, name, value);
+}
+
+// None: eps, which has been read.
+template <class Arguments>
+Refusal next_eps(Arguments& a, const char* name, PyObject* value) {
+  a.next_eps = a.options.eps;
+  return value == Py_None ? Refusal{} : read_value(a.next_eps, name, value);
 }
 
 // 1 the gradient of weight, 2 that of bias.
@@ -165,6 +174,12 @@ inline constexpr auto kFusedFields =
                             {"shift", member<&Arguments::shift>},
                             {"round_each", member<&Arguments::round_each>},
                             {"z", member<&Arguments::z>},
+                            {"next_weight", member<&Arguments::next_weight>},
+                            {"next_bias", member<&Arguments::next_bias>},
+                            {"next_eps", next_eps},
+                            {"alpha", member<&Arguments::alpha>},
+                            {"beta", member<&Arguments::beta>},
+                            {"round_norm", member<&Arguments::round_norm>},
                         });
 
 inline constexpr Field<BackwardArguments> kBackwardFields[] = {

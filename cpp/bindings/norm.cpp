@@ -63,6 +63,9 @@ const Tensor* find_differentiated(const Arguments& a) {
   if (a.is_fused())
     for (const Tensor* t : {&a.gate, &a.scale, &a.shift, &a.z})
       if (*t && requires_grad(*t)) return t;
+  if (a.post)
+    for (const Tensor* t : {&a.next_weight, &a.next_bias})
+      if (*t && requires_grad(*t)) return t;
   return nullptr;
 }
 
@@ -97,6 +100,8 @@ Refusal check_recorders(const Arguments& a, Caller caller) {
 
 Refusal Prepared::check(Caller caller) {
   if (const Refusal no = find_backend(a.x.device, backend)) return no;
+  if (a.post && std::string(backend->name) != "cpu")
+    return {"this backend", "has no kernel for a norm in front of a sum", Refusal::kDevice};
   device = a.x.device.device_id;
   const bool quick = caller != Caller::kHasCheckedMemory;
   // The exchange API does not tell of a lazily negated tensor.  Such a one has a last stride of 2
@@ -112,9 +117,8 @@ Refusal Prepared::check(Caller caller) {
 Refusal Prepared::make_outputs() {
   writes_out = bool(a.out), writes_residual_out = bool(a.residual_out);
   if (!a.out)
-    if (const Refusal no = make_output(a.x, a.out_dtype.value_or(a.x.dtype), made, a.out))
-      return no;
-  if (a.residual && !a.residual_out)
+    if (const Refusal no = make_output(a.x, a.out_dtype_of(), made, a.out)) return no;
+  if (a.adds && !a.residual_out)
     if (const Refusal no = make_output(a.residual, a.residual.dtype, made_residual, a.residual_out))
       return no;
   lay_out(a, job);
@@ -149,7 +153,7 @@ void run(const Prepared& p) {
 
 nb::object result_of(const Prepared& p) {
   nb::object y = nb::borrow(p.a.out.object);
-  return p.a.residual ? nb::make_tuple(y, nb::borrow(p.a.residual_out.object)) : y;
+  return p.a.adds ? nb::make_tuple(y, nb::borrow(p.a.residual_out.object)) : y;
 }
 
 template <const auto& kFields>
@@ -172,10 +176,11 @@ nb::object norm(PyObject* const* args) {
 // Runs a call that has been prepared, and keeps what its gradients need.
 nb::object run_saving(Prepared& p) {
   const Arguments& a = p.a;
-  nb::object rstd = new_row_values(a.x, p.job.rstd), mean = nb::none();
-  if (a.statistic == Statistic::kLayer) mean = new_row_values(a.x, p.job.mean);
+  nb::object rstd = nb::none(), mean = nb::none();
+  if (!a.post) rstd = new_row_values(a.x, p.job.rstd);
+  if (!a.post && a.statistic == Statistic::kLayer) mean = new_row_values(a.x, p.job.mean);
   run(p);
-  nb::object sum = a.residual ? nb::borrow(a.residual_out.object) : nb::none();
+  nb::object sum = a.adds ? nb::borrow(a.residual_out.object) : nb::none();
   return nb::make_tuple(nb::borrow(a.out.object), sum, rstd, mean);
 }
 
@@ -224,8 +229,8 @@ nb::object plan(PyObject* const* args) {
   if (const Refusal no = read<kFields>(a, args)) return refuse(no);
   if (const Refusal no = p.check(Caller::kHasCheckedMemory)) return refuse(no);
   Announced out, residual_out;
-  if (!a.out) out.stand_in(a.out, a.x, a.out_dtype.value_or(a.x.dtype));
-  if (a.residual && !a.residual_out)
+  if (!a.out) out.stand_in(a.out, a.x, a.out_dtype_of());
+  if (a.adds && !a.residual_out)
     residual_out.stand_in(a.residual_out, a.residual, a.residual.dtype);
   lay_out(a, p.job);
   const std::string text = p.backend->describe(p.job, p.device);
@@ -242,7 +247,8 @@ void add_norm(nb::module_& m) {
 Returns y, or (y, residual_out) when there is a residual; None where Python has to look at the call.
 
 kind is 0 for rms and 1 for layer, plus 2 when weight and bias may have a row per head, plus 4 when
-there is a residual.  The other arguments are those of normkit.functional.)"),
+there is a residual; the other bits are those of normkit._spec.  The other arguments are those of
+normkit.functional and normkit.fusions.)"),
       method<kNormFields, norm<kNormFields>, kFusedFields, norm<kFusedFields>>(
           "norm", R"(Run a row norm for a caller who has checked that outputs overlap nothing.
 
@@ -251,7 +257,8 @@ Arguments and result are those of try_norm(), but a Refusal where there is no re
           "norm_saving",
           R"(Run norm(), and keep what norm_backward() needs.
 
-Returns (y, residual_out or None, rstd, mean or None), or a Refusal.)"),
+Returns (y, residual_out or None, rstd, mean or None), or a Refusal.  With a norm in front of a sum
+rstd and mean are None: its gradients take them again.)"),
       method<kNormFields, try_norm_saving>(
           "try_norm_saving", R"(Run norm_saving() for an eager call that needs gradients.
 

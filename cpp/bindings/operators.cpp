@@ -173,7 +173,7 @@ nb::object call_function(const Operator& op, const Objects& given) {
   if (quick_path_is_off) return nb::none();
   for (const int at : op.unless)
     if (is_on(given[at])) return nb::none();
-  constexpr size_t kMostFields = 24;
+  constexpr size_t kMostFields = 32;
   nb::object fields[kMostFields];
   PyObject* borrowed[kMostFields];
   const size_t taken = op.sources.size();
@@ -206,6 +206,10 @@ void answer(const Operator& op, shim::Value* stack, const Objects& given) {
   const nb::object made = call_function(op, given);
   if (made.is_none()) {
     const nb::object results = call_implementation(op, given);
+    if (op.outputs.size() == 1) {  // by itself, as Python implementations give it
+      stack[0] = value_of(results.ptr());
+      return;
+    }
     for (size_t i = 0; i < op.outputs.size(); ++i)
       stack[i] = value_of(checked(PyTuple_GetItem(results.ptr(), i)));
     return;

@@ -47,6 +47,7 @@ struct Block {
   float sum[kMaxBlockRows];
   float mean[kMaxBlockRows];
   float rstd[kMaxBlockRows];
+  float alpha, beta;  // of the stage `combine`
   bool has_bias;
   bool shared;  // all rows have the first one's weight and bias
   bool stream;  // write around the caches
@@ -91,7 +92,10 @@ struct Kernels {
   Stage clamp;  // wide = x, a float16, with its infinities at +-65504
   Stage add[3][3]
            [2];  // [x][residual][keep]: residual_out = x + residual, and wide = the unrounded sum
-  Stage sum[3];  // [source]: sum of the row
+  // [x][residual][rounds]: residual_out = alpha * residual + beta * x; rounds: the products, to the
+  // dtypes of what alpha and beta multiply.
+  Stage combine[3][3][2];
+  Stage sum[3];         // [source]: sum of the row
   Stage squares[3][2];  // [source][centred]: sum of squares, about the mean if centred
   RstdStage rstd;       // from the sums of squares
   void (*affine[3][2])(const void* item, int64_t n, float offset, bool rounds,

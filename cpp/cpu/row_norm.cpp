@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "affine.h"
+#include "before.h"
 #include "cursor.h"
 #include "memory.h"
 #include "modulation.h"
@@ -64,6 +65,7 @@ constexpr int64_t kFetchBytes = 8 << 20;
 thread_local Scratch affine_scratch;
 thread_local Scratch wide_scratch;
 thread_local Scratch modulation_scratch;
+thread_local Scratch before_scratch;
 
 // ---------------------------------------------------------------- weight and bias
 
@@ -93,7 +95,7 @@ bool affine_as_stored(const RowNorm& norm, DType source, DType out) {
 struct Stages {
   Stage clamp_x = nullptr;    // wide = clamped x, which stands for x from here on
   Stage gate = nullptr;       // wide = gate * x, likewise
-  Stage add = nullptr;        // residual_out = x + residual
+  Stage add = nullptr;        // residual_out = x + residual, or the sum of their multiples
   Stage clamp_sum = nullptr;  // wide = clamped residual_out
   Stage sum = nullptr;        // layer norm only
   Stage squares = nullptr;
@@ -147,11 +149,21 @@ void choose_apply(Stages& s, const RowNorm& norm, DType source, const Kernels& k
           : kernels.apply[int(of_norm)][int(DType::kFloat32)][int(out)][0][int(Statistic::kRms)];
 }
 
+// Those of a sum that is all: there is nothing to prepare.
+Stages without_norm(Stages s) {
+  s.clamp_sum = nullptr;
+  s.wide = false;
+  s.affine_as_stored = true;
+  return s;
+}
+
 Stages stages_of(const RowNorm& norm, const Kernels& kernels) {
   Stages s;
   DType x = norm.x.dtype;
   const DType normalised = normalised_dtype(norm);
-  if (norm.options.clamp_inf && x == DType::kFloat16) {
+  if (norm.before) {
+    x = dtype_before_sum(norm);
+  } else if (norm.options.clamp_inf && x == DType::kFloat16) {
     s.clamp_x = kernels.clamp;
     s.wide = true;
     x = DType::kFloat32;
@@ -168,13 +180,16 @@ Stages stages_of(const RowNorm& norm, const Kernels& kernels) {
     s.wide = true;
   }
   if (norm.residual.data) {
-    s.add = kernels.add[int(x)][int(norm.residual.dtype)][!norm.options.round_sum];
+    const int residual = int(norm.residual.dtype);
+    s.add = norm.before.scales() ? kernels.combine[int(x)][residual][norm.before.round_norm]
+                                 : kernels.add[int(x)][residual][!norm.options.round_sum];
     s.wide = !norm.options.round_sum;
     if (norm.options.round_sum && norm.options.clamp_inf && normalised == DType::kFloat16) {
       s.clamp_sum = kernels.clamp;
       s.wide = true;
     }
   }
+  if (norm.before && !norm.out.data) return without_norm(s);
   const DType source = s.wide ? DType::kFloat32 : normalised;
   const bool layer = norm.statistic == Statistic::kLayer;
   if (layer) s.sum = kernels.sum[int(source)];
@@ -266,6 +281,7 @@ void apply_and_modulate(Block& b, const Stages& s) {
 // The block's first row is `row`.
 void run(Block& b, const Stages& s, const RowNorm& norm, const Kernels& kernels, int64_t row) {
   prepare(b, s, norm, kernels);
+  if (!s.squares) return;
   if (norm.split.step == Step::kApply) {
     combine(b, norm, row);
   } else {
@@ -282,6 +298,14 @@ void run(Block& b, const Stages& s, const RowNorm& norm, const Kernels& kernels,
   s.modulate ? apply_and_modulate(b, s) : s.apply(b);
 }
 
+// A norm in front of the sum.
+struct First {
+  RowNorm norm;
+  Stages stages;
+  float* memory;  // floats for each part: weight and bias as prepared, and the rows of a block
+  int64_t floats;
+};
+
 struct Job {
   const RowNorm& norm;
   Plan plan;
@@ -293,36 +317,67 @@ struct Job {
   // modulation_floats for each part: ModulationCursor's, or those of act(z); and normalised rows
   float* modulation;
   int64_t modulation_floats;
+  First* first = nullptr;
 };
 
 struct AffinePair {
   AffineRows weight, bias;
 };
 
-AffineRows prepared_to_apply(const Affine& affine, const Job& job, float offset, float*& buffer) {
-  const Layout layout = job.stages.layout;
-  const int64_t n = job.norm.n;
+AffineRows prepared_to_apply(const Affine& affine, const RowNorm& norm, const Stages& s,
+                             float offset, const Kernels& kernels, float*& buffer) {
+  const Layout layout = s.layout;
+  const int64_t n = norm.n;
   float* row = buffer;
   // An activation works on whole chunks, and so it reads the weight.
-  const bool copies = is_overwritten(job.norm) || (job.stages.scale_has_weight && n % kChunk != 0);
-  const AffineRows rows = prepared(affine, n, layout, offset, copies, job.kernels, buffer);
+  const bool copies = is_overwritten(norm) || (s.scale_has_weight && n % kChunk != 0);
+  const AffineRows rows = prepared(affine, n, layout, offset, copies, kernels, buffer);
   if (affine.data && (copies || !is_as_read(affine, layout, offset)))
     for (int64_t group = 0; group < affine.groups; ++group, row += padded(n))
-      add_last_chunk(affine, group, n, layout, offset, false, job.kernels, row);
+      add_last_chunk(affine, group, n, layout, offset, false, kernels, row);
   return rows;
 }
 
 // Each part prepares its own: to read what another core has just written takes longer than to write
 // it again (4096 columns on Zen 4: 0.14 us to write, 8 us to fetch).
-AffinePair affine_of(const Job& job, int part) {
-  const RowNorm& norm = job.norm;
-  if (job.stages.has_scale && !job.stages.scale_has_weight) return {};
-  if (job.stages.affine_as_stored) return {stored(norm.weight), stored(norm.bias)};
-  float* buffer = job.affine + part * job.affine_floats;
+AffinePair affine_of(const RowNorm& norm, const Stages& s, const Kernels& kernels, float* buffer) {
+  if (s.has_scale && !s.scale_has_weight) return {};
+  if (s.affine_as_stored) return {stored(norm.weight), stored(norm.bias)};
   AffinePair pair;
-  pair.weight = prepared_to_apply(norm.weight, job, norm.options.weight_offset, buffer);
-  if (norm.bias.data) pair.bias = prepared_to_apply(norm.bias, job, 0.f, buffer);
+  pair.weight =
+      prepared_to_apply(norm.weight, norm, s, norm.options.weight_offset, kernels, buffer);
+  if (norm.bias.data) pair.bias = prepared_to_apply(norm.bias, norm, s, 0.f, kernels, buffer);
   return pair;
+}
+
+int64_t affine_floats(const RowNorm& norm) {
+  return padded(norm.n) * (norm.weight.groups + norm.bias.groups);
+}
+
+// A row's weight and bias, of those that all rows share.
+void take_affine(Block& b, const AffinePair& affine) {
+  b.has_bias = affine.bias.data != nullptr;
+  std::fill_n(b.weight, b.rows, affine.weight.data);
+  std::fill_n(b.bias, b.rows, affine.bias.data);
+}
+
+// b.x becomes the norm of x, in memory of this thread from `rows` on.
+void normalise_first(Block& b, const First& first, const AffinePair& affine, const Kernels& kernels,
+                     float* rows, int64_t row) {
+  void* out[kMaxBlockRows];
+  for (int r = 0; r < b.rows; ++r) {
+    out[r] = b.out[r];
+    b.out[r] = rows + r * padded(b.n);
+  }
+  const bool stream = b.stream;
+  b.stream = false;
+  take_affine(b, affine);
+  run(b, first.stages, first.norm, kernels, row);
+  b.stream = stream;
+  for (int r = 0; r < b.rows; ++r) {
+    b.x[r] = b.out[r];
+    b.out[r] = out[r];
+  }
 }
 
 void run_part(void* context, int part) {
@@ -334,7 +389,15 @@ void run_part(void* context, int part) {
   const int64_t end =
       std::min(norm.rows, blocks * (part + 1) / job.plan.threads * job.plan.block_rows);
   if (begin >= end) return;
-  const AffinePair affine = affine_of(job, part);
+  float* const prepared_at = job.affine ? job.affine + part * job.affine_floats : nullptr;
+  const AffinePair affine = affine_of(norm, job.stages, job.kernels, prepared_at);
+  AffinePair affine_first;
+  float* normalised_first = nullptr;
+  if (job.first) {
+    float* const memory = job.first->memory + part * job.first->floats;
+    affine_first = affine_of(job.first->norm, job.first->stages, job.kernels, memory);
+    normalised_first = memory + affine_floats(job.first->norm);
+  }
   float* wide = job.wide ? job.wide + part * job.plan.block_rows * padded(norm.n) : nullptr;
   enum { kX, kResidual, kOut, kResidualOut };
   const RowsOf* const tensors[] = {&norm.x, &norm.residual, &norm.out, &norm.residual_out};
@@ -358,6 +421,7 @@ void run_part(void* context, int part) {
     b.has_bias = affine.bias.data != nullptr;
     b.shared = groups_of(norm.weight, norm.bias) == 1;
     b.stream = job.plan.stream;
+    b.alpha = norm.before.alpha, b.beta = norm.before.beta;
     for (int64_t r = 0, run; r < b.rows; r += run, cursor.skip(run)) {
       run = std::min(b.rows - r, cursor.run());
       cursor.place(kX, run, b.x + r);
@@ -398,6 +462,10 @@ void run_part(void* context, int part) {
     const int fetched = job.plan.fetch && more ? std::min(block->rows, next->rows) : 0;
     std::copy_n(next->x, fetched, block->next);
     std::fill_n(block->next + fetched, block->rows - fetched, nullptr);
+    if (job.first) {
+      normalise_first(*block, *job.first, affine_first, job.kernels, normalised_first, row);
+      take_affine(*block, affine);
+    }
     run(*block, job.stages, norm, job.kernels, row);
     std::swap(block, next);
   }
@@ -434,8 +502,8 @@ Plan plan(const RowNorm& norm) {
   const int64_t traffic = row_bytes(norm) * norm.rows;
   const bool in_place = norm.out.data == norm.x.data || norm.out.data == norm.residual.data;
   Plan p;
-  p.stream =
-      fills_last_cache(traffic) && !in_place && on_cache_lines(norm.out, norm.outer_dims, norm.n);
+  p.stream = norm.out.data && fills_last_cache(traffic) && !in_place &&
+             on_cache_lines(norm.out, norm.outer_dims, norm.n);
   p.fetch = traffic >= kFetchBytes && !norm.residual.data;
   const int64_t block_bytes = p.stream ? kStreamedBlockBytes : kBlockBytes;
   p.block_rows =
@@ -459,7 +527,7 @@ void row_norm(const RowNorm& norm) {
   const Kernels& kernels = kernels_in_use();
   Job job{norm, plan(norm), stages_of(norm, kernels), kernels, nullptr, 0, nullptr, nullptr, 0};
   if (!job.stages.affine_as_stored && (!job.stages.has_scale || job.stages.scale_has_weight)) {
-    job.affine_floats = padded(norm.n) * (norm.weight.groups + norm.bias.groups);
+    job.affine_floats = affine_floats(norm);
     job.affine = affine_scratch.reserve(job.plan.threads * job.affine_floats);
   }
   if (norm.modulation || norm.gating) {
@@ -468,12 +536,21 @@ void row_norm(const RowNorm& norm) {
         rows + (norm.gating ? rows : ModulationCursor::floats(norm, job.plan.block_rows));
     job.modulation = modulation_scratch.reserve(job.plan.threads * job.modulation_floats);
   }
-  if (job.stages.wide || job.stages.clamp_x || job.stages.gate)
+  std::optional<First> first;
+  if (norm.before) {
+    first.emplace(First{norm_before_sum(norm), {}, nullptr, 0});
+    first->stages = stages_of(first->norm, kernels);
+    first->floats = affine_floats(first->norm) + job.plan.block_rows * padded(norm.n);
+    first->memory = before_scratch.reserve(job.plan.threads * first->floats);
+    job.first = &*first;
+  }
+  if (job.stages.wide || job.stages.clamp_x || job.stages.gate || (first && first->stages.wide))
     job.wide = wide_scratch.reserve(job.plan.threads * job.plan.block_rows * padded(norm.n));
   run_on_threads(job.plan.threads, run_part, &job);
   if (job.affine) affine_scratch.trim();
   if (job.wide) wide_scratch.trim();
   if (job.modulation) modulation_scratch.trim();
+  if (job.first) before_scratch.trim();
 }
 
 }  // namespace normkit::cpu

@@ -250,6 +250,33 @@ void add_stage(Block& b) {
   }
 }
 
+template <class X, class R, bool kRounds>
+void combine_stage(Block& b) {
+  const V alpha = set1(b.alpha), beta = set1(b.beta);
+  const auto sum = [&](const Chunk& x, const Chunk& residual) {
+    Chunk c;
+    for (int k = 0; k < kVecs; ++k) {
+      V first = mul(x.v[k], beta), second = mul(residual.v[k], alpha);
+      if constexpr (kRounds) first = X::round(first), second = R::round(second);
+      c.v[k] = add(first, second);
+    }
+    return c;
+  };
+  for (int r = 0; r < b.rows; ++r) {
+    const auto* x = static_cast<const typename X::Item*>(b.x[r]);
+    const auto* residual = static_cast<const typename R::Item*>(b.residual[r]);
+    auto* residual_out = static_cast<typename R::Item*>(b.residual_out[r]);
+    int64_t i = 0;
+    for (; i + kChunk <= b.n; i += kChunk)
+      store_chunk<R>(residual_out + i, sum(load_chunk<X>(x + i), load_chunk<R>(residual + i)));
+    if (i < b.n) {
+      const int64_t count = b.n - i;
+      const Chunk c = sum(load_tail<X>(x + i, count), load_tail<R>(residual + i, count));
+      store_tail<R>(residual_out + i, c, count);
+    }
+  }
+}
+
 template <class S, class O>
 constexpr void fill_source_and_out(Kernels& k) {
   fill_apply<S, Float32, O>(k);
@@ -262,6 +289,8 @@ template <class X, class R>
 constexpr void fill_add(Kernels& k) {
   k.add[int(X::kDType)][int(R::kDType)][0] = add_stage<X, R, false>;
   k.add[int(X::kDType)][int(R::kDType)][1] = add_stage<X, R, true>;
+  k.combine[int(X::kDType)][int(R::kDType)][0] = combine_stage<X, R, false>;
+  k.combine[int(X::kDType)][int(R::kDType)][1] = combine_stage<X, R, true>;
 }
 
 template <class T>

@@ -33,6 +33,7 @@ from normkit.fusions import (
     modulated_norm_,
 )
 from normkit.modules import HeadNorm, LayerNorm, RMSNorm
+from normkit.post_norm import norm_add, norm_add_, norm_add_norm, norm_add_norm_
 
 if _typing.TYPE_CHECKING:
     from normkit.conversion import convert, revert
@@ -70,6 +71,10 @@ __all__ = [
     "load_norm",
     "modulated_norm",
     "modulated_norm_",
+    "norm_add",
+    "norm_add_",
+    "norm_add_norm",
+    "norm_add_norm_",
     "recognise",
     "revert",
     "rms_norm",

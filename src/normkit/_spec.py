@@ -33,10 +33,12 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 FLOATS_TEXT = "float32, float16 or bfloat16"
 DEFAULT_EPS: dict[Kind, float] = {"rms": 1e-6, "layer": 1e-5}
 
-# The bits of a call's kind, as the extension has them; 0 is an rms norm of rows.
+# The bits of a call's kind, as the extension has them; 0 is an rms norm of rows.  POST: x is
+# normalised before it is added; with ADD the sum is normalised too.
 LAYER, PER_HEAD, ADD, MODULATED, GATED, SIGMOID, NORM_FIRST = 1, 2, 4, 16, 32, 64, 128
+POST = 256
 # A call of any of these has FUSED arguments besides.
-_FUSED_KINDS = MODULATED | GATED
+_FUSED_KINDS = MODULATED | GATED | POST
 
 
 def is_layer(kind: Kind) -> bool:
@@ -149,12 +151,18 @@ class Call:
     out: Tensor | None = None
     residual_out: Tensor | None = None
     memory_efficient: bool = False
-    in_place: bool = False  # out is x and residual_out the residual, and so are they called
+    in_place: bool = False  # what is written is x or the residual, and so it is called
     gate: Tensor | None = None
     scale: Tensor | None = None
     shift: Tensor | None = None
     round_each: bool = False
     z: Tensor | None = None
+    next_weight: Tensor | None = None
+    next_bias: Tensor | None = None
+    next_eps: float | None = None
+    alpha: float = 1.0
+    beta: float = 1.0
+    round_norm: bool = True
 
     @property
     def op(self) -> str:
@@ -173,7 +181,7 @@ class Call:
 
     @property
     def adds(self) -> bool:
-        """Whether a residual is added first."""
+        """Whether the sum with a residual is normalised."""
         return bool(self.kind & ADD)
 
     @property
@@ -185,6 +193,11 @@ class Call:
     def gated(self) -> bool:
         """Whether an activation of z multiplies it."""
         return bool(self.kind & GATED)
+
+    @property
+    def post(self) -> bool:
+        """Whether x is normalised before it is added to the residual."""
+        return bool(self.kind & POST)
 
     @property
     def fused(self) -> bool:
@@ -200,6 +213,16 @@ class Call:
     def norm_before_gate(self) -> bool:
         """Whether the norm is multiplied, and not what is normalised."""
         return bool(self.kind & NORM_FIRST)
+
+    @property
+    def takes_residual(self) -> bool:
+        """Whether there has to be a residual."""
+        return bool(self.kind & (ADD | POST))
+
+    @property
+    def second_eps(self) -> float | None:
+        """The eps of the norm behind the sum."""
+        return self.eps if self.next_eps is None else self.next_eps
 
     @property
     def statistic(self) -> Kind:
@@ -248,7 +271,9 @@ class Call:
 
     def written(self) -> list[tuple[str, Tensor]]:
         """Those that the call writes, under the names that its caller knows."""
-        return self._given("x", "residual") if self.in_place else self._given("out", "residual_out")
+        if not self.in_place:
+            return self._given("out", "residual_out")
+        return self._given(*("x",) * (self.adds or not self.post), "residual")
 
     def _given(self, *names: str) -> list[tuple[str, Tensor]]:
         return [(name, t) for name in names if (t := getattr(self, name)) is not None]
@@ -277,7 +302,18 @@ FUSED = _CALL[_CALL.index("gate") :]
 MODULATION = ("gate", "scale", "shift", "round_each")
 MODULATORS = MODULATION[:-1]  # the tensors among them
 GATING = ("z", "activation", "norm_before_gate")
-FUSED_TENSORS = (*MODULATORS, "z")
+NEXT = ("next_weight", "next_bias")  # of the norm behind a sum
+POST_NORM = (*NEXT, "next_eps", "alpha", "beta", "round_norm")
+FUSED_TENSORS = (*MODULATORS, "z", *NEXT)
+# What fused calls hand over in the place of others' fields, behind their own or in front of them.
+BEHIND_MODULATION, BEHIND_GATING, BEFORE_POST_NORM = (
+    tuple(getattr(Call, name) for name in names)
+    for names in (
+        FUSED[FUSED.index("z") :],
+        FUSED[FUSED.index("next_weight") :],
+        FUSED[: FUSED.index("next_weight")],
+    )
+)
 _native_values = attrgetter(*NATIVE)
 _fused_values = attrgetter(*FUSED)
 
@@ -365,15 +401,23 @@ FIELDS: Fields = {
     "scale": Field("Tensor?", None, "modulated: 1 + scale multiplies the norm; None for no scale"),
     "shift": Field("Tensor?", None, "modulated: added last; None for no shift"),
     "weight": Field("Tensor?", None, "multiplies xhat; None for no weight"),
+    "next_weight": Field("Tensor?", None, "sandwich: weight of the norm behind the sum"),
     "bias": Field("Tensor?", None, "added last; None for no bias"),
+    "next_bias": Field("Tensor?", None, "sandwich: bias of the norm behind the sum"),
     "eps": Field(
         "float?",
         1e-6,
         "added to the statistic; None: epsilon of the computing dtype",
     ),
+    "next_eps": Field("float?", None, "sandwich: eps of the norm behind the sum; None: eps"),
     "kind": Field("str", "rms", '"rms" or "layer"; modulated: "layer" is the default'),
     "activation": Field("str", "silu", 'gated: "silu" or "sigmoid"'),
     "norm_before_gate": Field("bool", True, "gated: multiply the norm; False: x (Mamba-2)"),
+    "alpha": Field("float", 1.0, "post-norm: multiplies the residual"),
+    "beta": Field("float", 1.0, "post-norm: multiplies the norm before it is added"),
+    "round_norm": Field(
+        "bool", True, "post-norm: round the norm to x's dtype, and each product, as torch does"
+    ),
     "round_sum": Field(
         "bool",
         True,
@@ -399,7 +443,7 @@ FIELDS: Fields = {
 FLAGS = tuple(name for name in OPTIONS if FIELDS[name].type == "bool")
 DEFAULT_OPTIONS = cast(Options, {name: FIELDS[name].default for name in OPTIONS})
 # What only some fusions take.
-_OF_FUSED = {*MODULATION, *GATING}
+_OF_FUSED = {*MODULATION, *GATING, *POST_NORM}
 # What forms that write in place do not take.
 _OF_RESULTS = ("out_dtype", "out", "residual_out", "memory_efficient")
 
@@ -422,17 +466,18 @@ class Op(NamedTuple):
     adds: bool = False
     modulated: bool = False
     gated: bool = False
+    post: bool = False
 
     @property
     def fused(self) -> bool:
         """Whether its calls have FUSED arguments."""
-        return self.modulated or self.gated
+        return self.modulated or self.gated or self.post
 
     @property
     def bits(self) -> int:
         """The kind of its calls, but for what is said by `flags`."""
         given = self.per_head * PER_HEAD | self.adds * ADD | self.modulated * MODULATED
-        return bool(self.layer) * LAYER | given | self.gated * GATED
+        return bool(self.layer) * LAYER | given | self.gated * GATED | self.post * POST
 
     @property
     def flags(self) -> dict[str, int]:
@@ -455,24 +500,36 @@ class Op(NamedTuple):
         taken["eps"] = taken["eps"]._replace(default=eps)
         if self.layer is not None:
             del taken["kind"]
-        if not self.adds:
-            del taken["residual"], taken["gate"], taken["round_sum"]
+        if not (self.adds or self.post):
+            del taken["residual"]
+        if not self.adds or self.post:
+            del taken["gate"], taken["round_sum"]
         if self.modulated:
             taken["kind"] = taken["kind"]._replace(default="layer")
         own = MODULATION * self.modulated + (*GATING, "round_each") * self.gated
+        if self.post:
+            own += POST_NORM if self.adds else ("alpha", "beta", "round_norm")
         return {name: f for name, f in taken.items() if name in own or name not in _OF_FUSED}
 
     @property
     def results(self) -> Fields:
         """What the form that returns y takes besides."""
         left_out = (() if self.adds else ("residual_out",)) + ("memory_efficient",) * self.fused
+        left_out += ("out_dtype",) * (self.post and not self.adds)  # which is residual's dtype
         return {name: FIELDS[name] for name in _OF_RESULTS if name not in left_out}
+
+    @property
+    def written(self) -> dict[str, str]:
+        """What the form in place has as outputs, by their names."""
+        if self.post and not self.adds:
+            return {"out": "residual"}
+        return {"out": "x", "residual_out": "residual"} if self.adds else {"out": "x"}
 
     def call(self, given: Mapping[str, Any], *, in_place: bool = False) -> Call:
         """Make the call that these arguments mean; those in place are written, too."""
         rest = {name: value for name, value in given.items() if name not in _KIND_FLAGS}
         if in_place:
-            rest |= {"out": rest["x"], "residual_out": rest.get("residual")}
+            rest |= {output: rest[name] for output, name in self.written.items()}
         return Call(self.kind_of(given), in_place=in_place, **rest)
 
 
@@ -488,6 +545,8 @@ OPS = {
         Op("modulated_norm", None, modulated=True),
         Op("add_modulated_norm", None, adds=True, modulated=True),
         Op("gated_norm", None, per_head=True, gated=True),
+        Op("norm_add", None, post=True),
+        Op("norm_add_norm", None, adds=True, post=True),
     )
 }
 _NAMES = {

@@ -16,7 +16,19 @@ from torch.compiler import is_dynamo_compiling
 from normkit._serving.backends import quick
 from normkit._serving.checks import in_groups
 from normkit._serving.serve import FUNCTIONS, serve
-from normkit._spec import ADD, LAYER, MODULATED, OPS, Activation, Call, Kind, gated, is_layer
+from normkit._spec import (
+    ADD,
+    BEHIND_GATING,
+    BEHIND_MODULATION,
+    LAYER,
+    MODULATED,
+    OPS,
+    Activation,
+    Call,
+    Kind,
+    gated,
+    is_layer,
+)
 
 __all__ = [
     "add_modulated_norm",
@@ -89,8 +101,8 @@ def modulated_norm(
         MODULATED | is_layer(kind) * LAYER, x, None, weight, bias, eps, weight_offset,
         round_before_weight, True, clamp_inf, round_rstd, out_dtype, out, None,
     )  # fmt: skip
-    modulation = (None, scale, shift, round_each, None)
-    made = None if is_dynamo_compiling() else _norm(*call, *modulation)
+    modulation = (None, scale, shift, round_each)
+    made = None if is_dynamo_compiling() else _norm(*call, *modulation, *BEHIND_MODULATION)
     return _serve(Call(*call, False, False, *modulation)) if made is None else made
 
 
@@ -114,8 +126,8 @@ def modulated_norm_(
         MODULATED | is_layer(kind) * LAYER, x, None, weight, bias, eps, weight_offset,
         round_before_weight, True, clamp_inf, round_rstd, None, x, None,
     )  # fmt: skip
-    modulation = (None, scale, shift, round_each, None)
-    made = None if is_dynamo_compiling() else _norm(*call, *modulation)
+    modulation = (None, scale, shift, round_each)
+    made = None if is_dynamo_compiling() else _norm(*call, *modulation, *BEHIND_MODULATION)
     return _serve(Call(*call, False, True, *modulation)) if made is None else made
 
 
@@ -171,8 +183,8 @@ def add_modulated_norm(
         MODULATED | ADD | is_layer(kind) * LAYER, x, residual, weight, bias, eps, weight_offset,
         round_before_weight, round_sum, clamp_inf, round_rstd, out_dtype, out, residual_out,
     )  # fmt: skip
-    modulation = (gate, scale, shift, round_each, None)
-    made = None if is_dynamo_compiling() else _add_norm(*call, *modulation)
+    modulation = (gate, scale, shift, round_each)
+    made = None if is_dynamo_compiling() else _add_norm(*call, *modulation, *BEHIND_MODULATION)
     return _serve_both(Call(*call, False, False, *modulation)) if made is None else made
 
 
@@ -199,8 +211,8 @@ def add_modulated_norm_(
         MODULATED | ADD | is_layer(kind) * LAYER, x, residual, weight, bias, eps, weight_offset,
         round_before_weight, round_sum, clamp_inf, round_rstd, None, x, residual,
     )  # fmt: skip
-    modulation = (gate, scale, shift, round_each, None)
-    made = None if is_dynamo_compiling() else _add_norm(*call, *modulation)
+    modulation = (gate, scale, shift, round_each)
+    made = None if is_dynamo_compiling() else _add_norm(*call, *modulation, *BEHIND_MODULATION)
     return _serve_both(Call(*call, False, True, *modulation)) if made is None else made
 
 
@@ -276,7 +288,7 @@ def gated_norm(
         round_before_weight, True, clamp_inf, round_rstd, out_dtype, out, None,
     )  # fmt: skip
     gating = (None, None, None, round_each, z)
-    made = None if is_dynamo_compiling() else _norm(*call, *gating)
+    made = None if is_dynamo_compiling() else _norm(*call, *gating, *BEHIND_GATING)
     return _serve(Call(*call, False, False, *gating)) if made is None else made
 
 
@@ -311,7 +323,7 @@ def gated_norm_(
         round_before_weight, True, clamp_inf, round_rstd, None, x, None,
     )  # fmt: skip
     gating = (None, None, None, round_each, z)
-    made = None if is_dynamo_compiling() else _norm(*call, *gating)
+    made = None if is_dynamo_compiling() else _norm(*call, *gating, *BEHIND_GATING)
     return _serve(Call(*call, False, True, *gating)) if made is None else made
 
 

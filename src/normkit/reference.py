@@ -167,6 +167,59 @@ def add_norm(
     return y.to(out_dtype or x.dtype), residual_out
 
 
+def norm_add(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float | None = 1e-6,
+    *,
+    kind: str,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    round_norm: bool = True,
+    weight_offset: float = 0.0,
+    round_before_weight: bool = False,
+    clamp_inf: bool = False,
+    round_rstd: bool = False,
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Return ``round(alpha * residual + beta * norm(x))``, in residual's dtype.
+
+    round_norm: round the norm, and its product with beta, to x's dtype, and ``alpha * residual`` to
+    residual's; False: all of it is in the computing dtype.  The others are those of `norm`.
+
+    Example:
+        >>> import torch
+        >>> from normkit import reference
+        >>> x, residual = torch.tensor([1.0, 3.0]), torch.tensor([2.0, 1.0])
+        >>> reference.norm_add(x, residual, eps=0.0, kind="layer")
+        tensor([1., 2.])
+    """
+    compute = compute_dtype_of(x, compute_dtype)
+    n = norm(
+        x,
+        weight,
+        bias,
+        eps,
+        kind=kind,
+        weight_offset=weight_offset,
+        round_before_weight=round_before_weight,
+        clamp_inf=clamp_inf,
+        round_rstd=round_rstd,
+        out_dtype=compute,
+        compute_dtype=compute,
+    )
+    kept = residual.to(compute)
+    if round_norm:
+        n = rounded(n, x.dtype)
+    if beta != 1.0:
+        n = rounded(n * beta, x.dtype) if round_norm else n * beta
+    if alpha != 1.0:
+        kept = rounded(kept * alpha, residual.dtype) if round_norm else kept * alpha
+    return (kept + n).to(residual.dtype)
+
+
 def statistics(
     x: Tensor,
     residual: Tensor | None = None,

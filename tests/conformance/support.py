@@ -45,6 +45,8 @@ class Inputs(NamedTuple):
     scale: Tensor | None = None
     shift: Tensor | None = None
     z: Tensor | None = None
+    next_weight: Tensor | None = None
+    next_bias: Tensor | None = None
 
 
 class Op(NamedTuple):
@@ -52,18 +54,29 @@ class Op(NamedTuple):
 
     name: str
     kind: str
-    adds: bool = False
+    adds: bool = False  # a residual, to x as it is
     per_head: bool = False
     modulated: bool = False
     gated: bool = False
+    post: bool = False
 
     def __str__(self) -> str:
-        return f"{self.name}-{self.kind}" if self.per_head or self.fused else self.name
+        return f"{self.name}-{self.kind}" if self.selected else self.name
 
     @property
     def fused(self) -> bool:
         """Whether more than a sum stands around the norm."""
-        return self.modulated or self.gated
+        return self.modulated or self.gated or self.post
+
+    @property
+    def has_next(self) -> bool:
+        """Whether the sum with what was normalised is normalised."""
+        return self.name == "norm_add_norm"
+
+    @property
+    def returns_both(self) -> bool:
+        """Whether it returns a sum next to y."""
+        return self.adds or self.has_next
 
     @property
     def selected(self) -> dict[str, Any]:
@@ -78,9 +91,13 @@ class Op(NamedTuple):
     @property
     def takes(self) -> tuple[str, ...]:
         """The names of its tensors, in the order of a call."""
-        adds, modulated = ("residual",) * self.adds, ("scale", "shift") * self.modulated
+        modulated = ("scale", "shift") * self.modulated
         gate = ("gate",) * (self.adds and self.modulated)
-        return ("x", *adds, *gate, *modulated, *("z",) * self.gated, "weight", "bias")
+        if self.has_next:
+            return ("x", "residual", "weight", "next_weight", "bias", "next_bias")
+        residual = ("residual",) * (self.adds or self.post)
+        z = ("z",) * self.gated
+        return ("x", *residual, *gate, *modulated, *z, "weight", "bias")
 
     def tensors(self, inputs: Any) -> list[Any]:
         return [self.tensor(name, inputs) for name in self.takes]
@@ -100,11 +117,22 @@ def _kinds(spec: _spec.Op) -> tuple[str, ...]:
     return ("rms", "layer")
 
 
-OPS = tuple(
-    Op(spec.name, kind, spec.adds, spec.per_head and not spec.gated, spec.modulated, spec.gated)
+EVERY = tuple(
+    Op(
+        spec.name,
+        kind,
+        spec.adds and not spec.post,
+        spec.per_head and not spec.gated,
+        spec.modulated,
+        spec.gated,
+        spec.post,
+    )
     for spec in _spec.OPS.values()
     for kind in _kinds(spec)
 )
+# The others begin with a norm and end with a sum, or a norm of that: test_post_norm.py is about
+# them, and the tests that take EVERY.
+OPS, POST = (tuple(op for op in EVERY if op.post is post) for post in (False, True))
 RMS, LAYER, HEAD_RMS, HEAD_LAYER, ADD_RMS, ADD_LAYER, ADD_HEAD_RMS, ADD_HEAD_LAYER = OPS[:8]
 # Each of ADDING normalises the sum as the one of PLAIN in its place does.
 PLAIN, ADDING = (tuple(op for op in OPS if op.adds is adds) for adds in (False, True))
@@ -124,7 +152,7 @@ class Result(NamedTuple):
 def run(call: Call, op: Op, inputs: Inputs, **options: Any) -> Result:
     """Call op out of place."""
     made = call(op.name, *op.tensors(inputs), **op.selected, **options)
-    return Result(*made) if op.adds else Result(made, None)
+    return Result(*made) if op.returns_both else Result(made, None)
 
 
 def run_in_place(call: Call, op: Op, inputs: Inputs, **options: Any) -> Result:
@@ -132,9 +160,10 @@ def run_in_place(call: Call, op: Op, inputs: Inputs, **options: Any) -> Result:
     x, residual = inputs.x.clone(), inputs.residual.clone()
     given = op.tensors(inputs._replace(x=x, residual=residual))
     made = call(f"{op.name}_", *given, **op.selected, **options)
-    if not op.adds:
-        assert made is x
-        return Result(x, None)
+    if not op.returns_both:
+        written = residual if op.post else x
+        assert made is written
+        return Result(written, None)
     assert made[0] is x
     assert made[1] is residual
     return Result(x, residual)
@@ -142,6 +171,9 @@ def run_in_place(call: Call, op: Op, inputs: Inputs, **options: Any) -> Result:
 
 def check(op: Op, result: Result, inputs: Inputs, **options: Any) -> None:
     """Check what `run` returned against float64."""
+    if op.post:
+        _check_post_norm(op, result, inputs, **options)
+        return
     options.pop("out_dtype", None)
     if op.adds:
         options |= {"residual": inputs.residual, "residual_out": result.residual_out}
@@ -151,6 +183,47 @@ def check(op: Op, result: Result, inputs: Inputs, **options: Any) -> None:
     testing.assert_accurate(result.y, inputs.x, inputs.weight, inputs.bias, kind=op.kind, **options)
 
 
+def _check_post_norm(
+    op: Op,
+    result: Result,
+    inputs: Inputs,
+    *,
+    eps: float | None = 1e-6,
+    next_eps: float | None = None,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    round_norm: bool = True,
+    out_dtype: torch.dtype | None = None,
+    **options: Any,
+) -> None:
+    """The sum within the bound of the norm and its own roundings, y within that of its norm."""
+    given = inputs.x, inputs.weight, inputs.bias, eps
+    options["kind"] = op.kind
+    of_norm = inputs.x.dtype if round_norm else torch.float32
+    n = reference.norm(*given, **options, out_dtype=torch.float64, compute_dtype=torch.float64)
+    error = testing.error_bound(*given, **options, out_dtype=of_norm)
+    kept = alpha * inputs.residual.double()
+    h = result.residual_out if op.has_next else result.y
+    total, bound = kept + beta * n, abs(beta) * error + 2.0**-22 * (kept.abs() + (beta * n).abs())
+    if round_norm and beta != 1.0:
+        bound = bound + half_ulp(beta * n, of_norm)
+    if round_norm and alpha != 1.0:
+        bound = bound + half_ulp(kept, h.dtype)
+    close = (h.double() - total).abs() <= bound + half_ulp(total, h.dtype) * (1 + 2**-9)
+    assert (close | ~total.isfinite()).all(), f"{int((~close).sum())} elements of h are off"
+    assert (h.isnan() == total.isnan()).all()
+    if op.has_next:
+        given = h, inputs.next_weight, inputs.next_bias, eps if next_eps is None else next_eps
+        testing.assert_accurate(result.y, *given, **options)
+
+
+def half_ulp(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Half of the step of dtype at a float64 value."""
+    info = torch.finfo(dtype)
+    magnitude = value.abs().clamp(min=info.smallest_normal)
+    return magnitude / torch.frexp(magnitude).mantissa / 4 * info.eps
+
+
 def run_and_check(call: Call, op: Op, inputs: Inputs, **options: Any) -> Result:
     """Call op, check it against float64, and check that it left its inputs alone."""
     before = [None if t is None else bits(t).clone() for t in inputs]
@@ -158,7 +231,8 @@ def run_and_check(call: Call, op: Op, inputs: Inputs, **options: Any) -> Result:
     for name, t, old in zip(inputs._fields, inputs, before, strict=True):
         assert t is None or torch.equal(bits(t), old), f"{name} was written"
     assert result.y.shape == inputs.x.shape
-    assert result.y.dtype == (options.get("out_dtype") or inputs.x.dtype)
+    default = inputs.residual if op.post and not op.has_next else inputs.x
+    assert result.y.dtype == (options.get("out_dtype") or default.dtype)
     check(op, result, inputs, **options)
     return result
 
@@ -169,9 +243,35 @@ def formula(op: Op, inputs: Inputs, **options: Any) -> Result:
     fused = [name for name in op.takes if name in _spec.FUSED_TENSORS]
     options |= {name: op.tensor(name, inputs) for name in fused}
     affine = inputs.weight, inputs.bias
+    if op.post:
+        return _post_norm_formula(op, inputs, **options)
     if op.adds:
         return Result(*reference.add_norm(inputs.x, inputs.residual, *affine, **options))
     return Result(reference.norm(inputs.x, *affine, **options), None)
+
+
+def _post_norm_formula(
+    op: Op,
+    inputs: Inputs,
+    *,
+    next_eps: float | None = None,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    round_norm: bool = True,
+    out_dtype: torch.dtype | None = None,
+    **options: Any,
+) -> Result:
+    x, residual, weight, next_weight, bias, next_bias = (
+        getattr(inputs, name)
+        for name in ("x", "residual", "weight", "next_weight", "bias", "next_bias")
+    )
+    of_sum = {"alpha": alpha, "beta": beta, "round_norm": round_norm}
+    h = reference.norm_add(x, residual, weight, bias, **of_sum, **options)
+    if not op.has_next:
+        return Result(h, None)
+    options["eps"] = options["eps"] if next_eps is None else next_eps
+    of_next = {"out_dtype": out_dtype or x.dtype, **options}
+    return Result(reference.norm(h, next_weight, next_bias, **of_next), h)
 
 
 def inputs_for(
@@ -181,7 +281,7 @@ def inputs_for(
     shape = (rows, n) if isinstance(rows, int) else (*rows, n)
     per_head = op.per_head and len(shape) > 1 and shape[-2] > 0
     make = _inputs if math.prod(shape) < 1 << 18 else _inputs.__wrapped__
-    made = make(op.modulated, shape, dtype, per_head, **rest)
+    made = make(op.modulated or op.post, shape, dtype, per_head, **rest)
     taken = {name: t for name, t in made._asdict().items() if name in (*MADE, *op.takes)}
     return Inputs(**{name: t if t is None else t.clone() for name, t in taken.items()})
 
@@ -192,14 +292,15 @@ MADE = ("x", "residual", "weight", "bias")
 # The ops take the same inputs one after the other, and normal numbers cost more than most norms.
 @lru_cache(maxsize=64)
 def _inputs(
-    modulated: bool, shape: tuple[int, ...], dtype: torch.dtype, per_head: bool, **rest: Any
+    fused: bool, shape: tuple[int, ...], dtype: torch.dtype, per_head: bool, **rest: Any
 ) -> Inputs:
     inputs = Inputs(*testing.make_inputs(shape, dtype, per_head=per_head, **rest))
-    if not modulated:
+    if not fused:
         return inputs
     options = {"seed": rest.get("seed", 0) + 1, "weight_dtype": rest.get("weight_dtype")}
     of_rows = testing.make_inputs((3, shape[-1]), dtype, **options)
     gate, scale, shift = of_rows.x.clamp(-3, 3)
+    inputs = inputs._replace(next_weight=of_rows.weight, next_bias=of_rows.bias)
     return inputs._replace(gate=gate, scale=scale.to(of_rows.weight.dtype), shift=shift)
 
 

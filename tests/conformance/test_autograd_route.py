@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 import normkit
 from conformance.support import (
     BARE,
+    EVERY,
     OPS,
     Inputs,
     Op,
@@ -35,7 +36,7 @@ def _wanting(op: Op, inputs: Inputs) -> Inputs:
     return Inputs(*(t if t is None else t.detach().clone().requires_grad_() for t in inputs))
 
 
-@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize("op", EVERY, ids=str)
 def test_gradients_are_right_in_float64(op: Op) -> None:
     inputs = inputs_for(op, (2, 3), 5, torch.float64)
 
@@ -60,7 +61,7 @@ def test_one_tensor_that_wants_a_gradient_is_enough(op: Op) -> None:
             assert not run(call, op, inputs).y.requires_grad
 
 
-@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize("op", EVERY, ids=str)
 def test_without_grad_mode_the_kernels_serve_tensors_that_require_one(kernels: Any, op: Op) -> None:
     inputs = _wanting(op, inputs_for(op, 3, 8, torch.bfloat16))
     for mode in (torch.no_grad, torch.inference_mode):
@@ -68,7 +69,7 @@ def test_without_grad_mode_the_kernels_serve_tensors_that_require_one(kernels: A
             run(kernels, op, inputs)
 
 
-@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize("op", EVERY, ids=str)
 def test_in_place_refuses_a_gradient_and_names_the_way_out(backend: Any, op: Op) -> None:
     for wanted in op.takes:
         made = inputs_for(op, 3, 8, torch.float32)
@@ -81,7 +82,7 @@ def test_in_place_refuses_a_gradient_and_names_the_way_out(backend: Any, op: Op)
             assert torch.equal(t.detach(), old)
 
 
-@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize("op", EVERY, ids=str)
 def test_outputs_refuse_a_gradient_and_name_the_way_out(backend: Any, op: Op) -> None:
     made = inputs_for(op, 3, 8, torch.float32)
     cases: list[tuple[Inputs, dict[str, Tensor]]] = [
@@ -120,7 +121,7 @@ def test_autograd_learns_of_what_is_written(backend: Any, op: Op) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # in torch's own jvp
-@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize("op", EVERY, ids=str)
 def test_forward_mode_derivatives_are_not_lost(op: Op) -> None:
     inputs = inputs_for(op, 3, 8, torch.float32)
     direction = torch.ones(3, 8)
@@ -157,7 +158,7 @@ class Tagged(torch.Tensor):
     """A subclass that records nothing and changes nothing: it must come out again."""
 
 
-@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize("op", EVERY, ids=str)
 def test_a_tensor_subclass_takes_the_reference_path(op: Op) -> None:
     inputs = inputs_for(op, 3, 8, torch.float32)
     tagged = inputs._replace(x=inputs.x.as_subclass(Tagged))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import normkit
-from conformance.support import OPS, Op, assert_same_results, inputs_for, needs_kernels, run
+from conformance.support import EVERY, Op, assert_same_results, inputs_for, needs_kernels, run
 from normkit._serving import backends
 from normkit._serving.refusal import Refusal
 from normkit.testing import make_inputs
@@ -75,7 +75,7 @@ def test_the_choice_is_of_its_thread_alone() -> None:
     assert found == [normkit.explain("rms_norm", x)]
 
 
-@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize("op", EVERY, ids=str)
 def test_explain_writes_nothing(backend: Any, op: Op) -> None:
     inputs = inputs_for(op, 3, 8, torch.float32)
     before = inputs._replace(x=inputs.x.clone(), residual=inputs.residual.clone())
@@ -120,7 +120,7 @@ def test_a_kernel_asked_for_by_name_does_not_fall_back(kernels: Any) -> None:
         kernels.unexplained("rms_norm", torch.ones(2, 4, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize("op", EVERY, ids=str)
 def test_calls_from_several_threads_at_once(backend: Any, op: Op) -> None:
     """Kernels keep scratch memory from one call to the next; no two threads may share it."""
     cases = [

@@ -20,6 +20,7 @@ from conformance.support import (
     BARE_ADDING,
     BARE_PLAIN,
     DTYPES,
+    EVERY,
     HEAD_LAYER,
     HEAD_RMS,
     LAYER,
@@ -39,21 +40,21 @@ from normkit import _spec, testing
 from normkit._spec import FLAGS
 
 
-@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize("op", EVERY, ids=str)
 @pytest.mark.parametrize("n", SIZES)
 def test_every_size_is_accurate(backend: Any, op: Op, n: int) -> None:
     for dtype in DTYPES:
         run_and_check(backend, op, inputs_for(op, 3, n, dtype, seed=n))
 
 
-@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize("op", EVERY, ids=str)
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 1000])
 def test_every_number_of_rows_is_accurate(backend: Any, op: Op, rows: int) -> None:
     for n, dtype in itertools.product((1, 8, 33, 128), DTYPES):
         run_and_check(backend, op, inputs_for(op, rows, n, dtype))
 
 
-@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize("op", EVERY, ids=str)
 def test_no_rows_in_any_dimension(backend: Any, op: Op) -> None:
     for outer in ((0, 3), (3, 0), (2, 0, 4)):
         inputs = inputs_for(op, outer, 5, torch.bfloat16)
@@ -94,7 +95,7 @@ def test_x_and_residual_of_any_two_dtypes(backend: Any, op: Op, n: int) -> None:
         assert_same_results(again, result)
 
 
-@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize("op", EVERY, ids=str)
 @pytest.mark.parametrize("n", [9, 257])
 def test_weight_and_bias_each_present_or_absent(backend: Any, op: Op, n: int) -> None:
     for dtype, weight_dtype in itertools.product(DTYPES, DTYPES):
@@ -103,7 +104,7 @@ def test_weight_and_bias_each_present_or_absent(backend: Any, op: Op, n: int) ->
             run_and_check(backend, op, whole._replace(**absent))
 
 
-@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize("op", EVERY, ids=str)
 def test_in_place_gives_the_bits_of_out_of_place(backend: Any, op: Op) -> None:
     for dtype, residual_dtype, n in itertools.product(DTYPES, DTYPES, (1, 65, 300)):
         inputs = inputs_for(op, 5, n, dtype, residual_dtype=residual_dtype)
@@ -125,7 +126,7 @@ def test_a_row_may_be_its_own_weight_or_bias_in_place(backend: Any, op: Op, n: i
             assert_same_bits(x, expected)
 
 
-@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize("op", EVERY, ids=str)
 def test_default_eps(backend: Any, op: Op) -> None:
     """At this scale the mean of squares is about eps, so 1e-6 and 1e-5 are told apart."""
     inputs = inputs_for(op, 4, 100, torch.float32, scale=1e-3)
@@ -244,7 +245,7 @@ def test_every_op_of_the_table_is_reached_in_both_forms() -> None:
         reached.add((name, call.statistic))
         return getattr(normkit, name)(*given, **options)
 
-    for op in OPS:
+    for op in EVERY:
         inputs = inputs_for(op, 3, 16, torch.float32)
         assert_same_results(run_in_place(call, op, inputs), run_and_check(call, op, inputs))
     kinds = {False: ["rms"], True: ["layer"], None: ["rms", "layer"]}

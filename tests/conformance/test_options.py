@@ -16,6 +16,7 @@ from conformance.support import (
     BARE,
     BARE_ADDING,
     DTYPES,
+    EVERY,
     HEAD_RMS,
     LAYER,
     NOT_GATED_PLAIN,
@@ -61,7 +62,7 @@ def test_without_a_weight_there_is_no_offset(backend: Any, op: Op) -> None:
         assert_same_results(result, run(backend, op, inputs))
 
 
-@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize("op", EVERY, ids=str)
 def test_an_integer_is_a_number(backend: Any, op: Op) -> None:
     inputs = inputs_for(op, 4, 100, F32)
     integers = run(backend, op, inputs, eps=1, weight_offset=2)
@@ -277,7 +278,7 @@ def test_clamp_inf_counts_infinity_as_the_largest_float16(backend: Any, op: Op) 
         assert hidden.y[1, 0].isnan()
 
 
-@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize("op", EVERY, ids=str)
 def test_clamp_inf_leaves_other_dtypes_alone(backend: Any, op: Op) -> None:
     for dtype in (F32, BF16):
         inputs = inputs_for(op, 3, 64, dtype)

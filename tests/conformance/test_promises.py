@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 import normkit
 from conformance.support import (
     DTYPES,
+    EVERY,
     NOT_GATED,
     OPS,
+    POST,
     RMS,
     Guarded,
     Inputs,
@@ -43,7 +45,7 @@ def rows_of(inputs: Inputs, rows: slice) -> Inputs:
 # -------------------------------------------------------------------------------------- promise 1
 
 
-@pytest.mark.parametrize("op", NOT_GATED, ids=str)
+@pytest.mark.parametrize("op", [*NOT_GATED, *POST], ids=str)
 def test_promise_1_statistics_are_float32(backend: Any, op: Op) -> None:
     """These squares overflow float16, and a sum in bfloat16 would stop at 256 terms."""
     for dtype in DTYPES:
@@ -153,7 +155,7 @@ def test_promise_2_rstd_is_rounded_once(kernels: Any, mean: float) -> None:
 # -------------------------------------------------------------------------------------- promise 3
 
 
-@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize("op", EVERY, ids=str)
 @pytest.mark.parametrize("n", [7, 64, 129, 1000, 4104])
 def test_promise_3_a_row_does_not_depend_on_the_batch(backend: Any, op: Op, n: int) -> None:
     for dtype, rows in itertools.product(DTYPES, (2, 5, 67)):
@@ -188,7 +190,7 @@ def test_promise_3_a_row_does_not_depend_on_strides_or_alignment(
             out.assert_only_elements_written()
 
 
-@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize("op", EVERY, ids=str)
 def test_promise_3_a_row_does_not_depend_on_the_number_of_threads(backend: Any, op: Op) -> None:
     """Shapes with enough bytes for two threads, in rows and heads that do not divide evenly."""
     shapes = (((3, 1), 12289), ((43, 3), 500), ((143, 7), 64), ((1667, 3), 7))
@@ -216,7 +218,7 @@ def test_threads_are_used(kernels: Any) -> None:
 # -------------------------------------------------------------------------------------- promise 4
 
 
-@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize("op", EVERY, ids=str)
 def test_promise_4_two_runs_give_the_same_bits(backend: Any, op: Op) -> None:
     for dtype, n in itertools.product(DTYPES, (65, 4096)):
         inputs = inputs_for(op, 100, n, dtype)
@@ -226,7 +228,7 @@ def test_promise_4_two_runs_give_the_same_bits(backend: Any, op: Op) -> None:
                 assert_same_results(run(backend, op, inputs), first)
 
 
-@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize("op", EVERY, ids=str)
 def test_promise_4_two_backward_runs_give_the_same_bits(op: Op) -> None:
     import normkit
 
@@ -248,7 +250,7 @@ def test_promise_4_two_backward_runs_give_the_same_bits(op: Op) -> None:
 # -------------------------------------------------------------------------------------- promise 5
 
 
-@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize("op", EVERY, ids=str)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=str)
 def test_promise_5_nan_and_inf_stay_in_their_row_and_show(backend: Any, op: Op, bad: float) -> None:
     for dtype, n, where in itertools.product(DTYPES, (1, 7, 64, 200), ("x", "residual")):

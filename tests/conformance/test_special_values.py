@@ -14,10 +14,12 @@ from conformance.support import (
     ADDING,
     BARE,
     DTYPES,
+    EVERY,
     LAYER,
     NOT_GATED,
     NOT_GATED_PLAIN,
     OPS,
+    POST,
     RMS,
     Inputs,
     Op,
@@ -54,7 +56,7 @@ def test_negative_zero_keeps_its_sign(backend: Any, op: Op) -> None:
             assert_same_bits(result.residual_out, total.to(dtype))
 
 
-@pytest.mark.parametrize("op", NOT_GATED, ids=str)
+@pytest.mark.parametrize("op", [*NOT_GATED, *POST], ids=str)
 def test_a_bias_of_negative_zero_adds_nothing(backend: Any, op: Op) -> None:
     for dtype, bias_dtype, n in itertools.product(DTYPES, DTYPES, (4, 67)):
         inputs = inputs_for(op, 3, n, dtype, bias_dtype=bias_dtype)
@@ -139,7 +141,7 @@ def test_infinite_weights_and_biases_show(backend: Any, op: Op, place: str) -> N
         assert result.y[:, 1 : n - 1].isfinite().all()
 
 
-@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize("op", EVERY, ids=str)
 def test_constant_rows(backend: Any, op: Op) -> None:
     for dtype, n, value in itertools.product(DTYPES, (1, 3, 64, 1000), (0.0, 1.0, -3.14, 100.0)):
         inputs = inputs_for(op, 2, n, dtype)
@@ -149,7 +151,7 @@ def test_constant_rows(backend: Any, op: Op) -> None:
             run_and_check(backend, op, inputs, eps=eps)
 
 
-@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize("op", EVERY, ids=str)
 def test_a_variance_of_0_with_eps_0_is_nan(backend: Any, op: Op) -> None:
     """0 / 0, as the formula has it: for rows of zeros, and for a layer norm of constant rows."""
     for dtype, n in itertools.product(DTYPES, (1, 64)):
@@ -158,7 +160,7 @@ def test_a_variance_of_0_with_eps_0_is_nan(backend: Any, op: Op) -> None:
         assert run_and_check(backend, op, _plain(x), eps=0.0).y.isnan().all()
 
 
-@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize("op", EVERY, ids=str)
 def test_a_spike_in_a_row(backend: Any, op: Op) -> None:
     for dtype, n in itertools.product(DTYPES, (2, 64, 1000)):
         for spike in (1e3, -6e4):

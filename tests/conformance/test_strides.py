@@ -14,6 +14,7 @@ from torch import Tensor
 import normkit
 from conformance.support import (
     DTYPES,
+    EVERY,
     HEAD_LAYER,
     HEAD_RMS,
     OPS,
@@ -51,7 +52,7 @@ def test_query_and_key_of_a_packed_qkv_in_place(backend: Any, op: Op, dtype: tor
     assert (bits(packed[:, :values]) != bits(before[:, :values])).float().mean() > 0.9
 
 
-@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize("op", EVERY, ids=str)
 def test_expanded_inputs(backend: Any, op: Op) -> None:
     for dtype, n in itertools.product(DTYPES, (9, 128)):
         inputs = inputs_for(op, (1, 3), n, dtype)
@@ -120,7 +121,7 @@ def test_outputs_are_memory_of_torch(backend: Any, op: Op) -> None:
 
 
 @pytest.mark.parametrize(("shape", "strides"), SHAPES_AND_STRIDES, ids=str)
-@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize("op", EVERY, ids=str)
 def test_gradients_are_packed(
     backend: Any, op: Op, shape: tuple[int, ...], strides: tuple[int, ...]
 ) -> None:
@@ -151,7 +152,7 @@ def _as_inputs(op: Op, tensors: list[Any]) -> Inputs:
     return Inputs(**({"residual": given["x"]} | given))
 
 
-@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize("op", EVERY, ids=str)
 def test_strides_of_dimensions_of_size_1_are_ignored(backend: Any, op: Op) -> None:
     for stride in (0, 1, 3, 10**12, 2**62):
         for shape, strides in (
@@ -170,14 +171,14 @@ def test_strides_of_dimensions_of_size_1_are_ignored(backend: Any, op: Op) -> No
             out.assert_only_elements_written()
 
 
-@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize("op", EVERY, ids=str)
 def test_more_than_65535_rows_and_heads(backend: Any, op: Op) -> None:
     run_and_check(backend, op, inputs_for(op, (70_001, 3), 2, torch.float16))
     if op.per_head:
         run_and_check(backend, op, inputs_for(op, (2, 70_001), 3, torch.float16))
 
 
-@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize("op", EVERY, ids=str)
 def test_an_input_whose_last_stride_is_not_1_is_copied(backend: Any, op: Op) -> None:
     for dtype, n in itertools.product(DTYPES, (5, 70)):
         plain = inputs_for(op, (3, 2), n, dtype)
@@ -300,7 +301,7 @@ def _strided(shape: tuple[int, ...], values: Tensor) -> Tensor:
     return Guarded(shape, values.dtype, (500, 70, 1), 1).fill(values)
 
 
-@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize("op", EVERY, ids=str)
 def test_an_output_may_be_an_input(backend: Any, op: Op) -> None:
     for dtype, n in itertools.product(DTYPES, (3, 65)):
         inputs = inputs_for(op, (4, 5), n, dtype)
@@ -331,7 +332,7 @@ def test_x_may_be_the_residual(backend: Any, op: Op) -> None:
     run_and_check(backend, op, inputs._replace(residual=inputs.x))
 
 
-@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize("op", EVERY, ids=str)
 def test_rows_interleaved_with_the_output_do_not_overlap_it(backend: Any, op: Op) -> None:
     """With x in the even rows of a tensor and out in the odd ones, only the ranges cross."""
     for dtype, n in itertools.product(DTYPES, (5, 64)):
@@ -350,7 +351,7 @@ def _lazily_negated(t: torch.Tensor) -> torch.Tensor:
     return negated
 
 
-@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize("op", EVERY, ids=str)
 @pytest.mark.parametrize("name", ["x", "residual", "weight", "bias"])
 @pytest.mark.parametrize("n", [1, 20])
 def test_a_tensor_with_the_negative_bit_counts_as_negative(

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from normkit._spec import FIELDS, FLOATS, FLOATS_TEXT, FUSED_TENSORS, MODULATORS, Call
+from normkit._spec import FIELDS, FLOATS, FLOATS_TEXT, FUSED_TENSORS, MODULATORS, NEXT, Call
 
 _FLAGS = tuple(name for name, field in FIELDS.items() if field.type == "bool")
 
@@ -41,7 +41,11 @@ def _check_types(call: Call) -> None:
     names = ("x", "residual", "weight", "bias", "out", "residual_out")
     for name in names + FUSED_TENSORS * call.fused:
         value = getattr(call, name)
-        needed = name == "x" or (name == "residual" and call.adds) or (name == "z" and call.gated)
+        needed = (
+            name == "x"
+            or (name == "residual" and call.takes_residual)
+            or (name == "z" and call.gated)
+        )
         if value is None and not needed:
             continue
         if not isinstance(value, Tensor):
@@ -55,15 +59,10 @@ def _check_types(call: Call) -> None:
             raise TypeError(f"{name}: expected {FLOATS_TEXT}{extra}, got {value.dtype}")
         if name == "x" and value.dtype not in (*FLOATS, torch.float64):
             raise TypeError(f"x: expected {FLOATS_TEXT}, or float64, got {value.dtype}")
-        if (
-            name == "residual_out"
-            and call.residual is not None
-            and value.dtype != call.residual.dtype
-        ):
+        is_sum = name == "residual_out" or (name == "out" and call.post and not call.adds)
+        if is_sum and call.residual is not None and value.dtype != call.residual.dtype:
             expected = call.residual.dtype
-            raise TypeError(
-                f"residual_out: expected residual's dtype {expected}, got {value.dtype}"
-            )
+            raise TypeError(f"{name}: expected residual's dtype {expected}, got {value.dtype}")
 
 
 def _type_name(value: object) -> str:
@@ -90,7 +89,15 @@ def _check_options(call: Call) -> Call:
 def _check_numbers(call: Call) -> Call:
     dtype = torch.float64 if call.x.dtype == torch.float64 else torch.float32
     offset = check_number("weight_offset", call.weight_offset, dtype=dtype)
-    return replace(call, eps=check_eps(call.eps, dtype=dtype), weight_offset=offset)
+    call = replace(call, eps=check_eps(call.eps, dtype=dtype), weight_offset=offset)
+    if not call.post:
+        return call
+    return replace(
+        call,
+        next_eps=check_eps(call.next_eps, name="next_eps", dtype=dtype),
+        alpha=check_number("alpha", call.alpha, dtype=dtype),
+        beta=check_number("beta", call.beta, dtype=dtype),
+    )
 
 
 def check_number(
@@ -215,7 +222,7 @@ def _check_shapes(call: Call) -> None:
         t = getattr(call, name)
         if t is not None and tuple(t.shape) != shape:
             raise ValueError(f"{name}: expected x's shape {shape}, got {tuple(t.shape)}")
-    for name in ("weight", "bias"):
+    for name in ("weight", "bias", *NEXT):
         t = getattr(call, name)
         if t is None or tuple(t.shape) == (n,):
             continue
@@ -353,7 +360,8 @@ def _check_memory(call: Call) -> None:
                 and _steps_alike(t, other)
             )
             # The sum is written before weight and bias are read, and rows of x share the others.
-            early = t is call.residual_out and other_name in ("weight", "bias")
+            of_norm = other_name in ("weight", "bias", *NEXT)
+            early = of_norm and (t is call.residual_out or call.post)
             if early or other_name in MODULATORS:
                 check_apart(name, t, other_name, other)
             elif not same and _collide(t, other):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -76,6 +76,8 @@ def save_by_reference(call: Call) -> Saved:
     """Run a call that has been checked in plain torch, and keep what its gradients need."""
     results = run_by_reference(call)
     y, residual_out = results if isinstance(results, tuple) else (results, None)
+    if call.post:  # whose gradients take the statistics again
+        return cast(Saved, (y, residual_out, None, None))
     rstd, mean = reference.statistics(
         call.x,
         call.residual,
@@ -200,7 +202,8 @@ def explain_call(call: Call) -> Explanation:
     reason = "served natively"
     if gradient:
         why_not = backward_refusal(backend, call.clamp_inf)
-        reason += f"; the gradients by plain torch: {why_not}" if why_not else ", gradients too"
+        too = ", gradients too" + ", each norm by itself, which is taken again" * call.post
+        reason += f"; the gradients by plain torch: {why_not}" if why_not else too
     copies = as_kernels_read(call)
     copied = [name for name, t in call.inputs() if getattr(copies, name) is not t]
     if copied:
@@ -314,6 +317,8 @@ def _has_steps(t: Tensor) -> bool:
 def run_by_reference(call: Call) -> Result:
     """Run a call that has been checked in plain torch; what it makes is packed."""
     out_dtype = call.out_dtype if call.out is None else call.out.dtype
+    if call.post:
+        return _post_norm_by_reference(call, out_dtype)
     if call.residual is None:
         y = reference.norm(
             call.x,
@@ -345,6 +350,37 @@ def run_by_reference(call: Call) -> Result:
     else:
         residual_out = packed(residual_out)
     return (packed(y) if call.out is None else call.out.copy_(y)), residual_out
+
+
+def _post_norm_by_reference(call: Call, out_dtype: torch.dtype | None) -> Result:
+    assert call.residual is not None
+    options = call.plain_options()
+    total = reference.norm_add(
+        call.x,
+        call.residual,
+        call.weight,
+        call.bias,
+        call.eps,
+        kind=call.statistic,
+        alpha=call.alpha,
+        beta=call.beta,
+        round_norm=call.round_norm,
+        **options,
+    )
+    if not call.adds:
+        return packed(total) if call.out is None else call.out.copy_(total)
+    y = reference.norm(
+        total,
+        call.next_weight,
+        call.next_bias,
+        call.second_eps,
+        kind=call.statistic,
+        out_dtype=out_dtype or call.x.dtype,
+        compute_dtype=reference.compute_dtype_of(call.x, None),
+        **options,
+    )
+    total = packed(total) if call.residual_out is None else call.residual_out.copy_(total)
+    return (packed(y) if call.out is None else call.out.copy_(y)), total
 
 
 def packed(t: Tensor) -> Tensor:

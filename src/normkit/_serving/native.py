@@ -51,7 +51,7 @@ def kernel_of(op: Op, arguments: Fields, outputs: Sequence[str] = ()) -> Kernel:
     """That of an operator which makes these outputs, or else writes those among its arguments."""
     places = {name: place for place, name in enumerate(arguments)}
     flags = tuple((places[name], bit) for name, bit in op.flags.items())
-    written = {"out": "x", "residual_out": "residual"} if "out" not in arguments else {}
+    written = op.written if "out" not in arguments else {}
     sources: list[object] = [(op.bits, flags)]
     for name in NATIVE[1:] + FUSED * op.fused:
         if not outputs:

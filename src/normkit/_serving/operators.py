@@ -14,7 +14,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from normkit._serving import dispatch, gating, modulation
+from normkit._serving import dispatch, gating, modulation, post_norm
 from normkit._serving.backends import quick, quick_saving, wanted_backend
 from normkit._serving.checks import check
 from normkit._serving.definition import KERNEL, Definition, refusal
@@ -58,7 +58,7 @@ def _reader(
     defaults = tuple(
         arguments[name].default if name in arguments else getattr(Call, name) for name in names
     )
-    written = {"out": "x", "residual_out": "residual"} if in_place else {}
+    written = op.written if in_place else {}
     pick = itemgetter(*(names.index(written.get(name, name)) for name in native))
     flags = {name: names.index(name) for name in op.flags}
 
@@ -206,6 +206,17 @@ def _empty_like(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty_like(t, dtype=dtype, memory_format=torch.contiguous_format)
 
 
+def _new_y(call: Call) -> Tensor:
+    if call.post and not call.adds:  # it is the sum
+        return _new_sum(call)
+    return _empty_like(call.x, call.out_dtype)
+
+
+def _new_sum(call: Call) -> Tensor:
+    assert call.residual is not None
+    return _empty_like(call.residual)
+
+
 def _row_values(x: Tensor) -> Tensor:
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return x.new_empty(x.shape[:-1], dtype=dtype)
@@ -213,11 +224,9 @@ def _row_values(x: Tensor) -> Tensor:
 
 def _register(op: Op) -> None:
     _register_functional(op)
-    in_place = {**op.fields, "x": _written("a")}
-    outputs = {"out": _written("a")}
-    if op.adds:
-        in_place["residual"] = _written("b")
-        outputs["residual_out"] = _written("b")
+    aliases = dict(zip(op.written, "ab", strict=False))
+    in_place = op.fields | {op.written[output]: _written(a) for output, a in aliases.items()}
+    outputs = {output: _written(a) for output, a in aliases.items()}
     _register_writing(op, "_", in_place)
     _register_writing(op, "_out", {**outputs, **op.fields})
 
@@ -234,36 +243,52 @@ def _of_values(op: Op) -> Fields:
 def _outputs(op: Op) -> tuple[str, ...]:
     """The outputs of the functional form; mean is empty where a kind of "rms" has none."""
     residual_out = ("residual_out",) if op.adds else ()
+    if op.post:  # whose gradients take the statistics again
+        return ("y", *residual_out)
     mean = () if op.layer is False else ("mean",)
     return ("y", *residual_out, "rstd", *mean)
 
 
+def _fusion_of(op: Op) -> object | None:
+    """The module that keeps what gradients of a fused norm need, and makes them."""
+    if op.modulated:
+        return modulation
+    return gating if op.gated else post_norm if op.post else None
+
+
 def _register_functional(op: Op) -> None:
-    """Register what returns y, residual_out if there is one, rstd, and mean unless it is rms."""
+    """Register what returns the outputs, of which y and residual_out have gradients."""
     arguments = {**op.fields, **_of_values(op)}
     outputs = _outputs(op)
     has_mean = "mean" in outputs
     named, read = _namer(arguments), _reader(op, arguments)
-    fusion = modulation if op.modulated else gating if op.gated else None
+    names = list(op.fields)
+    summands = ("x", "residual", "gate") + ("weight", "bias") * op.post
+    of_sum = [names.index(name) for name in summands if name in names]
+    fusion: Any = _fusion_of(op)
 
     def call_of(values: Sequence[object]) -> Call:
         return op.call(named(values))
 
-    def forward(*values: object) -> tuple[Tensor, ...]:
+    def forward(*values: object) -> Tensor | tuple[Tensor, ...]:
         # A `Call` takes four times as long to make as all else that Python does here.
         saved = dispatch.save_quickly(read(values)) or dispatch.save(call_of(values))
         y, residual_out, rstd, mean = saved
         made = [y] if residual_out is None else [y, residual_out]
+        if op.post:
+            return made[0] if len(made) == 1 else tuple(made)
         made.append(rstd)
         if has_mean:
             made.append(rstd.new_empty(0) if mean is None else mean)
         return tuple(made)
 
-    def fake(*values: object) -> tuple[Tensor, ...]:
+    def fake(*values: object) -> Tensor | tuple[Tensor, ...]:
         call = check(call_of(values))
-        made = [_empty_like(call.x, call.out_dtype)]
-        if call.residual is not None:
-            made.append(_empty_like(call.residual))
+        made = [_new_y(call)]
+        if call.adds:
+            made.append(_new_sum(call))
+        if op.post:
+            return made[0] if len(made) == 1 else tuple(made)
         made.append(_row_values(call.x))
         if has_mean:
             made.append(
@@ -271,13 +296,17 @@ def _register_functional(op: Op) -> None:
             )
         return tuple(made)
 
-    def keep(ctx: NormContext, inputs: tuple[object, ...], output: tuple[Tensor, ...]) -> None:
+    def keep(
+        ctx: NormContext, inputs: tuple[object, ...], output: Tensor | tuple[Tensor, ...]
+    ) -> None:
         call = call_of(inputs)
+        output = (output,) if isinstance(output, Tensor) else output
         made = dict(zip(outputs, output, strict=True))
         mean = made.get("mean") if call.layer else None
-        # residual_out requires grad only where x, residual or gate does.
-        summands = ctx.needs_input_grad[1 : 3 + op.modulated] if op.adds else (True,)
-        ctx.mark_non_differentiable(*output[1 + (op.adds and any(summands)) :])
+        # residual_out requires grad only where x, residual or gate does, or what normalised x.
+        needs = ctx.needs_input_grad[1:]  # as many as arguments were given
+        sum_needs_it = any(place < len(needs) and needs[place] for place in of_sum)
+        ctx.mark_non_differentiable(*output[1 + (op.adds and sum_needs_it) :])
         ctx.set_materialize_grads(False)
         if fusion is not None:
             fusion.keep(cast(Any, ctx), call, made)
@@ -286,7 +315,6 @@ def _register_functional(op: Op) -> None:
             ctx, Formula.of(call), call, (made["y"], made.get("residual_out"), made["rstd"], mean)
         )
 
-    names = list(op.fields)
     with_gradients = ("x", "residual", "weight", "bias") if fusion is None else fusion.INPUTS
     places = [names.index(name) if name in names else None for name in with_gradients]
 
@@ -299,7 +327,7 @@ def _register_functional(op: Op) -> None:
         made: Sequence[Tensor | None]
         if fusion is not None:
             by_name = dict(zip(with_gradients, needed, strict=True))
-            grads_out = grad_y, cast(Any, grad_residual_out)
+            grads_out = grad_y, grad_residual_out
             of_all = fusion.gradients(cast(Any, ctx), by_name, *grads_out, _call_backward_operator)
             made = tuple(of_all.values())
         else:
@@ -447,15 +475,17 @@ def call_operator(call: Call) -> Result:
     ]
     if call.in_place:
         _FORMS[name](*values)
-        return (call.x, call.residual) if call.residual is not None else call.x
+        return (call.x, cast(Tensor, call.residual)) if call.adds else cast(Tensor, call.out)
     if not call.written():
         more = [getattr(call, taken) for taken in _MORE[name].split()]
-        made: tuple[Tensor, ...] = _FORMS[name](*values, *more)
+        made: Tensor | tuple[Tensor, ...] = _FORMS[name](*values, *more)
+        if isinstance(made, Tensor):  # an operator of one output
+            return made
         return (made[0], made[1]) if call.adds else made[0]
-    out = _empty_like(call.x, call.out_dtype) if call.out is None else call.out
-    if call.residual is None:
+    out = _new_y(call) if call.out is None else call.out
+    if not call.adds:
         _FORMS[name + "_out"](out, *values)
         return out
-    total = _empty_like(call.residual) if call.residual_out is None else call.residual_out
+    total = _new_sum(call) if call.residual_out is None else call.residual_out
     _FORMS[name + "_out"](out, total, *values)
     return out, total

@@ -86,7 +86,7 @@ def serve(call: Call) -> Result:
         type(call.memory_efficient) is not bool
         or (call.eps is not None and type(call.eps) is not float)
         or type(call.weight_offset) is not float
-        or (call.adds and call.residual is None)
+        or (call.takes_residual and call.residual is None)
     ):
         call = check(call)
     return operators.run_with_gradient(call)
@@ -197,6 +197,8 @@ def _autocast(call: Call) -> Call:
 
 def autocasts(call: Call) -> bool:
     """Whether torch's rules for autocast have this call return float32."""
+    if call.post:  # which is a sum, of residual's dtype
+        return False
     if not isinstance(call.x, Tensor) or call.x.is_cpu:
         return False
     if call.out_dtype is not None or call.out is not None:

@@ -244,10 +244,10 @@ def _refuse(call: Call) -> Refusal | None:
         return Refusal("forward-mode AD", "is on", "recorder")
     if call.x is None:
         return Refusal("x", "is None", "dtype")
-    if (call.residual is not None) != call.adds:
+    if (call.residual is not None) != call.takes_residual:
         return Refusal("residual", "is None", "dtype")
     if call.fused:
-        return Refusal("the Triton backend", f"has no {call.op}", "backend")
+        return Refusal("the Triton backend", f"has no {call.op.rstrip('_')}", "backend")
     tensors = [*call.inputs(), *call.written()]
     for name, t in tensors:
         if why := _refuse_tensor(t) or _refuse_place(name, t, call):
