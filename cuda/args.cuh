@@ -36,6 +36,17 @@ struct RowNormArgs : Grid {
 
 using Kernel = void (*)(RowNormArgs);
 
+// What stands in front of the sum, in the words of NormBefore; the rest is about the norm behind
+// it.
+struct PostNormArgs : RowNormArgs {
+  LaunchAffine first_weight, first_bias;
+  float first_eps, first_offset;  // the offset as launch_offset() makes it
+  float alpha, beta;
+  bool round_norm, scales, has_next;
+};
+
+using PostNormKernel = void (*)(PostNormArgs);
+
 __device__ __forceinline__ float mean_of(const RowNormArgs& a, float sum) {
   return a.inverse_columns != 0.f ? sum * a.inverse_columns : sum / a.columns;
 }

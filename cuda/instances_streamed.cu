@@ -1,3 +1,4 @@
+#include "post_norm.cuh"
 #include "row_norm_backward.cuh"
 #include "streamed_row_norm.cuh"
 
@@ -15,6 +16,8 @@ Kernel streamed_kernel_of(Statistic statistic, bool adds, Step step, bool fused)
     return adds ? streamed_row_norm_kernel<kRms, true> : streamed_row_norm_kernel<kRms, false>;
   return adds ? streamed_row_norm_kernel<kLayer, true> : streamed_row_norm_kernel<kLayer, false>;
 }
+
+PostNormKernel post_norm_kernel_of() { return post_norm_kernel; }
 
 BackwardKernel split_backward_kernel(Step step) {
   if (step == Step::kStatistics)

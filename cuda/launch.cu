@@ -12,6 +12,7 @@ template <class T>
 Kernel kernel_of(Statistic statistic, bool adds, const Plan& plan);  // instances_*.cu
 Kernel streamed_kernel_of(Statistic statistic, bool adds, Step step,
                           bool fused);  // instances_streamed.cu
+PostNormKernel post_norm_kernel_of();   // likewise
 
 namespace {
 
@@ -25,10 +26,10 @@ bool all_of(const RowNorm& norm, const F& f) {
          holds(norm.weight) && holds(norm.bias);
 }
 
-bool is_fused(const RowNorm& norm) { return norm.modulation || norm.gating; }
+bool is_fused(const RowNorm& norm) { return norm.modulation || norm.gating || norm.before; }
 
 Access access_of(const RowNorm& norm) {
-  if (is_fused(norm)) return Access::kAny;  // it has one kernel, for all
+  if (is_fused(norm)) return Access::kAny;  // they have one kernel, for all
   const int64_t pack = pack_size(norm);
   const auto wide = [&](const auto& t) { return is_wide(norm, t, pack); };
   if (norm.n % pack != 0 || !all_of(norm, wide)) return Access::kAny;
@@ -95,21 +96,40 @@ Kernel kernel_for(const RowNorm& norm, const Plan& plan) {
   }
 }
 
-struct Launch {
-  Loaded<RowNormArgs> kernel;
+PostNormArgs post_norm_args_of(const RowNorm& norm, const Plan& plan) {
+  const NormBefore& first = norm.before;
+  return {args_of(norm, plan),
+          launch_affine(norm, first.weight, kLongPack),
+          launch_affine(norm, first.bias, kLongPack),
+          first.eps,
+          launch_offset(first.weight_offset),
+          first.alpha,
+          first.beta,
+          first.round_norm,
+          first.scales(),
+          norm.out.data != nullptr};
+}
+
+template <class Args>
+struct LaunchOf {
+  Loaded<Args> kernel;
   LaunchConfig config;
-  RowNormArgs args;
+  Args args;
 };
+using Launch = LaunchOf<RowNormArgs>;
+
+LaunchConfig config_of(const RowNorm& norm, const Plan& plan, const Device& on) {
+  const int64_t blocks = divide_up(norm.rows, int64_t{plan.groups} * plan.unrolled) * plan.cluster;
+  return {dim3(static_cast<unsigned>(blocks)),
+          dim3(static_cast<unsigned>(plan.lanes * plan.groups)),
+          0,
+          static_cast<unsigned>(plan.cluster),
+          on.programmatic,
+          nullptr};
+}
 
 Launch launch_of(const RowNorm& norm, const Plan& plan, const Device& on, int index) {
-  const int64_t blocks = divide_up(norm.rows, int64_t{plan.groups} * plan.unrolled) * plan.cluster;
-  const LaunchConfig config{dim3(static_cast<unsigned>(blocks)),
-                            dim3(static_cast<unsigned>(plan.lanes * plan.groups)),
-                            0,
-                            static_cast<unsigned>(plan.cluster),
-                            on.programmatic,
-                            nullptr};
-  return {loaded(kernel_for(norm, plan), index), config, args_of(norm, plan)};
+  return {loaded(kernel_for(norm, plan), index), config_of(norm, plan, on), args_of(norm, plan)};
 }
 
 // All that a launch of the same key may have elsewhere.
@@ -142,7 +162,8 @@ RowNorm as_plain_norm(const RowNorm& norm) {
   return plain;
 }
 
-void start(Launch& launch, void* stream) {
+template <class Args>
+void start(LaunchOf<Args>& launch, void* stream) {
   launch.config.stream = stream;
   if (const char* error = NORMKIT_LAUNCH(launch.kernel, launch.config, launch.args))
     throw std::runtime_error(std::string("the kernel could not be launched: ") + error);
@@ -192,6 +213,12 @@ void row_norm(const RowNorm& norm, int index, void* stream) {
     return start(*launch, stream);
   }
   const Plan plan = plan_of(norm, on);
+  if (norm.before)
+    return for_launches(norm, [&](const RowNorm& part) {
+      LaunchOf<PostNormArgs> launch{loaded(post_norm_kernel_of(), index), config_of(part, plan, on),
+                                    post_norm_args_of(part, plan)};
+      start(launch, stream);
+    });
   for_launches(norm, [&](const RowNorm& part) {
     Launch launch = launch_of(part, plan, on, index);
     start(launch, stream);

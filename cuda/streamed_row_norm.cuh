@@ -34,10 +34,49 @@ __device__ __forceinline__ void multiply_by_activation(const GatingArgs& g, cons
   }
 }
 
+// The sum of values_of(column), or of squares about a mean, over all columns of a row: in the order
+// of rows that stay in registers, where rows of this length may (a.turns).
+template <bool kSquares, int kQuads, class Values>
+__device__ __forceinline__ float sum_of_streamed_row(const RowNormArgs& a, int lane, int lanes,
+                                                     int64_t end, float mean,
+                                                     const Values& values_of,
+                                                     SumStorage<kQuads>& storage) {
+  constexpr int kSize = 4 * kQuads;
+  TreeSums<kQuads> tree;
+  LongSums<kQuads> any_length;
+  int64_t column = lane * kSize;
+  const uint32_t packs = a.turns ? a.turns : static_cast<uint32_t>(a.n / (lanes * kSize)) + 1;
+  int turn = 0;
+#pragma unroll 1
+  for (uint32_t before = 0; before < packs; ++before) {
+    Sums<kQuads> sums{};
+    if (column < end) {
+      const Floats<kSize> v = values_of(column);
+      if (mean == 0.f || column + kSize <= end)  // without a mean, zeros do not count
+        sums = sums_of<kSquares>(v, mean);
+      else
+        sums = sums_of<kSquares>(v, mean, static_cast<int>(end - column));
+    }
+    if (a.turns) {
+      tree.add(before, sums);
+      turn = next_turn(turn, a.turns);
+      column = (turn * lanes + lane) * kSize;
+    } else {
+      any_length.add(sums);
+      column += lanes * kSize;
+    }
+  }
+  // By value: for a choice between the two the compiler puts both into local memory.
+  Sums<kQuads> sum;
+#pragma unroll
+  for (int q = 0; q < kQuads; ++q)
+    sum.quad[q] = a.turns ? tree.sum.quad[q] : any_length.sum.quad[q];
+  return sum_of_group(sum, lanes, storage);
+}
+
 // A group of lanes a row.  The sum with the residual is made anew in each pass and written last, so
-// that outputs may be inputs.  Packs are of eight columns for every dtype.  Where a row of this
-// length may also stay in registers, it is added up in the order of that kernel (a.turns).  One
-// that is kFused serves both statistics, and does what of the rest is asked for.
+// that outputs may be inputs.  Packs are of eight columns for every dtype.  One that is kFused
+// serves both statistics, and does what of the rest is asked for.
 template <Statistic kStatistic, bool kAdds, Step kStep = Step::kWhole, bool kFused = false>
 __global__ void __launch_bounds__(kMostLanes, 1) streamed_row_norm_kernel(RowNormArgs a) {
   constexpr int kSize = kLongPack, kQuads = kSize / 4;
@@ -86,38 +125,12 @@ __global__ void __launch_bounds__(kMostLanes, 1) streamed_row_norm_kernel(RowNor
     return v;
   };
   const auto sum_of_row = [&](auto squares, float mean, Storage& storage) {
-    constexpr bool kSquares = decltype(squares)::value;
-    TreeSums<kQuads> tree;
-    LongSums<kQuads> any_length;
-    int64_t column = lane * kSize;
-    const uint32_t packs = a.turns ? a.turns : static_cast<uint32_t>(a.n / (lanes * kSize)) + 1;
-    int turn = 0;
-#pragma unroll 1
-    for (uint32_t before = 0; before < packs; ++before) {
-      Sums<kQuads> sums{};
-      if (column < end) {
-        Values sum;
-        const Values v = values_of(column, sum);
-        if (mean == 0.f || column + kSize <= end)  // without a mean, zeros do not count
-          sums = sums_of<kSquares>(v, mean);
-        else
-          sums = sums_of<kSquares>(v, mean, static_cast<int>(end - column));
-      }
-      if (a.turns) {
-        tree.add(before, sums);
-        turn = next_turn(turn, a.turns);
-        column = (turn * lanes + lane) * kSize;
-      } else {
-        any_length.add(sums);
-        column += lanes * kSize;
-      }
-    }
-    // By value: for a choice between the two the compiler puts both into local memory.
-    Sums<kQuads> sum;
-#pragma unroll
-    for (int q = 0; q < kQuads; ++q)
-      sum.quad[q] = a.turns ? tree.sum.quad[q] : any_length.sum.quad[q];
-    return sum_of_group(sum, lanes, storage);
+    const auto values = [&](int64_t column) {
+      Values sum;
+      return values_of(column, sum);
+    };
+    return sum_of_streamed_row<decltype(squares)::value>(a, lane, lanes, end, mean, values,
+                                                         storage);
   };
 
   float mean = 0.f, squares;

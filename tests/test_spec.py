@@ -169,9 +169,9 @@ def option_table() -> str:
     lines = ["| option | default | |", "|---|---|---|"]
     for name in SHOWN:
         default = FIELDS[name].default
-        if name == "eps":
-            default = "1e-6 for rms, 1e-5 for layer"
         shown = f'"{default}"' if isinstance(default, str) else default
+        if name == "eps":
+            shown = "1e-6 for rms, 1e-5 for layer"
         lines.append(f"| `{name}` | {shown} | {FIELDS[name].meaning} |")
     return "\n".join(lines)
 

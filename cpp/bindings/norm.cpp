@@ -100,8 +100,6 @@ Refusal check_recorders(const Arguments& a, Caller caller) {
 
 Refusal Prepared::check(Caller caller) {
   if (const Refusal no = find_backend(a.x.device, backend)) return no;
-  if (a.post && std::string(backend->name) != "cpu")
-    return {"this backend", "has no kernel for a norm in front of a sum", Refusal::kDevice};
   device = a.x.device.device_id;
   const bool quick = caller != Caller::kHasCheckedMemory;
   // The exchange API does not tell of a lazily negated tensor.  Such a one has a last stride of 2

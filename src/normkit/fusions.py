@@ -330,6 +330,6 @@ def gated_norm_(
 FUNCTIONS.update(
     (op.name + form, globals()[op.name + form])
     for op in OPS.values()
-    if op.fused
+    if op.modulated or op.gated
     for form in ("", "_")
 )

@@ -39,7 +39,7 @@ ARCHS = ("sm_75", "sm_80", "sm_90", "sm_100", "sm_120")
 WHOLE = "sm_90"
 EVERYWHERE = ("instances_bfloat16.cu", "instances_backward_bfloat16.cu")
 STEPS = ("whole", "statistics", "apply")  # in the order of Step
-FUSED = "fused"
+FUSED, POST_NORM = "fused", "post_norm"
 
 # What CMakeLists.txt asks for, and what a Release build adds.
 FLAGS = ("-O3", "-DNDEBUG", "-Xcompiler=-fPIC,-fvisibility=hidden", "-fmad=false", "-std=c++17")
@@ -159,7 +159,8 @@ def named_streamed_instances() -> set[Instance]:
         for statistic in ("rms", "layer")
         for adds in (False, True)
     }
-    whole.add(Instance("layer", True, "streamed", step=FUSED))  # of both statistics
+    for step in (FUSED, POST_NORM):  # of both statistics
+        whole.add(Instance("layer", True, "streamed", step=step))
     return whole | {
         Instance("layer", False, "streamed", backward=backward, step=step)
         for backward in (False, True)
@@ -185,6 +186,8 @@ _MANGLED_BACKWARD = re.compile(
 
 
 def instance_of(mangled: str) -> Instance | None:
+    if "post_norm_kernel" in mangled:
+        return Instance("layer", True, "streamed", step=POST_NORM)
     if match := _MANGLED_BACKWARD.search(mangled):
         statistic = ("rms", "layer")[int(match["statistic"])] if match["statistic"] else ""
         kind = {"fold": "fold", "long_columns": "columns", "long_row_backward": "streamed"}

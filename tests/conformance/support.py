@@ -240,11 +240,11 @@ def run_and_check(call: Call, op: Op, inputs: Inputs, **options: Any) -> Result:
 def formula(op: Op, inputs: Inputs, **options: Any) -> Result:
     """What an op is, in plain torch."""
     options = {"eps": op.eps, "kind": op.kind} | options
+    if op.post:
+        return _post_norm_formula(op, inputs, **options)
     fused = [name for name in op.takes if name in _spec.FUSED_TENSORS]
     options |= {name: op.tensor(name, inputs) for name in fused}
     affine = inputs.weight, inputs.bias
-    if op.post:
-        return _post_norm_formula(op, inputs, **options)
     if op.adds:
         return Result(*reference.add_norm(inputs.x, inputs.residual, *affine, **options))
     return Result(reference.norm(inputs.x, *affine, **options), None)

@@ -153,10 +153,11 @@ FORWARD = (
         "residual_out takes the residual's memory before its last read",
         PLAIN,
         STREAMED,
-        "        const Values v = values_of(column, sum);\n",
-        "        const Values v = values_of(column, sum);\n"
-        "        if constexpr (kAdds)\n"
-        "          Access::store(place.of(a.residual_out, a.dims), column, end, sum);\n",
+        "      return values_of(column, sum);\n",
+        "      const Values v = values_of(column, sum);\n"
+        "      if constexpr (kAdds)\n"
+        "        Access::store(place.of(a.residual_out, a.dims), column, end, sum);\n"
+        "      return v;\n",
     ),
     mutant(
         "tail-dropped",

@@ -360,16 +360,23 @@ int main(int argc, char** argv) {
   Sweep forward{std::mt19937_64(argument(1, 1)), argument(2, 0), argument(3, 1)};
   const auto wanted = [&](const char* name) { return pass.empty() || pass == name; };
   if (wanted("forward")) sweep_forward(forward);
-  uint64_t backward = 0, parts = 0, modulated = 0, gated = 0;
-  if (wanted("backward")) backward = sweep_backward(argument(1, 1), forward.share, forward.of);
-  if (wanted("parts")) parts = sweep_parts(argument(1, 1), forward.share, forward.of);
-  if (wanted("modulated")) modulated = sweep_modulated(argument(1, 1), forward.share, forward.of);
-  if (wanted("gated")) gated = sweep_gated(argument(1, 1), forward.share, forward.of);
-  std::printf("%llu + %llu + %llu + %llu + %llu cases, %zu plans, %d failures\n",
-              static_cast<unsigned long long>(forward.count),
-              static_cast<unsigned long long>(backward), static_cast<unsigned long long>(parts),
-              static_cast<unsigned long long>(modulated), static_cast<unsigned long long>(gated),
-              plans.size(), failures);
+  struct Other {
+    const char* name;
+    uint64_t (*sweep)(uint64_t seed, uint64_t share, uint64_t of);
+  };
+  const Other others[] = {{"backward", sweep_backward},
+                          {"parts", sweep_parts},
+                          {"modulated", sweep_modulated},
+                          {"gated", sweep_gated},
+                          {"post_norm", sweep_post_norm}};
+  std::printf("%llu cases", static_cast<unsigned long long>(forward.count));
+  for (const Other& other : others)
+    if (wanted(other.name))
+      std::printf(
+          " + %llu %s",
+          static_cast<unsigned long long>(other.sweep(argument(1, 1), forward.share, forward.of)),
+          other.name);
+  std::printf(", %zu plans, %d failures\n", plans.size(), failures);
   if (std::getenv("NORMKIT_SHOW_PLANS"))
     for (const std::string& plan : plans) std::printf("  %s\n", plan.c_str());
   return failures != 0;

@@ -22,9 +22,9 @@ std::string name(const Case& c) {
   return "gated, statistic" + n(int(c.statistic)) + " activation" + n(int(c.activation)) +
          " norm_first" + n(c.norm_first) + " round_norm" + n(c.round_norm) + " weight" +
          n(c.weight) + " bias" + n(c.bias) + " in place" + n(c.in_place) + " clamp_inf" +
-         n(c.clamp_inf) + " dtypes" + n(int(c.x)) + n(int(c.z)) + " outer" + n(c.outer) +
-         " heads" + n(c.heads) + " n" + n(c.n) + " pad" + n(c.pad) + " offset" + n(c.offset) +
-         " seed" + n(static_cast<int64_t>(c.seed));
+         n(c.clamp_inf) + " dtypes" + n(int(c.x)) + n(int(c.z)) + " outer" + n(c.outer) + " heads" +
+         n(c.heads) + " n" + n(c.n) + " pad" + n(c.pad) + " offset" + n(c.offset) + " seed" +
+         n(static_cast<int64_t>(c.seed));
 }
 
 double activated(Activation activation, double z) {

@@ -93,6 +93,7 @@ class Free {
     all(norm.first_row);   // 0 in a call that is one launch
     all(norm.modulation);  // whose launches are not kept
     all(norm.gating);      // likewise
+    all(norm.before);
     gap(norm.outer_dims, norm.outer_size);
     beyond(norm.outer_size);
     for (const RowsOf* t : {&norm.x, &norm.residual, &norm.out, &norm.residual_out}) {
