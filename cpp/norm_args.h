@@ -48,6 +48,8 @@ struct NormOptions {
   bool round_sum = false;
   bool clamp_inf = false;
   bool round_rstd = false;
+  bool of_sum = false;       // the statistic is the sum of squares, and not their mean: an L2 norm
+  bool eps_outside = false;  // rstd = 1 / max(sqrt(statistic), eps)
 };
 
 // Those that are on or off, in the order in which calls give them.
@@ -149,8 +151,8 @@ constexpr DType normalised_dtype(const RowNorm& norm) {
 }
 
 // Gradients of a row norm.  With g = grad_y * (weight + weight_offset), and the means over the row:
-//   of what was normalised  rstd * (g - mean(g) - xhat * mean(g * xhat)), without mean(g) for kRms,
-//                           + grad_residual_out
+//   of what was normalised  rstd * (g - mean(g) - xhat * mean(g * xhat)), without mean(g) for kRms
+//                           and with the sum in place of the mean for of_sum, + grad_residual_out
 //   of the weight           sum over rows of grad_y * xhat, rounded as the forward pass rounded it
 //   of the bias             sum over rows of grad_y
 // All in float32; a sum over rows is taken in an order that follows rows, n and the device only.

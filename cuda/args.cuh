@@ -25,7 +25,7 @@ struct RowNormArgs : Grid {
   int log2_lanes, log2_cluster, groups;
   int turns;  // of a streamed row: packs that a lane takes, padded to a power of two; 0: any number
   int64_t n;
-  float columns;          // of a whole row, of which n may be a part
+  float columns;  // of a whole row, of which n may be a part; 1 where squares are only added
   float inverse_columns;  // where it is exact, because columns is a power of two; else 0
   NormOptions options;    // but for weight_offset, which is as launch_offset() makes it
   DType normalised;       // what round_before_weight and round_rstd round to

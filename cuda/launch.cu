@@ -26,10 +26,13 @@ bool all_of(const RowNorm& norm, const F& f) {
          holds(norm.weight) && holds(norm.bias);
 }
 
-bool is_fused(const RowNorm& norm) { return norm.modulation || norm.gating || norm.before; }
+// Whether it is a call of one of the kernels that can do all, and that no other call pays for.
+bool takes_rare_kernel(const RowNorm& norm) {
+  return norm.modulation || norm.gating || norm.before || norm.options.eps_outside;
+}
 
 Access access_of(const RowNorm& norm) {
-  if (is_fused(norm)) return Access::kAny;  // they have one kernel, for all
+  if (takes_rare_kernel(norm)) return Access::kAny;  // one for all
   const int64_t pack = pack_size(norm);
   const auto wide = [&](const auto& t) { return is_wide(norm, t, pack); };
   if (norm.n % pack != 0 || !all_of(norm, wide)) return Access::kAny;
@@ -65,7 +68,8 @@ RowNormArgs args_of(const RowNorm& norm, const Plan& plan) {
   a.groups = plan.groups;
   a.turns = plan.turns;
   a.n = norm.n;
-  const int64_t columns = norm.split.step == Step::kApply ? norm.n * norm.split.parts : norm.n;
+  int64_t columns = norm.split.step == Step::kApply ? norm.n * norm.split.parts : norm.n;
+  if (norm.options.of_sum) columns = 1;
   a.columns = static_cast<float>(columns);
   a.inverse_columns = columns == power_of_two_from(columns) ? 1.f / a.columns : 0.f;
   a.options = norm.options;
@@ -85,7 +89,7 @@ RowNormArgs args_of(const RowNorm& norm, const Plan& plan) {
 Kernel kernel_for(const RowNorm& norm, const Plan& plan) {
   const bool adds = norm.residual.data != nullptr;
   if (plan.packs == 0)
-    return streamed_kernel_of(norm.statistic, adds, norm.split.step, is_fused(norm));
+    return streamed_kernel_of(norm.statistic, adds, norm.split.step, takes_rare_kernel(norm));
   switch (norm.x.dtype) {
     case DType::kFloat32:
       return kernel_of<float>(norm.statistic, adds, plan);
@@ -204,7 +208,7 @@ void row_norm(const RowNorm& norm, int index, void* stream) {
   if (is_plain_norm(norm)) return row_norm(as_plain_norm(norm), index, stream);
   const DeviceGuard guard(index);
   const Device& on = device(index);
-  if (is_one_launch(norm) && !is_fused(norm)) {
+  if (is_one_launch(norm) && !takes_rare_kernel(norm)) {
     thread_local Memo<Launch> memo;
     const LaunchKey key = key_of(norm, on, index);
     Launch* launch = memo.find(key);

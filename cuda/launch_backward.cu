@@ -118,6 +118,7 @@ RowNormBackwardArgs args_of(const RowNormBackward& norm, const BackwardPlan& pla
   a.rstd = norm.rstd;
   a.mean = norm.mean;
   a.n = norm.n;
+  a.columns = norm.options.of_sum ? 1.f : static_cast<float>(norm.n);
   a.slices = static_cast<uint32_t>(plan.slices);
   while (1 << a.log2_lanes < plan.lanes) ++a.log2_lanes;
   a.groups = plan.groups;

@@ -63,8 +63,12 @@ inline LaunchKey key_of(const RowNorm& norm, const Device& device, int index) {
   key.device = uint64_t(processors) << 32 | uint32_t(index);
   key.rows = rows;
   key.n = n;
-  static_assert(sizeof(options) <= sizeof(key.options));
-  std::memcpy(key.options, &options, sizeof(options));
+  const auto& [eps, weight_offset, round_before_weight, round_sum, clamp_inf, round_rstd, of_sum,
+               eps_outside] = options;
+  const float numbers[] = {eps, weight_offset};
+  std::memcpy(&key.options[0], numbers, sizeof(numbers));
+  key.options[1] =
+      bytes_of(round_before_weight, round_sum, clamp_inf, round_rstd, of_sum, eps_outside);
   const RowsOf* const tensors[] = {&x, &residual, &out, &residual_out};
   for (int d = 0; d < outer_dims; ++d) {
     key.size[d] = outer_size[d];

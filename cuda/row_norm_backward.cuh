@@ -14,6 +14,7 @@ struct RowNormBackwardArgs : Grid {
   PartialSums weight_sums, bias_sums;
   int64_t sums_stride;  // floats from one slice to the next; a head's sums are `padded` long
   int64_t n, padded;    // padded to whole packs
+  float columns;        // what the sums over a row are divided by
   uint32_t slices;
   bool adds;  // to the sums of an earlier launch
   int log2_lanes, groups;
@@ -288,7 +289,7 @@ __global__ void __launch_bounds__(kPacks == 1 ? kThreads : kMostLanes,
     for (int s = 0; s < kSums; ++s) means[s] = fold<kQuads>(fold_packs(of_pack[s]).quad);
     sum_over_lanes(means, lanes, sums_storage[walked % 2]);
 #pragma unroll
-    for (int s = 0; s < kSums; ++s) means[s] = means[s] / static_cast<float>(a.n);
+    for (int s = 0; s < kSums; ++s) means[s] = means[s] / a.columns;
     // What is read again is not held either, pack by pack.
 #pragma unroll(kKeeps ? kPacks : 1)
     for (int p = 0; p < kPacks; ++p) {
@@ -336,7 +337,7 @@ __global__ void __launch_bounds__(kMostLanes) long_row_backward_kernel(RowNormBa
     for (int s = 0; s < kSums; ++s) means[s] = fold<kQuads>(sums[s].sum.quad);
     sum_over_lanes(means, lanes, storage);
 #pragma unroll
-    for (int s = 0; s < kSums; ++s) means[s] = means[s] / static_cast<float>(a.n);
+    for (int s = 0; s < kSums; ++s) means[s] = means[s] / a.columns;
   }
   let_next_kernel_start();
   if constexpr (kStep == Step::kStatistics) {

@@ -15,6 +15,12 @@ __device__ __forceinline__ void clamp_infinities(const RowNormArgs& a, DType dty
   });
 }
 
+// Of a root that is no less than eps; NaN stays.
+__device__ __forceinline__ float reciprocal_length(const RowNormArgs& a, float squares) {
+  const float rstd = inverse_square_root(mean_of(a, squares)), largest = 1.f / a.options.eps;
+  return rstd > largest ? largest : rstd;
+}
+
 template <int kSize>
 __device__ __forceinline__ void round_all(DType dtype, Floats<kSize>& v) {
   if (dtype == DType::kFloat32) return;
@@ -76,7 +82,8 @@ __device__ __forceinline__ float sum_of_streamed_row(const RowNormArgs& a, int l
 
 // A group of lanes a row.  The sum with the residual is made anew in each pass and written last, so
 // that outputs may be inputs.  Packs are of eight columns for every dtype.  One that is kFused
-// serves both statistics, and does what of the rest is asked for.
+// serves both statistics, does what of the rest is asked for, and is the only one that knows
+// eps_outside.
 template <Statistic kStatistic, bool kAdds, Step kStep = Step::kWhole, bool kFused = false>
 __global__ void __launch_bounds__(kMostLanes, 1) streamed_row_norm_kernel(RowNormArgs a) {
   constexpr int kSize = kLongPack, kQuads = kSize / 4;
@@ -149,6 +156,7 @@ __global__ void __launch_bounds__(kMostLanes, 1) streamed_row_norm_kernel(RowNor
     if (lane == 0) save_statistics(a.split, row, statistics);
   } else {
     float rstd = reciprocal_deviation(a, squares);
+    if (kFused && a.options.eps_outside) rstd = reciprocal_length(a, squares);
     if (a.options.round_rstd) rstd = round_to(a.normalised, rstd);
     let_next_kernel_start();
     if (lane == 0 && live) save<kStatistic>(a, row, mean, rstd);

@@ -31,7 +31,7 @@ LAYERS = [
     {"_serving.operators"},
     {"_serving.inline"},
     {"_serving.serve"},
-    {"functional", "fusions", "modules", "post_norm"},
+    {"functional", "fusions", "lengths", "modules", "post_norm"},
     {"_bench", "fused_modules", "loading", "recognition._probe"},
     {"recognition"},
     {"_originals", "conversion._plan", "conversion._rewriting"},

@@ -19,10 +19,10 @@ from normkit._spec import (
     NATIVE,
     NEXT,
     OF_STATISTICS,
+    OF_SUM,
     OPS,
     OPTIONS,
     PLAIN_OPTIONS,
-    POST,
     Call,
     Field,
     Op,
@@ -91,7 +91,8 @@ def test_operators_hand_the_extension_what_a_call_does(
         for name, field in op.fields.items()
         if not field.type.startswith("Tensor")
     }
-    given |= {"x": x, "weight": weight} | ({"residual": residual} if takes_residual(op) else {})
+    tensors = {"x": x, "weight": weight, "residual": residual}
+    given |= {name: t for name, t in tensors.items() if name in op.fields}
     given |= {name: torch.rand(8) for name in (*MODULATORS, *NEXT) if name in op.fields}
     given |= {"z": torch.randn(2, 3, 8)} if op.gated else {}
     outputs = {"out": torch.empty_like(x)} if form == "_out" else {}
@@ -161,7 +162,8 @@ def test_other_calls_of_the_extension_have_the_options_in_the_same_order(name: s
 def test_every_list_of_options_has_the_same_ones_in_the_same_order() -> None:
     assert tuple(PlainOptions.__annotations__) == PLAIN_OPTIONS
     for op in OPS.values():
-        assert tuple(name for name in op.fields if name in PLAIN_OPTIONS) == PLAIN_OPTIONS
+        taken = ("clamp_inf",) if op.of_sum else PLAIN_OPTIONS
+        assert tuple(name for name in op.fields if name in PLAIN_OPTIONS) == taken
     assert set(OF_STATISTICS) < set(OPTIONS)
 
 
@@ -191,8 +193,12 @@ def test_kinds_name_every_op_once() -> None:
         for kind in ("rms", "layer") if op.layer is None else (None,):
             call = op.call(given | ({} if kind is None else {"kind": kind}))
             assert call.op == op.name
-            assert call.statistic == (kind or ("layer" if op.layer else "rms"))
+            alone = "l2" if op.of_sum else "layer" if op.layer else "rms"
+            assert call.statistic == (kind or alone)
             in_place = op.call(given, in_place=True)
             assert in_place.op == op.name + "_"
             assert in_place.out is x
-    assert max(op.bits for op in OPS.values()) < 2 * POST
+    outside = OPS["l2_norm"].call({"x": x, "eps_outside": True})
+    assert outside.op == "l2_norm"
+    assert outside.eps_outside
+    assert max(op.bits for op in OPS.values()) < 2 * OF_SUM

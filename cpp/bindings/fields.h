@@ -72,12 +72,14 @@ template <auto kOption, class Arguments>
 
 // 1 layer instead of rms, 2 weight and bias may have a row per head, 4 adds a residual, 8 x is the
 // output; 32 gated, 64 sigmoid instead of silu, 128 the gate multiplies the norm and not x; 256
-// normalises x before it is added.
+// normalises x before it is added; 512 of the sum of squares instead of their mean, 1024 eps bounds
+// the root.
 template <class Arguments>
 [[gnu::always_inline]] inline Refusal kind(Arguments& a, const char*, PyObject* value) {
   const long bits = read_bits(value);
   a.statistic = static_cast<Statistic>(bits & 1);
   a.per_head = bits & 2;
+  a.options.of_sum = bits & 512;
   if constexpr (std::is_base_of_v<BackwardArguments, Arguments>) {
     a.from_output = bits & 8;
   } else {
@@ -86,6 +88,7 @@ template <class Arguments>
     a.activation = bits & 64 ? Activation::kSigmoid : Activation::kSilu;
     a.norm_before_gate = bits & 128;
     a.post = bits & 256;
+    a.options.eps_outside = bits & 1024;
   }
   return {};
 }

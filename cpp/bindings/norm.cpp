@@ -246,7 +246,7 @@ Returns y, or (y, residual_out) when there is a residual; None where Python has 
 
 kind is 0 for rms and 1 for layer, plus 2 when weight and bias may have a row per head, plus 4 when
 there is a residual; the other bits are those of normkit._spec.  The other arguments are those of
-normkit.functional and normkit.fusions.)"),
+the functions of normkit.)"),
       method<kNormFields, norm<kNormFields>, kFusedFields, norm<kFusedFields>>(
           "norm", R"(Run a row norm for a caller who has checked that outputs overlap nothing.
 

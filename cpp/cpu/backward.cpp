@@ -208,6 +208,7 @@ void run_part(const Part& part, Cursor<kOperands>& cursor, int64_t begin, int64_
   const int item = int(job.item), statistic = int(norm.statistic);
   BackwardBlock b;
   b.n = norm.n;
+  b.columns = norm.options.of_sum ? 1.f : static_cast<float>(norm.n);
   b.shared = groups_of(norm.weight, norm.bias) == 1;
   b.rounded = norm.options.round_before_weight ? norm.normalised : DType::kFloat32;
   b.stream = job.stream;

@@ -124,7 +124,7 @@ struct Backward {
   }
 
   static void sums_stage(BackwardBlock& b) {
-    const float n = static_cast<float>(b.n);
+    const float n = b.columns;
     for (int r = 0; r < b.rows; ++r) {
       const Row row(b, r);
       const TwoSums sums = b.n <= kRun ? sum_run(row, 0, b.n) : sum_long_row(row, b.n);

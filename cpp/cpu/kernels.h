@@ -54,7 +54,8 @@ struct Block {
 };
 
 using Stage = void (*)(Block&);
-using RstdStage = void (*)(Block&, double inverse_n, double eps);
+// 1 / sqrt(sum * inverse_n + eps), of no less than `least`.
+using RstdStage = void (*)(Block&, double inverse_n, double eps, double least);
 
 // Rows whose part of grad_weight and grad_bias is added in one go.
 constexpr int kBackwardRows = 4;
@@ -81,6 +82,7 @@ struct BackwardBlock {
   // Made of these by the apply stage: grad_x = g * rstd + xhat * gx_scale + g_shift
   float g_shift[kMaxBlockRows];
   float gx_scale[kMaxBlockRows];
+  float columns;  // what sums are divided by
   DType rounded;  // what the forward pass rounded xhat to; kFloat32: nothing
   bool stream;    // write around the caches
 };

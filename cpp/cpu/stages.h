@@ -156,9 +156,11 @@ void squares_stage(Block& b) {
 // In double, for one rounding in the place of four: in float32 some elements of a layer norm broke
 // the bound of docs/numerics.md, one in 10^8.  Here, and so as wide as the instruction set has it:
 // of rows of 128 columns these two instructions are a quarter of the time.
-void rstd_stage(Block& b, double inverse_n, double eps) {
-  for (int r = 0; r < b.rows; ++r)
-    b.rstd[r] = static_cast<float>(1.0 / std::sqrt(b.sum[r] * inverse_n + eps));
+void rstd_stage(Block& b, double inverse_n, double eps, double least) {
+  for (int r = 0; r < b.rows; ++r) {
+    const double statistic = b.sum[r] * inverse_n + eps;
+    b.rstd[r] = static_cast<float>(1.0 / std::sqrt(statistic < least ? least : statistic));
+  }
 }
 
 void clamp_stage(Block& b) {

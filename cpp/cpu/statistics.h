@@ -29,7 +29,10 @@ inline float rounded(float v, DType dtype) {
 // b.sum has the sums of squares of whole rows.
 inline void take_rstd(Block& b, const RowNorm& norm, RstdStage rstd) {
   const double n = static_cast<double>(norm.n) * static_cast<double>(norm.split.parts);
-  rstd(b, 1.0 / n, norm.options.eps);
+  const double eps = norm.options.eps;
+  const double divisor = norm.options.of_sum ? 1.0 : n;
+  norm.options.eps_outside ? rstd(b, 1.0 / divisor, 0.0, eps * eps)
+                           : rstd(b, 1.0 / divisor, eps, 0.0);
   if (norm.options.round_rstd)
     for (int r = 0; r < b.rows; ++r) b.rstd[r] = rounded(b.rstd[r], normalised_dtype(norm));
 }

@@ -32,6 +32,7 @@ from normkit.fusions import (
     modulated_norm,
     modulated_norm_,
 )
+from normkit.lengths import l2_norm, l2_norm_
 from normkit.modules import HeadNorm, LayerNorm, RMSNorm
 from normkit.post_norm import norm_add, norm_add_, norm_add_norm, norm_add_norm_
 
@@ -66,6 +67,8 @@ __all__ = [
     "gated_norm_",
     "head_norm",
     "head_norm_",
+    "l2_norm",
+    "l2_norm_",
     "layer_norm",
     "layer_norm_",
     "load_norm",

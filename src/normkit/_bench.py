@@ -217,7 +217,7 @@ class Op:
 OPS = {
     op.name + "_layer" * (op.layer is None and layer): Op(op.name, layer, op.adds, op.per_head)
     for op in SPECS.values()
-    if not op.fused
+    if op.is_plain
     for layer in ((False, True) if op.layer is None else (op.layer,))
 }
 HEAD_DIM = 128

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from operator import attrgetter, itemgetter
 from typing import Any, Literal, NamedTuple, TypedDict, cast
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 Kind = Literal["rms", "layer"]
 Activation = Literal["silu", "sigmoid"]
+Statistic = Literal["rms", "layer", "l2"]
 
 # What a call returns: y, or (y, residual_out).
 Result = Tensor | tuple[Tensor, Tensor]
@@ -36,7 +38,7 @@ DEFAULT_EPS: dict[Kind, float] = {"rms": 1e-6, "layer": 1e-5}
 # The bits of a call's kind, as the extension has them; 0 is an rms norm of rows.  POST: x is
 # normalised before it is added; with ADD the sum is normalised too.
 LAYER, PER_HEAD, ADD, MODULATED, GATED, SIGMOID, NORM_FIRST = 1, 2, 4, 16, 32, 64, 128
-POST = 256
+POST, OF_SUM, EPS_OUTSIDE = 256, 512, 1024
 # A call of any of these has FUSED arguments besides.
 _FUSED_KINDS = MODULATED | GATED | POST
 
@@ -52,6 +54,11 @@ def is_layer(kind: Kind) -> bool:
     return kind == "layer"
 
 
+def statistic_of(layer: bool, of_sum: bool) -> Statistic:
+    """The word of `reference` for a norm."""
+    return "layer" if layer else "l2" if of_sum else "rms"
+
+
 def is_sigmoid(activation: Activation) -> bool:
     """Whether a gate is sigmoid(z) instead of silu(z) = z * sigmoid(z).
 
@@ -63,16 +70,15 @@ def is_sigmoid(activation: Activation) -> bool:
     return activation == "sigmoid"
 
 
-def is_before_gate(norm_before_gate: bool) -> bool:
-    """The value itself.
+def is_set(name: str, flag: bool) -> bool:
+    """The flag itself.
 
     Raises:
         TypeError: it is no bool.
     """
-    if not isinstance(norm_before_gate, bool):
-        given = type(norm_before_gate).__name__
-        raise TypeError(f"norm_before_gate: expected True or False, got {given}")
-    return norm_before_gate
+    if not isinstance(flag, bool):
+        raise TypeError(f"{name}: expected True or False, got {type(flag).__name__}")
+    return flag
 
 
 def gated(kind: Kind, activation: Activation, norm_before_gate: bool) -> int:
@@ -82,13 +88,22 @@ def gated(kind: Kind, activation: Activation, norm_before_gate: bool) -> int:
         | PER_HEAD
         | is_layer(kind) * LAYER
         | is_sigmoid(activation) * SIGMOID
-        | is_before_gate(norm_before_gate) * NORM_FIRST
+        | is_set("norm_before_gate", norm_before_gate) * NORM_FIRST
     )
 
 
 def heads(kind: Kind) -> int:
     """The bits of a norm of heads."""
     return PER_HEAD | is_layer(kind) * LAYER
+
+
+def length(eps_outside: bool) -> int:
+    """The bits of an L2 norm.
+
+    Raises:
+        TypeError: eps_outside is no bool.
+    """
+    return OF_SUM | is_set("eps_outside", eps_outside) * EPS_OUTSIDE
 
 
 @dataclass(frozen=True)
@@ -225,9 +240,19 @@ class Call:
         return self.eps if self.next_eps is None else self.next_eps
 
     @property
-    def statistic(self) -> Kind:
+    def of_sum(self) -> bool:
+        """Whether the statistic is the sum of squares: an L2 norm."""
+        return bool(self.kind & OF_SUM)
+
+    @property
+    def eps_outside(self) -> bool:
+        """Whether the root of the statistic is at least eps, which is added to nothing."""
+        return bool(self.kind & EPS_OUTSIDE)
+
+    @property
+    def statistic(self) -> Statistic:
         """The norm in words."""
-        return "layer" if self.layer else "rms"
+        return statistic_of(self.layer, self.of_sum)
 
     @property
     def rounds_within(self) -> bool:
@@ -340,19 +365,23 @@ class Formula:
     from_output: bool  # x is the output, of which xhat is made again
     eps: float | None
     given: tuple[object, ...]  # the values of OPTIONS; named only where a gradient is made
+    of_sum: bool = False
+    eps_outside: bool = False
 
     @classmethod
     def of(cls, call: Call) -> Formula:
         """That of a call."""
         layer, per_head = call.kind & LAYER != 0, call.kind & PER_HEAD != 0
         from_output = call.memory_efficient and call.keeps_output
-        return cls(layer, per_head, from_output, call.eps, _option_values(call))
+        of_sum, eps_outside = call.kind & OF_SUM != 0, call.kind & EPS_OUTSIDE != 0
+        options = _option_values(call)
+        return cls(layer, per_head, from_output, call.eps, options, of_sum, eps_outside)
 
     @classmethod
     def of_values(cls, values: Sequence[Any]) -> Formula:
         """That of which `values` are."""
-        layer, per_head, from_output, eps, *options = values
-        return cls(layer, per_head, from_output, eps, tuple(options))
+        layer, per_head, from_output, eps, *options, of_sum, eps_outside = values
+        return cls(layer, per_head, from_output, eps, tuple(options), of_sum, eps_outside)
 
     def of_backward(self) -> tuple[Any, ...]:
         """The values of OF_BACKWARD, quicker than by name."""
@@ -368,12 +397,13 @@ class Formula:
 
     def values(self) -> tuple[object, ...]:
         """All of it, one after the other, as operators take it."""
-        return self.layer, self.per_head, self.from_output, self.eps, *self.given
+        norm = self.layer, self.per_head, self.from_output, self.eps
+        return *norm, *self.given, self.of_sum, self.eps_outside
 
     @property
-    def statistic(self) -> Kind:
+    def statistic(self) -> Statistic:
         """The norm in words."""
-        return "layer" if self.layer else "rms"
+        return statistic_of(self.layer, self.of_sum)
 
 
 class Field(NamedTuple):
@@ -410,6 +440,9 @@ FIELDS: Fields = {
         "added to the statistic; None: epsilon of the computing dtype",
     ),
     "next_eps": Field("float?", None, "sandwich: eps of the norm behind the sum; None: eps"),
+    "eps_outside": Field(
+        "bool", False, "l2_norm: eps is the least length, as `F.normalize` has it"
+    ),
     "kind": Field("str", "rms", '"rms" or "layer"; modulated: "layer" is the default'),
     "activation": Field("str", "silu", 'gated: "silu" or "sigmoid"'),
     "norm_before_gate": Field("bool", True, "gated: multiply the norm; False: x (Mamba-2)"),
@@ -449,11 +482,17 @@ _OF_RESULTS = ("out_dtype", "out", "residual_out", "memory_efficient")
 
 
 # Arguments that are bits of a call's kind.
-_KIND_FLAGS = {"kind": LAYER, "activation": SIGMOID, "norm_before_gate": NORM_FIRST}
+_KIND_FLAGS = {
+    "kind": LAYER,
+    "activation": SIGMOID,
+    "norm_before_gate": NORM_FIRST,
+    "eps_outside": EPS_OUTSIDE,
+}
 _IS_ON: dict[str, Callable[[Any], bool]] = {
     "kind": is_layer,
     "activation": is_sigmoid,
-    "norm_before_gate": is_before_gate,
+    "norm_before_gate": partial(is_set, "norm_before_gate"),
+    "eps_outside": partial(is_set, "eps_outside"),
 }
 
 
@@ -467,6 +506,7 @@ class Op(NamedTuple):
     modulated: bool = False
     gated: bool = False
     post: bool = False
+    of_sum: bool = False
 
     @property
     def fused(self) -> bool:
@@ -474,10 +514,16 @@ class Op(NamedTuple):
         return self.modulated or self.gated or self.post
 
     @property
+    def is_plain(self) -> bool:
+        """Whether it is a norm with weight and bias, and nothing more."""
+        return not (self.fused or self.of_sum)
+
+    @property
     def bits(self) -> int:
         """The kind of its calls, but for what is said by `flags`."""
         given = self.per_head * PER_HEAD | self.adds * ADD | self.modulated * MODULATED
-        return bool(self.layer) * LAYER | given | self.gated * GATED | self.post * POST
+        given |= self.gated * GATED | self.post * POST | self.of_sum * OF_SUM
+        return bool(self.layer) * LAYER | given
 
     @property
     def flags(self) -> dict[str, int]:
@@ -496,7 +542,10 @@ class Op(NamedTuple):
     def fields(self) -> Fields:
         """The arguments that every form takes, in the order of schemas."""
         eps = DEFAULT_EPS["layer" if self.layer else "rms"]
-        taken = {name: field for name, field in FIELDS.items() if name not in _OF_RESULTS}
+        if self.of_sum:
+            return {name: FIELDS[name] for name in ("x", "eps", "eps_outside", "clamp_inf")}
+        left_out = (*_OF_RESULTS, "eps_outside")
+        taken = {name: field for name, field in FIELDS.items() if name not in left_out}
         taken["eps"] = taken["eps"]._replace(default=eps)
         if self.layer is not None:
             del taken["kind"]
@@ -514,7 +563,8 @@ class Op(NamedTuple):
     @property
     def results(self) -> Fields:
         """What the form that returns y takes besides."""
-        left_out = (() if self.adds else ("residual_out",)) + ("memory_efficient",) * self.fused
+        kept = () if self.is_plain else ("memory_efficient",)
+        left_out = (*kept, *(() if self.adds else ("residual_out",)))
         left_out += ("out_dtype",) * (self.post and not self.adds)  # which is residual's dtype
         return {name: FIELDS[name] for name in _OF_RESULTS if name not in left_out}
 
@@ -547,6 +597,7 @@ OPS = {
         Op("gated_norm", None, per_head=True, gated=True),
         Op("norm_add", None, post=True),
         Op("norm_add_norm", None, adds=True, post=True),
+        Op("l2_norm", False, of_sum=True),
     )
 }
 _NAMES = {
@@ -554,6 +605,7 @@ _NAMES = {
     for op in OPS.values()
     for layer in ((0, LAYER) if op.layer is None else (op.bits & LAYER,))
 }
+_NAMES[OF_SUM | EPS_OUTSIDE] = _NAMES[OF_SUM]
 
 
 def all_options(function: str, given: PlainOptions) -> Options:

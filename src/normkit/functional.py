@@ -448,6 +448,6 @@ def add_head_norm_(
 FUNCTIONS.update(
     (op.name + form, globals()[op.name + form])
     for op in OPS.values()
-    if not op.fused
+    if op.is_plain
     for form in ("", "_")
 )

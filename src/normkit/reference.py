@@ -34,6 +34,7 @@ def norm(
     z: Tensor | None = None,
     activation: str = "silu",
     norm_before_gate: bool = True,
+    eps_outside: bool = False,
     out_dtype: torch.dtype | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
@@ -41,14 +42,15 @@ def norm(
 
     ``y = round(n * (1 + scale) + shift)``, or with z ``round(n * act(z))``, with ``n = (x - mean)
     * rstd * (weight + weight_offset) + bias`` and ``rstd = 1 / sqrt(statistic + eps)``; kind "rms"
-    has mean 0 and the mean of x^2 as statistic, kind "layer" has the mean and the variance of x.
+    has mean 0 and the mean of x^2 as statistic, kind "l2" their sum, kind "layer" has the mean and
+    the variance of x.
 
     Args:
         x: shape (..., n), any floating dtype.
         weight: shape (n,) or (heads, n), or None for ones, to which no offset is added.
         bias: shape (n,) or (heads, n), or None for zeros.
         eps: added to the statistic; None is the smallest step above 1 of the computing dtype.
-        kind: "rms" or "layer".
+        kind: "rms", "layer" or "l2".
         weight_offset: added to weight in the computing dtype.
         round_before_weight: round ``(x - mean) * rstd`` to x's dtype before weight multiplies it.
         clamp_inf: let +-inf in a float16 x count as +-65504.
@@ -60,6 +62,7 @@ def norm(
         z: x's shape; None for no gate.
         activation: "silu" or "sigmoid".
         norm_before_gate: False: act(z) multiplies x before it is normalised, and not n.
+        eps_outside: ``rstd = 1 / max(sqrt(statistic), eps)``.
         out_dtype: the dtype of the result; None is x's.
         compute_dtype: the dtype of everything in between; None is float64 for a float64 x, else
             float32.
@@ -69,7 +72,7 @@ def norm(
         round_before_weight and round_rstd say.
 
     Raises:
-        ValueError: kind is neither "rms" nor "layer".
+        ValueError: kind is none of these.
 
     Example:
         >>> import torch
@@ -81,7 +84,7 @@ def norm(
     row = widened(x, compute, clamp_inf)
     if z is not None and not norm_before_gate:
         row = row * activated(z, activation, compute)
-    xhat = _normalised(row, eps, kind, x.dtype if round_rstd else None)
+    xhat = _normalised(row, eps, kind, x.dtype if round_rstd else None, eps_outside)
     if round_before_weight:
         xhat = rounded(xhat, x.dtype)
     n = scaled(xhat, weight, bias, weight_offset)
@@ -143,7 +146,7 @@ def add_norm(
         never clamped.
 
     Raises:
-        ValueError: kind is neither "rms" nor "layer".
+        ValueError: kind is none of these.
 
     Example:
         >>> import torch
@@ -234,20 +237,21 @@ def statistics(
     z: Tensor | None = None,
     activation: str = "silu",
     norm_before_gate: bool = True,
+    eps_outside: bool = False,
     compute_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return what `norm`, or with a residual `add_norm`, takes of each row: (rstd, mean).
 
     Both are of x's shape without its last dimension, in the computing dtype.  rstd is as it
-    multiplies: rounded, with round_rstd.  mean is None for kind "rms".  The arguments are those of
-    `add_norm`, and z and what belongs to it those of `norm`.
+    multiplies: rounded, with round_rstd.  mean is None unless kind is "layer".  The arguments are
+    those of `norm` and `add_norm`.
     """
     compute = compute_dtype_of(x, compute_dtype)
     total = normalised_row(x, residual, compute, round_sum, clamp_inf, gate, round_each)
     if z is not None and not norm_before_gate:
         total = total * activated(z, activation, compute)
     dtype = _dtype_normalised(x, residual, round_sum) if round_rstd else None
-    rstd, mean = _statistics(total, eps, kind, dtype)
+    rstd, mean = _statistics(total, eps, kind, dtype, eps_outside)
     return rstd.squeeze(-1), None if mean is None else mean.squeeze(-1)
 
 
@@ -267,15 +271,17 @@ def norm_backward(
     round_before_weight: bool = False,
     clamp_inf: bool = False,
     round_rstd: bool = False,
+    eps_outside: bool = False,
     compute_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return the gradients of `norm`, or with a residual of y of `add_norm`.
 
     With ``g = grad_y * (weight + weight_offset)`` and means over a row, that of what was normalised
-    is ``rstd * (g - mean(g) - xhat * mean(g * xhat))``, without ``mean(g)`` for kind "rms"; that of
-    weight is the sum of ``grad_y * xhat``, and that of bias the sum of grad_y.  Roundings count as
-    the identity: with round_rstd, rstd and xhat are those of the forward pass, wherever they occur.
-    A sum that clamp_inf clamped counts as a constant.
+    is ``rstd * (g - mean(g) - xhat * mean(g * xhat))``, with ``mean(g)`` for kind "layer" alone,
+    with the sum in place of the second mean for kind "l2", and without either in a row that
+    eps_outside has divided by eps; that of weight is the sum of ``grad_y * xhat``, and that of bias
+    the sum of grad_y.  Roundings count as the identity: with round_rstd, rstd and xhat are those of
+    the forward pass, wherever they occur.  A sum that clamp_inf clamped counts as a constant.
 
     Args:
         grad_y: x's shape.
@@ -284,7 +290,7 @@ def norm_backward(
         weight: as in `norm`.
         bias: as in `norm`.
         eps: as in `norm`.
-        kind: "rms" or "layer".
+        kind: as in `norm`.
         rstd: what `statistics` returned; None: it is taken again, so that the result is
             differentiable itself.
         from_output: x is y; ``xhat = (y - bias) / (weight + weight_offset)``, and 0 where that
@@ -294,6 +300,7 @@ def norm_backward(
         round_before_weight: as in `norm`: the weight's gradient takes xhat as it was rounded.
         clamp_inf: as in `norm`.
         round_rstd: as in `norm`, for an rstd that is taken again.
+        eps_outside: as in `norm`.
         compute_dtype: as in `norm`.
 
     Returns:
@@ -311,10 +318,15 @@ def norm_backward(
             xhat = torch.where(scale == 0, 0.0, xhat / scale)
     else:
         total = normalised_row(x, residual, compute, round_sum, clamp_inf)
-        again, mean = _statistics(total, eps, kind, dtype if round_rstd else None)
+        again, mean = _statistics(total, eps, kind, dtype if round_rstd else None, eps_outside)
         rstd = again.squeeze(-1) if rstd is None else rstd
         xhat = (total if mean is None else total - mean) * rstd.unsqueeze(-1)
-    grad = g - xhat * (g * xhat).mean(-1, keepdim=True)
+    products = g * xhat
+    over_row = products.sum if kind == "l2" else products.mean
+    grad = g - xhat * over_row(-1, keepdim=True)
+    if eps_outside:
+        assert rstd is not None
+        grad = torch.where(is_divided_by_eps(rstd, eps).unsqueeze(-1), g, grad)
     if kind == "layer":
         grad = grad - g.mean(-1, keepdim=True)
     assert rstd is not None
@@ -444,7 +456,11 @@ def _dtype_normalised(x: Tensor, residual: Tensor | None, round_sum: bool) -> to
 
 
 def _statistics(
-    x: Tensor, eps: float | None, kind: str, rounded_to: torch.dtype | None
+    x: Tensor,
+    eps: float | None,
+    kind: str,
+    rounded_to: torch.dtype | None,
+    eps_outside: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     if eps is None:
         eps = torch.finfo(x.dtype).eps
@@ -452,9 +468,17 @@ def _statistics(
     if kind == "layer":
         mean = x.mean(-1, keepdim=True)
         x = x - mean
-    elif kind != "rms":
-        raise ValueError(f'kind: expected "rms" or "layer", got {kind!r}')
-    rstd = torch.rsqrt((x * x).mean(-1, keepdim=True) + eps)
+    elif kind not in ("rms", "l2"):
+        raise ValueError(f'kind: expected "rms", "layer" or "l2", got {kind!r}')
+    squares = x * x
+    statistic = (squares.sum if kind == "l2" else squares.mean)(-1, keepdim=True)
+    if eps_outside:
+        # Of the square, whose gradient at 0 is 0, where that of the root is infinite.
+        least = max(eps * eps, torch.finfo(x.dtype).tiny) if eps else 0.0
+        rstd = torch.rsqrt(statistic.clamp_min(least))
+        rstd = rstd.clamp_max(1 / eps) if eps else rstd
+    else:
+        rstd = torch.rsqrt(statistic + eps)
     return rstd if rounded_to is None else rounded(rstd, rounded_to), mean
 
 
@@ -492,8 +516,22 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def _normalised(x: Tensor, eps: float | None, kind: str, rounded_to: torch.dtype | None) -> Tensor:
-    rstd, mean = _statistics(x, eps, kind, rounded_to)
+def is_divided_by_eps(rstd: Tensor, eps: float | None) -> Tensor:
+    """Where eps_outside took eps for the root of the statistic."""
+    eps = torch.finfo(rstd.dtype).eps if eps is None else eps
+    # A few roundings below 1 / eps, where kernels may have it.
+    largest = (1 - 4 * torch.finfo(rstd.dtype).eps) / eps if eps else math.inf
+    return rstd >= largest
+
+
+def _normalised(
+    x: Tensor,
+    eps: float | None,
+    kind: str,
+    rounded_to: torch.dtype | None,
+    eps_outside: bool = False,
+) -> Tensor:
+    rstd, mean = _statistics(x, eps, kind, rounded_to, eps_outside)
     return (x if mean is None else x - mean) * rstd
 
 

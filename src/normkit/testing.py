@@ -110,12 +110,13 @@ def error_bound(
     round_before_weight: bool = False,
     clamp_inf: bool = False,
     round_rstd: bool = False,
+    eps_outside: bool = False,
 ) -> Tensor:
     """How far each element of a norm may be from `reference.norm` in float64.
 
         bound = ulp / 2 * (1 + 2^-9) + 4 * 2^-24 * t + 2^-150 * u
-        rms:    t = |x| * rstd * |w| + |bias|                 u = |w|
-        layer:  t = (|x| + mean(|x|)) * rstd * |w| + |bias|   u = (1 + rstd) * |w|
+        rms, l2: t = |x| * rstd * |w| + |bias|                u = |w|
+        layer:   t = (|x| + mean(|x|)) * rstd * |w| + |bias|   u = (1 + rstd) * |w|
 
     w is weight + weight_offset, and with an offset the 4 before t is a 5, for its rounding; ulp is
     the step of out_dtype at the float64 result, never below its smallest number; u is for means and
@@ -132,19 +133,20 @@ def error_bound(
         weight: (n,) or (heads, n), or None.
         bias: (n,) or (heads, n), or None.
         eps: None for float32's, or for a float64 x float64's.
-        kind: "rms" or "layer".
+        kind: "rms", "layer" or "l2".
         out_dtype: float32, float16 or bfloat16; None for x's dtype.
         weight_offset: as in the call.
         round_before_weight: as in the call.
         clamp_inf: as in the call.
         round_rstd: as in the call.
+        eps_outside: as in the call.
 
     Returns:
         The bound in float64, of x's shape; NaN where the result is NaN or infinite.
 
     Raises:
         TypeError: out_dtype is none of float32, float16 and bfloat16.
-        ValueError: kind is neither "rms" nor "layer".
+        ValueError: kind is none of these.
 
     Example:
         >>> import torch
@@ -165,6 +167,7 @@ def error_bound(
         x.dtype if round_before_weight else None,
         x.dtype if round_rstd else None,
         clamp_inf,
+        eps_outside,
     )
     around = oracle.stated()
     reach = [(y - around).abs() + bound for y, bound in oracle.accepted(out_dtype)]
@@ -192,6 +195,7 @@ def assert_accurate(
     round_before_weight: bool = False,
     clamp_inf: bool = False,
     round_rstd: bool = False,
+    eps_outside: bool = False,
 ) -> None:
     """Check that y is the norm of x, within the error that normkit promises.
 
@@ -205,7 +209,7 @@ def assert_accurate(
         weight: (n,) or (heads, n), or None.
         bias: (n,) or (heads, n), or None.
         eps: None for float32's, or for a float64 x float64's.
-        kind: "rms" or "layer".
+        kind: "rms", "layer" or "l2".
         residual: as it was before the call; None if nothing was added.
         residual_out: what the call returned next to y; needed with a residual.
         gate: of a modulated norm without round_each, as in the call.
@@ -222,12 +226,13 @@ def assert_accurate(
         round_before_weight: as in the call.
         clamp_inf: as in the call.
         round_rstd: as in the call.
+        eps_outside: as in the call.
 
     Raises:
         AssertionError: an element is out of bounds; the message names the worst, its error and its
             bound.
         TypeError: y is none of float32, float16 and bfloat16.
-        ValueError: kind is neither "rms" nor "layer", y is not of x's shape, or only one of
+        ValueError: kind is none of these, y is not of x's shape, or only one of
             residual and residual_out was given.
 
     Example:
@@ -259,6 +264,7 @@ def assert_accurate(
         rounded_to if round_before_weight else None,
         rounded_to if round_rstd else None,
         clamp_inf,
+        eps_outside,
     )
     oracle.modulate(scale, shift)
     if z is not None and norm_before_gate:
@@ -282,11 +288,12 @@ class _Oracle:
         xhat_dtype: torch.dtype | None,
         rstd_dtype: torch.dtype | None,
         clamp_inf: bool,
+        eps_outside: bool,
     ) -> None:
         # The options are numbers of the computing dtype, as the inputs are of theirs.
         computing = torch.float64 if x.dtype == torch.float64 else torch.float32
         eps = torch.finfo(computing).eps if eps is None else _rounded(eps, computing)
-        self.kind, self.xhat_dtype = kind, xhat_dtype
+        self.kind, self.xhat_dtype, self.eps_outside = kind, xhat_dtype, eps_outside
         self.weight, self.bias = _widened(weight), _widened(bias)
         self.size_of_bias: Tensor | None = None  # None: that of the bias
         self.arithmetic = _ARITHMETIC
@@ -299,7 +306,12 @@ class _Oracle:
             overflows = self._sum_overflows(x, clamp_inf)
             if overflows.any():
                 in_float32 = reference.norm(
-                    x, eps=eps, kind=kind, clamp_inf=clamp_inf, out_dtype=torch.float64
+                    x,
+                    eps=eps,
+                    kind=kind,
+                    clamp_inf=clamp_inf,
+                    eps_outside=eps_outside,
+                    out_dtype=torch.float64,
                 )
                 self.xhats = [torch.where(overflows, in_float32, xhat) for xhat in self.xhats]
 
@@ -358,7 +370,12 @@ class _Oracle:
         if self.kind == "layer":
             mean, around = wide.mean(-1, keepdim=True), wide.abs().mean(-1, keepdim=True)
         rstd, _ = reference.statistics(
-            x, eps=eps, kind=self.kind, clamp_inf=clamp_inf, compute_dtype=torch.float64
+            x,
+            eps=eps,
+            kind=self.kind,
+            clamp_inf=clamp_inf,
+            eps_outside=self.eps_outside,
+            compute_dtype=torch.float64,
         )
         rstd = rstd.unsqueeze(-1)
         rstds = _roundings(rstd, rstd_dtype, _ARITHMETIC * (1 + around * rstd) * rstd)

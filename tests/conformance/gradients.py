@@ -125,14 +125,23 @@ def _expected(case: Case) -> list[tuple[str, Tensor, Tensor]]:
     eps = options.get("eps", op.eps)
     layer = op.kind == "layer"
     mean = s.mean(-1, keepdim=True) if layer else torch.zeros_like(s[..., :1])
-    rstd = ((s - mean).square().mean(-1, keepdim=True) + _float32(eps)).rsqrt()
+    columns = 1 if op.of_sum else s.shape[-1]
+    statistic = (s - mean).square().sum(-1, keepdim=True) / columns
+    outside = options.get("eps_outside", False)
+    rstd = (statistic + _float32(eps) * (not outside)).rsqrt()
+    if outside:
+        rstd = rstd.clamp_max(1 / _float32(eps))
     slack = torch.zeros_like(rstd)
     if options.get("round_rstd"):
         rstd, slack = _rounded(rstd, dtype, _ARITHMETIC * rstd)
     xhat = (s - mean) * rstd
     u = (s.abs() + (s.abs().mean(-1, keepdim=True) if layer else 0.0)) * rstd
     grad_y = case.grad_y.to(options.get("out_dtype") or case.inputs.x.dtype).double()
-    weight, scale, gate = case.inputs.weight, _double(case, "scale"), _double(case, "gate")
+    (weight, bias), scale, gate = (
+        op.affine(case.inputs),
+        _double(case, "scale"),
+        _double(case, "gate"),
+    )
     of_y = grad_y
     z = op.tensor("z", case.inputs) if op.gated else None
     if scale is not None:
@@ -145,8 +154,10 @@ def _expected(case: Case) -> list[tuple[str, Tensor, Tensor]]:
     g = grad_y
     if weight is not None:
         g = g * (weight.double() + _float32(options.get("weight_offset", 0.0)))
-    inside = g - xhat * (g * xhat).mean(-1, keepdim=True)
-    size = g.abs() + u * (g.abs() * u).mean(-1, keepdim=True)
+    inside = g - xhat * ((g * xhat).sum(-1, keepdim=True) / columns)
+    size = g.abs() + u * ((g.abs() * u).sum(-1, keepdim=True) / columns)
+    if outside:
+        inside = torch.where(statistic.sqrt() < _float32(eps), g, inside)
     if layer:
         inside = inside - g.mean(-1, keepdim=True)
         size = size + g.abs().mean(-1, keepdim=True)
@@ -164,7 +175,7 @@ def _expected(case: Case) -> list[tuple[str, Tensor, Tensor]]:
         expected.append(("gate", *sums))
     if scale is not None or z is not None:
         w = 1.0 if weight is None else weight.double() + _float32(options.get("weight_offset", 0.0))
-        b = torch.zeros(()) if case.inputs.bias is None else case.inputs.bias.double()
+        b = torch.zeros(()) if bias is None else bias.double()
         forward, size = xhat, u * (1 + slack / rstd / _ARITHMETIC)
         if rounded_to is not None:
             forward, more = _rounded(xhat, rounded_to, _ARITHMETIC * u + slack / rstd * u)
@@ -186,8 +197,8 @@ def _expected(case: Case) -> list[tuple[str, Tensor, Tensor]]:
         expected.append(
             ("weight", (grad_y * forward).sum_to_size(weight.shape), t.sum_to_size(weight.shape))
         )
-    if case.inputs.bias is not None:
-        shape = case.inputs.bias.shape
+    if bias is not None:
+        shape = bias.shape
         expected.append(("bias", grad_y.sum_to_size(shape), grad_y.abs().sum_to_size(shape)))
     return expected
 

@@ -59,6 +59,7 @@ class Op(NamedTuple):
     modulated: bool = False
     gated: bool = False
     post: bool = False
+    of_sum: bool = False
 
     def __str__(self) -> str:
         return f"{self.name}-{self.kind}" if self.selected else self.name
@@ -91,6 +92,8 @@ class Op(NamedTuple):
     @property
     def takes(self) -> tuple[str, ...]:
         """The names of its tensors, in the order of a call."""
+        if self.of_sum:
+            return ("x",)
         modulated = ("scale", "shift") * self.modulated
         gate = ("gate",) * (self.adds and self.modulated)
         if self.has_next:
@@ -98,6 +101,10 @@ class Op(NamedTuple):
         residual = ("residual",) * (self.adds or self.post)
         z = ("z",) * self.gated
         return ("x", *residual, *gate, *modulated, *z, "weight", "bias")
+
+    def affine(self, inputs: Any) -> tuple[Tensor | None, Tensor | None]:
+        """Weight and bias, as far as it takes them."""
+        return (None, None) if self.of_sum else (inputs.weight, inputs.bias)
 
     def tensors(self, inputs: Any) -> list[Any]:
         return [self.tensor(name, inputs) for name in self.takes]
@@ -109,6 +116,8 @@ class Op(NamedTuple):
 
 
 def _kinds(spec: _spec.Op) -> tuple[str, ...]:
+    if spec.of_sum:
+        return ("l2",)
     if spec.layer is not None:
         return ("layer",) if spec.layer else ("rms",)
     # The other kind of these is seen in tests of their own: the suite has to be quick.
@@ -126,6 +135,7 @@ EVERY = tuple(
         spec.modulated,
         spec.gated,
         spec.post,
+        spec.of_sum,
     )
     for spec in _spec.OPS.values()
     for kind in _kinds(spec)
@@ -136,11 +146,15 @@ OPS, POST = (tuple(op for op in EVERY if op.post is post) for post in (False, Tr
 RMS, LAYER, HEAD_RMS, HEAD_LAYER, ADD_RMS, ADD_LAYER, ADD_HEAD_RMS, ADD_HEAD_LAYER = OPS[:8]
 # Each of ADDING normalises the sum as the one of PLAIN in its place does.
 PLAIN, ADDING = (tuple(op for op in OPS if op.adds is adds) for adds in (False, True))
+# Those with weight and bias, and options of these.
+AFFINE, EVERY_AFFINE = (tuple(op for op in ops if not op.of_sum) for ops in (OPS, EVERY))
 # Those whose results go by numbers of x alone.
 NOT_GATED = tuple(op for op in OPS if not op.gated)
-NOT_GATED_PLAIN = tuple(op for op in PLAIN if not op.gated)
+NOT_GATED_PLAIN = tuple(op for op in NOT_GATED if not op.adds)
+NOT_GATED_AFFINE = tuple(op for op in AFFINE if not op.gated)
+NOT_GATED_AFFINE_PLAIN = tuple(op for op in NOT_GATED_AFFINE if not op.adds)
 # Those that end with the norm, for what only the norm itself shows.
-BARE = tuple(op for op in OPS if not op.fused)
+BARE = tuple(op for op in OPS if not (op.fused or op.of_sum))
 BARE_PLAIN, BARE_ADDING = (tuple(op for op in BARE if op.adds is adds) for adds in (False, True))
 
 
@@ -180,7 +194,7 @@ def check(op: Op, result: Result, inputs: Inputs, **options: Any) -> None:
     options.setdefault("eps", op.eps)
     fused = [name for name in op.takes if name in _spec.FUSED_TENSORS]
     options |= {name: op.tensor(name, inputs) for name in fused}
-    testing.assert_accurate(result.y, inputs.x, inputs.weight, inputs.bias, kind=op.kind, **options)
+    testing.assert_accurate(result.y, inputs.x, *op.affine(inputs), kind=op.kind, **options)
 
 
 def _check_post_norm(
@@ -244,7 +258,7 @@ def formula(op: Op, inputs: Inputs, **options: Any) -> Result:
         return _post_norm_formula(op, inputs, **options)
     fused = [name for name in op.takes if name in _spec.FUSED_TENSORS]
     options |= {name: op.tensor(name, inputs) for name in fused}
-    affine = inputs.weight, inputs.bias
+    affine = op.affine(inputs)
     if op.adds:
         return Result(*reference.add_norm(inputs.x, inputs.residual, *affine, **options))
     return Result(reference.norm(inputs.x, *affine, **options), None)

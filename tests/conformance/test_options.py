@@ -13,12 +13,15 @@ import normkit
 from conformance.gradients import wanting
 from conformance.support import (
     ADDING,
+    AFFINE,
     BARE,
     BARE_ADDING,
     DTYPES,
     EVERY,
+    EVERY_AFFINE,
     HEAD_RMS,
     LAYER,
+    NOT_GATED_AFFINE_PLAIN,
     NOT_GATED_PLAIN,
     OPS,
     RMS,
@@ -40,7 +43,7 @@ def _differ(a: torch.Tensor, b: torch.Tensor) -> float:
     return (a != b).float().mean().item()
 
 
-@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize("op", AFFINE, ids=str)
 def test_weight_offset_is_added_in_float32(backend: Any, op: Op) -> None:
     """A weight of 0.003 is lost beside 1 in bfloat16: a sum rounded there is 1 for all."""
     for dtype, weight_dtype in itertools.product(DTYPES, DTYPES):
@@ -54,7 +57,7 @@ def test_weight_offset_is_added_in_float32(backend: Any, op: Op) -> None:
         assert_same_results(run(backend, op, widened, out_dtype=F32), result)
 
 
-@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize("op", AFFINE, ids=str)
 def test_without_a_weight_there_is_no_offset(backend: Any, op: Op) -> None:
     for dtype in DTYPES:
         inputs = inputs_for(op, 4, 100, dtype)._replace(weight=None)
@@ -62,14 +65,14 @@ def test_without_a_weight_there_is_no_offset(backend: Any, op: Op) -> None:
         assert_same_results(result, run(backend, op, inputs))
 
 
-@pytest.mark.parametrize("op", EVERY, ids=str)
+@pytest.mark.parametrize("op", EVERY_AFFINE, ids=str)
 def test_an_integer_is_a_number(backend: Any, op: Op) -> None:
     inputs = inputs_for(op, 4, 100, F32)
     integers = run(backend, op, inputs, eps=1, weight_offset=2)
     assert_same_results(integers, run(backend, op, inputs, eps=1.0, weight_offset=2.0))
 
 
-@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize("op", AFFINE, ids=str)
 def test_eps_none_is_that_of_float32(backend: Any, op: Op) -> None:
     """Whatever x is; the rows are so small that it decides the result."""
     for dtype in DTYPES:
@@ -92,7 +95,7 @@ def test_out_dtype_follows_out(backend: Any, op: Op) -> None:
 # ------------------------------------------------------------------------ round_before_weight
 
 
-@pytest.mark.parametrize("op", NOT_GATED_PLAIN, ids=str)
+@pytest.mark.parametrize("op", NOT_GATED_AFFINE_PLAIN, ids=str)
 @pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
 def test_round_before_weight_is_the_rounding_of_llama(
     backend: Any, op: Op, dtype: torch.dtype
@@ -124,7 +127,7 @@ def test_round_before_weight_without_a_weight_is_seen_in_a_wider_output(
         assert _differ(run(backend, op, inputs, out_dtype=F32).y, y) > 0.5
 
 
-@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize("op", AFFINE, ids=str)
 def test_round_before_weight_is_accurate_in_every_mix(backend: Any, op: Op) -> None:
     for dtype, weight_dtype, out_dtype, n in itertools.product(DTYPES, DTYPES, DTYPES, (65, 300)):
         inputs = inputs_for(op, 3, n, dtype, weight_dtype=weight_dtype)
@@ -185,7 +188,7 @@ def test_round_rstd_is_the_rounding_of_deepseek(backend: Any, op: Op, dtype: tor
         assert _differ(run(backend, op, inputs, eps=eps).y, expected) > 0.1  # a quarter of many
 
 
-@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize("op", AFFINE, ids=str)
 def test_round_rstd_is_accurate_in_every_mix(backend: Any, op: Op) -> None:
     for dtype, weight_dtype, out_dtype, n in itertools.product(DTYPES, DTYPES, DTYPES, (65, 300)):
         inputs = inputs_for(op, 3, n, dtype, weight_dtype=weight_dtype)
@@ -194,7 +197,7 @@ def test_round_rstd_is_accurate_in_every_mix(backend: Any, op: Op) -> None:
             run_and_check(backend, op, inputs, round_rstd=True, out_dtype=out_dtype, **options)
 
 
-@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize("op", AFFINE, ids=str)
 def test_round_rstd_is_seen_in_16_bits_only(backend: Any, op: Op) -> None:
     for dtype in DTYPES:
         inputs = inputs_for(op, 8, 100, dtype)
@@ -239,7 +242,7 @@ def test_modules_round_rstd() -> None:
         assert ", round_rstd=True" in str(module)
 
 
-@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize("op", AFFINE, ids=str)
 def test_gradients_have_the_rstd_of_the_forward_pass(backend: Any, op: Op) -> None:
     """Also those that are differentiated again, which take it from x once more."""
     for dtype in (F16, BF16):

@@ -32,6 +32,7 @@ struct Case {
   bool weight, bias, in_place, round_before_weight, round_sum, clamp_inf, saves;
   float offset, eps;
   uint64_t seed;
+  bool of_sum, eps_outside;
   bool constant;  // every x of one value, so that errors of a sum all fall to one side
 };
 
@@ -41,8 +42,9 @@ std::string name(const Case& c) {
          n(int(c.other)) + " rows" + n(c.rows) + " n" + n(c.n) + " heads" + n(c.heads) + " pad" +
          n(c.pad) + " shift" + n(c.shift) + " weight" + n(c.weight) + " bias" + n(c.bias) +
          " in place" + n(c.in_place) + " round_before_weight" + n(c.round_before_weight) +
-         " round_sum" + n(c.round_sum) + " clamp_inf" + n(c.clamp_inf) + " saves" + n(c.saves) +
-         " seed" + n(static_cast<int64_t>(c.seed));
+         " of_sum" + n(c.of_sum) + " eps_outside" + n(c.eps_outside) + " round_sum" +
+         n(c.round_sum) + " clamp_inf" + n(c.clamp_inf) + " saves" + n(c.saves) + " seed" +
+         n(static_cast<int64_t>(c.seed));
 }
 
 std::set<std::string> plans;
@@ -92,6 +94,8 @@ void run(const Case& c) {
   norm.options.round_before_weight = c.round_before_weight;
   norm.options.round_sum = c.round_sum;
   norm.options.clamp_inf = c.clamp_inf;
+  norm.options.of_sum = c.of_sum;
+  norm.options.eps_outside = c.eps_outside;
   const bool layer = c.statistic == Statistic::kLayer;
   Guarded rstds(c.rows), means(c.rows);
   if (c.saves) {
@@ -128,7 +132,9 @@ void run(const Case& c) {
     const double mean = layer ? sum / c.n : 0;
     const double about = layer ? magnitude / c.n : 0;
     for (int64_t i = 0; i < c.n; ++i) squares += (v[i] - mean) * (v[i] - mean);
-    const double rstd = 1 / std::sqrt(squares / c.n + c.eps);
+    const double statistic = c.of_sum ? squares : squares / c.n;
+    const double root = std::sqrt(c.eps_outside ? statistic : statistic + c.eps);
+    const double rstd = 1 / (c.eps_outside && root < c.eps ? c.eps : root);
     if (c.saves) {
       const auto check = [&](const char* what, double got, double want, double bound) {
         if (!(std::abs(got - want) <= bound) && !(std::isnan(got) && std::isnan(want)))
@@ -277,6 +283,12 @@ struct Sweep {
     c.offset = chance(3) ? 1.f : 0.f;
     c.eps = chance(2) ? 0.3f : 1e-6f;
     c.seed = random();
+    run(c);
+    if (statistic != Statistic::kRms || adds || c.seed % 4 != 0) return;
+    c.of_sum = true;
+    c.eps_outside = c.seed % 8 == 0;
+    // About as long as half of the rows.
+    if (c.eps_outside && c.eps > 0.1f) c.eps = 1.22f * std::sqrt(static_cast<float>(n));
     run(c);
   }
 };

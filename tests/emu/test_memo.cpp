@@ -105,7 +105,7 @@ class Free {
       somewhere(t->data);
       gap(t->dtype, t->stride);
     }
-    gap(norm.options, norm.rstd);
+    gap(norm.options.eps_outside, norm.rstd);
     for (float* const* p : {&norm.rstd, &norm.mean, &norm.split.statistics}) somewhere(*p);
     somewhere(norm.split.gathered);
     gap(norm.split.step, norm.split.statistics);
@@ -200,7 +200,7 @@ struct Case {
 void change(Case& c) {
   constexpr DType kDTypes[] = {DType::kFloat32, DType::kFloat16, DType::kBFloat16};
   constexpr int kColumns[] = {8, 40, 64, 100, 256, 1024};
-  switch (below(20)) {
+  switch (below(22)) {
     case 0:
       c.statistic = static_cast<Statistic>(below(2));
       break;
@@ -257,6 +257,12 @@ void change(Case& c) {
       break;
     case 18:
       c.options.round_before_weight = !c.options.round_before_weight;
+      break;
+    case 19:
+      c.options.of_sum = !c.options.of_sum;
+      break;
+    case 20:
+      c.options.eps_outside = !c.options.eps_outside;
       break;
     default:
       c.options.round_sum = !c.options.round_sum;

@@ -17,7 +17,7 @@ from normkit._spec import OPS
 from normkit.testing import make_inputs
 
 # Of the norms alone; test_fusions.py is about the others.
-NAMES = tuple(name for name, op in OPS.items() if not op.fused)
+NAMES = tuple(name for name, op in OPS.items() if op.is_plain)
 FUNCTIONS = tuple(name for name in NAMES if hasattr(normkit, name))
 FORMS = ("", "_", "_out")
 MODULES: dict[str, Callable[..., torch.nn.Module]] = {

@@ -65,7 +65,7 @@ def test_only_what_is_a_function_or_a_module_is_an_operator() -> None:
     functions = {name for name in normkit.__all__ if name.rstrip("_").endswith(ends)}
     functions.discard("load_norm")
     assert functions == {name + form for name in OPS for form in ("", "_")}
-    assert set(NAMES) == set(FUNCTIONS) == {name for name, op in OPS.items() if not op.fused}
+    assert set(NAMES) == set(FUNCTIONS) == {name for name, op in OPS.items() if op.is_plain}
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -24,6 +24,7 @@ from normkit._spec import (
     MODULATION,
     MODULATORS,
     OF_STATISTICS,
+    OF_SUM,
     Call,
     Formula,
     Gradients,
@@ -83,6 +84,7 @@ def save_by_reference(call: Call) -> Saved:
         call.residual,
         call.eps,
         kind=call.statistic,
+        eps_outside=call.eps_outside,
         gate=call.gate,
         round_each=call.round_each,
         **call.named(GATING),
@@ -125,6 +127,7 @@ def backward(
     if not backward_refusal(backend, clamp_inf):
         native = natives[backend].norm_backward
         kind = formula.layer + 2 * formula.per_head + 8 * formula.from_output
+        kind += formula.of_sum * OF_SUM
         rest = (
             rstd,
             mean,
@@ -137,10 +140,20 @@ def backward(
         tensors = (grad_y, grad_residual_out, x, residual, weight, bias)
         made = answer(_with_copies(native, kind, tensors, rest), backend, "make these gradients")
         if not isinstance(made, Refusal):
-            return made
+            return _of_lengths_kept(formula, made, grad_y, rstd) if formula.eps_outside else made
     return backward_by_reference(
         formula, wanted, grad_y, grad_residual_out, x, residual, weight, bias, rstd
     )
+
+
+def _of_lengths_kept(formula: Formula, made: Gradients, grad_y: Tensor, rstd: Tensor) -> Gradients:
+    """The gradients with those of rows that eps divided, whose rstd is a constant."""
+    of_x = made[0]
+    if of_x is None:
+        return made
+    divided = reference.is_divided_by_eps(rstd, formula.eps).unsqueeze(-1)
+    of_x = torch.where(divided, (grad_y * rstd.unsqueeze(-1)).to(of_x.dtype), of_x)
+    return of_x, *made[1:]
 
 
 def backward_by_reference(
@@ -169,6 +182,7 @@ def backward_by_reference(
         kind=formula.statistic,
         rstd=None if differentiable else rstd,
         from_output=formula.from_output,
+        eps_outside=formula.eps_outside,
         compute_dtype=compute,
         **formula.options,
     )
@@ -326,6 +340,7 @@ def run_by_reference(call: Call) -> Result:
             call.bias,
             call.eps,
             kind=call.statistic,
+            eps_outside=call.eps_outside,
             out_dtype=out_dtype,
             scale=call.scale,
             shift=call.shift,

@@ -113,7 +113,8 @@ class _Inline(torch.autograd.Function):
         saved = dispatch.save_by_reference(call)
         # Dynamo cannot trace the quick way to the options, of `Formula.of`.
         options = tuple(call.options().values())
-        formula = Formula(call.layer, call.per_head, call.keeps_output, call.eps, options)
+        norm = call.layer, call.per_head, call.keeps_output, call.eps
+        formula = Formula(*norm, options, call.of_sum, call.eps_outside)
         return result_of(ctx, formula, call, saved)
 
     @staticmethod

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from normkit._serving import backends
-from normkit._spec import FUSED, NATIVE, Call, Fields, Op
+from normkit._spec import FUSED, NATIVE, OF_SUM, Call, Fields, Op
 
 
 class Kernel(NamedTuple):
@@ -66,7 +66,7 @@ def kernel_of(op: Op, arguments: Fields, outputs: Sequence[str] = ()) -> Kernel:
 def backward_kernel(arguments: Fields) -> Kernel:
     """That of the operator of all gradients."""
     places = {name: place for place, name in enumerate(arguments)}
-    flags = {"layer": 1, "per_head": 2, "from_output": 8}
+    flags = {"layer": 1, "per_head": 2, "from_output": 8, "of_sum": OF_SUM}
     kind = 0, tuple((places[name], bit) for name, bit in flags.items())
     wanted = 0, ((places["weight_wanted"], 1), (places["bias_wanted"], 2))
     given = (
@@ -74,4 +74,10 @@ def backward_kernel(arguments: Fields) -> Kernel:
         "weight_offset", "round_before_weight", "x_dtype", "residual_dtype",
     )  # fmt: skip
     sources = [kind, *(places[name] for name in given), wanted]
-    return Kernel("norm_backward", sources, range(4), [places["clamp_inf"]], places["x"])
+    return Kernel(
+        "norm_backward",
+        sources,
+        range(4),
+        [places["clamp_inf"], places["eps_outside"]],
+        places["x"],
+    )

@@ -365,6 +365,8 @@ _FORMULA = {
     "per_head": Field("bool", ..., "whether weight and bias may have a row per head"),
     "from_output": Field("bool", ..., "whether x is the output, to be undone"),
     **{name: FIELDS[name]._replace(default=...) for name in ("eps", *OPTIONS)},
+    "of_sum": Field("bool", ..., "whether the statistic is the sum of squares, not their mean"),
+    "eps_outside": FIELDS["eps_outside"]._replace(default=...),
 }
 _WANTED = {
     "x_dtype": Field("ScalarType?", ..., "dtype of x's gradient; None: it is not wanted"),
@@ -450,7 +452,7 @@ SHARDED = tuple(
         *(
             (op.name, (*op.fields, *_of_values(op)), _outputs(op))
             for op in OPS.values()
-            if not op.fused
+            if op.is_plain
         ),
         ("norm_backward", tuple(_BACKWARD), _GRADIENTS),
     )
@@ -466,7 +468,7 @@ _FORMS = {
 
 def call_operator(call: Call) -> Result:
     """Run a checked call as an operator of torch."""
-    if is_sharded(call.x) and (call.written() or call.fused):
+    if is_sharded(call.x) and (call.written() or call.fused or call.of_sum):
         return dispatch.run_by_reference(call)
     name = call.op
     values = [

@@ -246,7 +246,7 @@ def _refuse(call: Call) -> Refusal | None:
         return Refusal("x", "is None", "dtype")
     if (call.residual is not None) != call.takes_residual:
         return Refusal("residual", "is None", "dtype")
-    if call.fused:
+    if call.fused or call.of_sum:
         return Refusal("the Triton backend", f"has no {call.op.rstrip('_')}", "backend")
     tensors = [*call.inputs(), *call.written()]
     for name, t in tensors:

@@ -108,7 +108,7 @@ def split_columns(call: Call) -> int | None:
     A part of this rank has to be a tensor whose memory kernels can read, as large as every other
     rank's, and the arguments have to be where they can be used as they are.
     """
-    if not is_sharded(call.x) or call.per_head or call.fused or call.written():
+    if not is_sharded(call.x) or call.per_head or call.fused or call.of_sum or call.written():
         return None
     x = cast("DTensor", call.x)
     from torch.distributed.tensor import Replicate, Shard

@@ -1,0 +1,53 @@
+"""What `mutants.py` breaks in L2 norms."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from mutations import LAUNCH, LAUNCH_BACKWARD, PLAIN, STREAMED, mutant
+
+L2 = (
+    mutant(
+        "l2-of-the-mean",
+        "squares are divided by how many there are",
+        PLAIN,
+        LAUNCH,
+        "if (norm.options.of_sum) columns = 1;",
+        "",
+    ),
+    mutant(
+        "l2-eps-added",
+        "eps that bounds the length is added to its square",
+        PLAIN,
+        STREAMED,
+        "if (kModulated && a.options.eps_outside) rstd = reciprocal_length(a, squares);",
+        "",
+    ),
+    mutant(
+        "l2-nan-hidden",
+        "the bound takes the place of NaN, so that a row with one is finite elsewhere",
+        PLAIN,
+        STREAMED,
+        "return rstd > largest ? largest : rstd;",
+        "return rstd < largest ? rstd : largest;",
+    ),
+    mutant(
+        "l2-any-kernel",
+        "a call with eps_outside takes a kernel that adds eps",
+        PLAIN,
+        LAUNCH,
+        "return bool(norm.modulation) || norm.options.eps_outside;",
+        "return bool(norm.modulation);",
+    ),
+    replace(
+        mutant(
+            "l2-backward-of-the-mean",
+            "the gradient has the mean of g * xhat where it has their sum",
+            PLAIN,
+            LAUNCH_BACKWARD,
+            "norm.options.of_sum ? 1.f : static_cast<float>(norm.n)",
+            "static_cast<float>(norm.n)",
+        ),
+        only="backward",
+    ),
+)
