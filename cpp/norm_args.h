@@ -48,8 +48,9 @@ struct NormOptions {
   bool round_sum = false;
   bool clamp_inf = false;
   bool round_rstd = false;
-  bool of_sum = false;       // the statistic is the sum of squares, and not their mean: an L2 norm
-  bool eps_outside = false;  // rstd = 1 / max(sqrt(statistic), eps)
+  bool of_sum = false;        // the statistic is the sum of squares, and not their mean: an L2 norm
+  bool eps_outside = false;   // rstd = 1 / max(sqrt(statistic), eps)
+  bool round_weight = false;  // weight + weight_offset, to weight's dtype
 };
 
 // Those that are on or off, in the order in which calls give them.
@@ -62,6 +63,7 @@ inline constexpr Flag kFlags[] = {
     {"round_sum", &NormOptions::round_sum},
     {"clamp_inf", &NormOptions::clamp_inf},
     {"round_rstd", &NormOptions::round_rstd},
+    {"round_weight", &NormOptions::round_weight},
 };
 
 // What a modulated norm does around the norm itself, whose result is n:

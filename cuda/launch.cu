@@ -28,7 +28,10 @@ bool all_of(const RowNorm& norm, const F& f) {
 
 // Whether it is a call of one of the kernels that can do all, and that no other call pays for.
 bool takes_rare_kernel(const RowNorm& norm) {
-  return norm.modulation || norm.gating || norm.before || norm.options.eps_outside;
+  const NormOptions& o = norm.options;
+  const bool rounds =
+      o.round_weight && o.weight_offset != 0.f && norm.weight.dtype != DType::kFloat32;
+  return norm.modulation || norm.gating || norm.before || o.eps_outside || rounds;
 }
 
 Access access_of(const RowNorm& norm) {
@@ -162,6 +165,7 @@ RowNorm as_plain_norm(const RowNorm& norm) {
   plain.weight = norm.modulation.scale;
   plain.bias = norm.modulation.shift;
   plain.options.weight_offset = plain.weight.data ? 1.f : 0.f;
+  plain.options.round_weight = false;
   plain.modulation = {};
   return plain;
 }

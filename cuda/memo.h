@@ -64,11 +64,11 @@ inline LaunchKey key_of(const RowNorm& norm, const Device& device, int index) {
   key.rows = rows;
   key.n = n;
   const auto& [eps, weight_offset, round_before_weight, round_sum, clamp_inf, round_rstd, of_sum,
-               eps_outside] = options;
+               eps_outside, round_weight] = options;
   const float numbers[] = {eps, weight_offset};
   std::memcpy(&key.options[0], numbers, sizeof(numbers));
-  key.options[1] =
-      bytes_of(round_before_weight, round_sum, clamp_inf, round_rstd, of_sum, eps_outside);
+  key.options[1] = bytes_of(round_before_weight, round_sum, clamp_inf, round_rstd, of_sum,
+                            eps_outside, round_weight);
   const RowsOf* const tensors[] = {&x, &residual, &out, &residual_out};
   for (int d = 0; d < outer_dims; ++d) {
     key.size[d] = outer_size[d];

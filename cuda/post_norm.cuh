@@ -35,7 +35,10 @@ __global__ void __launch_bounds__(kMostLanes, 1) post_norm_kernel(PostNormArgs a
     for (int i = 0; i < kSize; ++i) v.v[i] = (v.v[i] - mean) * rstd;
     branch_if(a.options.round_before_weight, [&] { round_all(dtype, v); });
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) v.v[i] = fmaf(v.v[i], w.v[i] + offset, b.v[i]);
+    for (int i = 0; i < kSize; ++i) w.v[i] += offset;
+    if (a.options.round_weight) round_all(weight.dtype, w);
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) v.v[i] = fmaf(v.v[i], w.v[i], b.v[i]);
   };
   const auto rstd_of_row = [&](float squares, float eps, DType dtype) {
     const float rstd = inverse_square_root(mean_of(a, squares) + eps);

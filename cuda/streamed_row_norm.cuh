@@ -172,8 +172,10 @@ __global__ void __launch_bounds__(kMostLanes, 1) streamed_row_norm_kernel(RowNor
       for (int i = 0; i < kSize; ++i) v.v[i] = (v.v[i] - mean) * rstd;
       branch_if(a.options.round_before_weight, [&] { round_all(a.normalised, v); });
 #pragma unroll
-      for (int i = 0; i < kSize; ++i)
-        v.v[i] = fmaf(v.v[i], weight.v[i] + a.options.weight_offset, bias.v[i]);
+      for (int i = 0; i < kSize; ++i) weight.v[i] += a.options.weight_offset;
+      if (kFused && a.options.round_weight) round_all(a.weight.dtype, weight);
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) v.v[i] = fmaf(v.v[i], weight.v[i], bias.v[i]);
       if constexpr (kFused) {
         if (g.z.data && g.norm_first) {
           if (g.round_norm) round_all(a.normalised, v);

@@ -354,6 +354,29 @@ def test_an_l2_norm_is_an_rms_norm_with_a_weight():
 # ----------------------------------------------------------------------------------------- choosing
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+def test_a_weight_that_is_rounded_with_its_offset_is_so_still(dtype):
+    class PlusOneLayerNorm(nn.LayerNorm):  # as of Nemotron and VideoPrism
+        def forward(self, x):
+            weight = self.weight + 1.0
+            return nn.functional.layer_norm(x, self.normalized_shape, weight, self.bias, self.eps)
+
+    m = nn.Sequential(PlusOneLayerNorm(64)).to(dtype)
+    with torch.no_grad():
+        m[0].weight.copy_(torch.linspace(-0.4, 0.4, 64))
+    x = rows(dtype)
+    expected = m(x)
+    (loss_of,) = torch.autograd.grad(expected.float().square().sum(), m[0].weight)
+    (entry,) = normkit.convert(m).converted
+    assert entry.spec.round_weight == (dtype != F32)
+    assert calls(m, x) == 1
+    with torch.no_grad():
+        assert (m(x) == expected).double().mean() > (0.99 if dtype != F32 else 0.3)
+        assert near(m(x), expected)
+    (got,) = torch.autograd.grad(m(x).float().square().sum(), m[0].weight)
+    torch.testing.assert_close(got, loss_of, rtol=2e-2, atol=2e-2 * loss_of.abs().max().item())
+
+
 def test_patterns_and_functions_choose_modules():
     def paths(**selection):
         report = normkit.convert(model(), dry_run=True, **selection)

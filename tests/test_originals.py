@@ -101,13 +101,24 @@ def test_what_does_not_fit_is_said(transformers):
 
 
 def test_a_dtype_that_could_not_be_compared_is_said(transformers):
-    config = LLAMA | {"model_type": "nemotron", "architectures": ["NemotronForCausalLM"]}
-    ours = LayerNorm(64, 1e-5, weight_offset=1.0, dtype=torch.bfloat16)
-    verdict = Originals(config | {"num_key_value_heads": 4, "head_dim": 16}).judge(
-        NORM, ours, "layer"
+    config = {"model_type": "deberta", "hidden_size": 64, "vocab_size": 96, "num_hidden_layers": 1}
+    ours = LayerNorm(64, 1e-7, dtype=torch.bfloat16)
+    verdict = Originals(config | {"num_attention_heads": 4, "intermediate_size": 64}).judge(
+        "embeddings.LayerNorm.weight", ours, "layer"
     )
     assert verdict.same
     assert verdict.reason.startswith("not compared in torch.bfloat16: rounds elsewhere")
+
+
+@pytest.mark.parametrize("rounds", [True, False])
+def test_a_weight_that_is_rounded_with_its_offset_is_compared(transformers, rounds):
+    config = LLAMA | {"model_type": "nemotron", "architectures": ["NemotronForCausalLM"]}
+    ours = LayerNorm(64, 1e-5, weight_offset=1.0, round_weight=rounds, dtype=torch.bfloat16)
+    verdict = Originals(config | {"num_key_value_heads": 4, "head_dim": 16}).judge(
+        NORM, ours, "layer"
+    )
+    assert verdict.same is rounds
+    assert rounds or verdict.reason == "round_weight is True, not False"
 
 
 @pytest.mark.parametrize("family", [["llama"], {"a": 1}, 3, None, "nobody's", "\x1b[31m"])

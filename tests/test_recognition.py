@@ -176,18 +176,41 @@ def test_nothing_is_said_of_float64_which_models_compute_in_float32():
     assert torch.float64 not in recognise(Llama()).specs
 
 
-def test_what_rounds_elsewhere_is_said_for_16_bits_and_known_in_float32():
-    class WeightPlusOneRounded(Norm):
-        def forward(self, x):
-            return (self.xhat(x) * (self.weight + 1)).to(x.dtype)
+class PlusOneRounded(Norm):
+    def forward(self, x):
+        return (self.xhat(x) * (self.weight + 1)).to(x.dtype)
 
+
+def test_a_weight_that_is_rounded_with_its_offset_is_seen():
+    class Layer(nn.LayerNorm):  # Nemotron's and VideoPrism's
+        def forward(self, x):
+            weight = self.weight + 1.0
+            return nn.functional.layer_norm(x, self.normalized_shape, weight, self.bias, self.eps)
+
+    for module in (PlusOneRounded(), Layer(64).bfloat16()):
+        found = recognise(module)
+        assert not found.reason
+        assert found.specs[BF16].weight_offset == 1.0
+        assert found.specs[BF16].round_weight
+    assert recognise(PlusOneRounded()).specs[F32].round_weight
+    of_float32 = recognise(PlusOneRounded(dtype=F32))
+    assert not any(spec.round_weight for spec in of_float32.specs.values())
+    assert not recognise(Gemma()).specs[BF16].round_weight
+
+
+def test_what_rounds_elsewhere_is_said_for_16_bits_and_known_in_float32():
     class ProductRounded(nn.LayerNorm):
         def forward(self, x):
             y = torch.nn.functional.layer_norm(x.float(), (64,), None, None, self.eps).to(x.dtype)
             return self.weight * y + self.bias
 
-    for module, offset in ((WeightPlusOneRounded(), 1.0), (ProductRounded(64).bfloat16(), 0.0)):
-        found = recognise(module)
+    class OfOffset(ProductRounded):
+        def forward(self, x):
+            y = torch.nn.functional.layer_norm(x.float(), (64,), None, None, self.eps).to(x.dtype)
+            return (self.weight + 1) * y + self.bias
+
+    for module, offset in ((OfOffset(64), 1.0), (ProductRounded(64), 0.0)):
+        found = recognise(module.bfloat16())
         assert "rounds elsewhere" in found.reasons[BF16]
         assert found.reason == found.reasons[BF16]
         assert found.function.spec.weight_offset == offset

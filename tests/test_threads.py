@@ -138,7 +138,7 @@ def test_the_backend_of_one_thread_is_not_that_of_another() -> None:
 
 def rms_fields(x: Tensor) -> list[object]:
     given = {"kind": 0, "x": x, "eps": 1e-6, "weight_offset": 0.0}
-    flags = {"round_before_weight", "round_sum", "clamp_inf", "round_rstd"}
+    flags = {"round_before_weight", "round_sum", "clamp_inf", "round_rstd", "round_weight"}
     return [given.get(name, False if name in flags else None) for name in NATIVE]
 
 

@@ -48,10 +48,11 @@ inline bool is_as_read(const Affine& affine, Layout layout, float offset) {
          offset == 0.f;
 }
 
-// A float32 weight in natural order, or a copy of any other, with the offset added; ones where
-// there is none, since the product with 1 is exact.  copies: a copy of that, too.
+// A float32 weight in natural order, or a copy of any other, with the offset added and rounded if
+// it rounds; ones where there is none, since the product with 1 is exact.  copies: a copy of that,
+// too.
 inline AffineRows prepared(const Affine& affine, int64_t columns, Layout layout, float offset,
-                           bool copies, const Kernels& kernels, float*& buffer) {
+                           bool rounds, bool copies, const Kernels& kernels, float*& buffer) {
   if (!copies && is_as_read(affine, layout, offset)) return stored(affine);
   if (offset == 0.f) offset = -0.f;  // a weight of -0 plus 0 would be +0
   const int64_t n = padded(columns);
@@ -60,7 +61,7 @@ inline AffineRows prepared(const Affine& affine, int64_t columns, Layout layout,
   for (int64_t group = 0; group < affine.groups; ++group, buffer += n) {
     if (affine.data)
       kernels.affine[int(affine.dtype)][int(layout)](affine.data + group * affine.stride, columns,
-                                                     offset, false, buffer);
+                                                     offset, rounds, buffer);
     else
       std::fill_n(buffer, n, 1.f);
   }

@@ -121,10 +121,10 @@ Affines affines_of(const Job& job, int thread) {
   float* buffer = job.affine + thread * job.affine_floats;
   const Layout layout = backward_layout(job.item);
   Affines a;
-  a.weight =
-      prepared(norm.weight, norm.n, layout, norm.options.weight_offset, false, job.kernels, buffer);
+  a.weight = prepared(norm.weight, norm.n, layout, norm.options.weight_offset, false, false,
+                      job.kernels, buffer);
   if (norm.from_output && norm.bias.data)
-    a.bias = prepared(norm.bias, norm.n, layout, 0.f, false, job.kernels, buffer);
+    a.bias = prepared(norm.bias, norm.n, layout, 0.f, false, false, job.kernels, buffer);
   return a;
 }
 

@@ -325,16 +325,16 @@ struct AffinePair {
 };
 
 AffineRows prepared_to_apply(const Affine& affine, const RowNorm& norm, const Stages& s,
-                             float offset, const Kernels& kernels, float*& buffer) {
+                             float offset, bool rounds, const Kernels& kernels, float*& buffer) {
   const Layout layout = s.layout;
   const int64_t n = norm.n;
   float* row = buffer;
   // An activation works on whole chunks, and so it reads the weight.
   const bool copies = is_overwritten(norm) || (s.scale_has_weight && n % kChunk != 0);
-  const AffineRows rows = prepared(affine, n, layout, offset, copies, kernels, buffer);
+  const AffineRows rows = prepared(affine, n, layout, offset, rounds, copies, kernels, buffer);
   if (affine.data && (copies || !is_as_read(affine, layout, offset)))
     for (int64_t group = 0; group < affine.groups; ++group, row += padded(n))
-      add_last_chunk(affine, group, n, layout, offset, false, kernels, row);
+      add_last_chunk(affine, group, n, layout, offset, rounds, kernels, row);
   return rows;
 }
 
@@ -344,9 +344,10 @@ AffinePair affine_of(const RowNorm& norm, const Stages& s, const Kernels& kernel
   if (s.has_scale && !s.scale_has_weight) return {};
   if (s.affine_as_stored) return {stored(norm.weight), stored(norm.bias)};
   AffinePair pair;
-  pair.weight =
-      prepared_to_apply(norm.weight, norm, s, norm.options.weight_offset, kernels, buffer);
-  if (norm.bias.data) pair.bias = prepared_to_apply(norm.bias, norm, s, 0.f, kernels, buffer);
+  pair.weight = prepared_to_apply(norm.weight, norm, s, norm.options.weight_offset,
+                                  norm.options.round_weight, kernels, buffer);
+  if (norm.bias.data)
+    pair.bias = prepared_to_apply(norm.bias, norm, s, 0.f, false, kernels, buffer);
   return pair;
 }
 

@@ -67,6 +67,7 @@ def _options(module: Norm) -> dict[str, Any]:
     return {
         "eps": module.eps,
         "weight_offset": module.weight_offset,
+        "round_weight": module.round_weight,
         "round_before_weight": module.round_before_weight,
     }
 

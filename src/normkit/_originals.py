@@ -104,6 +104,7 @@ class Originals:
             ours.weight_offset,
             ours.round_before_weight,
             ours.bias is not None,
+            round_weight=ours.round_weight,
         )
         different = _differences(own, function, spec, dtype)
         if different:
@@ -136,7 +137,7 @@ def _differences(
     """What of the options is another, as the model's own module was measured."""
     names = ["kind", "eps", "weight_offset"]
     if dtype != torch.float32 and dtype in own.specs:
-        names.append("round_before_weight")
+        names += ["round_before_weight", "round_weight"]
     measured = own.specs.get(dtype, function.spec)
     pairs = [(name, getattr(measured, name), getattr(spec, name)) for name in names]
     pairs.append(("groups", own.form.groups, 1))

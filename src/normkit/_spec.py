@@ -9,7 +9,7 @@ tests and benchmarks come from these; signatures are written by hand, and a test
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from operator import attrgetter, itemgetter
 from typing import Any, Literal, NamedTuple, TypedDict, cast
@@ -118,6 +118,7 @@ class NormSpec:
         has_bias: whether there is a bias.
         round_rstd: whether rstd is rounded to x's dtype before it multiplies.
         out_dtype: that of y; None for x's.
+        round_weight: whether the weight with its offset is rounded to the weight's dtype.
     """
 
     kind: Kind
@@ -127,6 +128,7 @@ class NormSpec:
     has_bias: bool = False
     round_rstd: bool = False
     out_dtype: torch.dtype | None = None
+    round_weight: bool = False
 
 
 class PlainOptions(TypedDict, total=False):
@@ -136,6 +138,7 @@ class PlainOptions(TypedDict, total=False):
     round_before_weight: bool
     clamp_inf: bool
     round_rstd: bool
+    round_weight: bool
 
 
 class Options(PlainOptions, total=False):
@@ -162,6 +165,7 @@ class Call:
     round_sum: bool = True
     clamp_inf: bool = False
     round_rstd: bool = False
+    round_weight: bool = False
     out_dtype: torch.dtype | None = None
     out: Tensor | None = None
     residual_out: Tensor | None = None
@@ -349,7 +353,7 @@ PLAIN_OPTIONS = tuple(name for name in OPTIONS if name != "round_sum")
 # Those of them that change rstd or mean.
 OF_STATISTICS = ("round_sum", "clamp_inf", "round_rstd")
 # And those that kernels of gradients have to know.
-OF_BACKWARD = ("weight_offset", "round_before_weight", "clamp_inf")
+OF_BACKWARD = ("weight_offset", "round_before_weight", "clamp_inf", "round_weight")
 _of_backward = itemgetter(*(OPTIONS.index(name) for name in OF_BACKWARD))
 
 
@@ -387,6 +391,11 @@ class Formula:
         """The values of OF_BACKWARD, quicker than by name."""
         values: tuple[Any, ...] = _of_backward(self.given)
         return values
+
+    def without_offset(self) -> Formula:
+        """That of a weight which has been added its offset."""
+        values = {**self.options, "weight_offset": 0.0}
+        return replace(self, given=tuple(values[name] for name in OPTIONS))
 
     @property
     def options(self) -> Options:
@@ -467,6 +476,9 @@ FIELDS: Fields = {
     "clamp_inf": Field("bool", False, "count +-inf in a float16 x as +-65504 (ExLlamaV2)"),
     "round_rstd": Field(
         "bool", False, "round rstd to x's dtype before it multiplies (DeepSeek-V4, GLM-5)"
+    ),
+    "round_weight": Field(
+        "bool", False, "round weight + weight_offset to weight's dtype first (Nemotron, VideoPrism)"
     ),
     "out_dtype": Field("ScalarType?", None, "dtype of y; None: that of out, or x's"),
     "out": Field("Tensor?", None, "where y goes; None: a new tensor, packed"),

@@ -50,6 +50,7 @@ def rms_norm(
     round_before_weight: bool = False,
     clamp_inf: bool = False,
     round_rstd: bool = False,
+    round_weight: bool = False,
     out_dtype: torch.dtype | None = None,
     out: Tensor | None = None,
     memory_efficient: bool = False,
@@ -73,6 +74,8 @@ def rms_norm(
         round_rstd: round rstd = 1 / sqrt(...) to the dtype of what is normalised before it
             multiplies, as the norms without a weight of DeepSeek-V4 and GLM-5 do.  In float16 an
             rstd beyond 65504 is infinite.
+        round_weight: round weight + weight_offset to weight's dtype before it multiplies, as models
+            do that add 1 to a weight of 16 bits (Nemotron, VideoPrism).
         out_dtype: dtype of the result; None for out's, or x's without an out.
         out: written and returned, if given: x's shape, last stride 1; may be x itself but not
             overlap it in part.  None: a new tensor, packed whatever x's strides are.
@@ -100,7 +103,7 @@ def rms_norm(
     """
     call = (
         0, x, None, weight, bias, eps, weight_offset, round_before_weight, True, clamp_inf,
-        round_rstd, out_dtype, out, None,
+        round_rstd, round_weight, out_dtype, out, None,
     )  # fmt: skip
     made = None if is_dynamo_compiling() else _norm(*call)
     return _serve(Call(*call, memory_efficient)) if made is None else made
@@ -116,6 +119,7 @@ def rms_norm_(
     round_before_weight: bool = False,
     clamp_inf: bool = False,
     round_rstd: bool = False,
+    round_weight: bool = False,
 ) -> Tensor:
     """`rms_norm` in place: x, whose last stride has to be 1, is overwritten and returned.
 
@@ -127,7 +131,7 @@ def rms_norm_(
     """
     call = (
         0, x, None, weight, bias, eps, weight_offset, round_before_weight, True, clamp_inf,
-        round_rstd, None, x, None,
+        round_rstd, round_weight, None, x, None,
     )  # fmt: skip
     made = None if is_dynamo_compiling() else _norm(*call)
     return _serve(Call(*call, in_place=True)) if made is None else made
@@ -143,6 +147,7 @@ def layer_norm(
     round_before_weight: bool = False,
     clamp_inf: bool = False,
     round_rstd: bool = False,
+    round_weight: bool = False,
     out_dtype: torch.dtype | None = None,
     out: Tensor | None = None,
     memory_efficient: bool = False,
@@ -161,7 +166,7 @@ def layer_norm(
     """
     call = (
         LAYER, x, None, weight, bias, eps, weight_offset, round_before_weight, True, clamp_inf,
-        round_rstd, out_dtype, out, None,
+        round_rstd, round_weight, out_dtype, out, None,
     )  # fmt: skip
     made = None if is_dynamo_compiling() else _norm(*call)
     return _serve(Call(*call, memory_efficient)) if made is None else made
@@ -177,11 +182,12 @@ def layer_norm_(
     round_before_weight: bool = False,
     clamp_inf: bool = False,
     round_rstd: bool = False,
+    round_weight: bool = False,
 ) -> Tensor:
     """`layer_norm` in place: x, whose last stride has to be 1, is overwritten and returned."""
     call = (
         LAYER, x, None, weight, bias, eps, weight_offset, round_before_weight, True, clamp_inf,
-        round_rstd, None, x, None,
+        round_rstd, round_weight, None, x, None,
     )  # fmt: skip
     made = None if is_dynamo_compiling() else _norm(*call)
     return _serve(Call(*call, in_place=True)) if made is None else made
@@ -198,6 +204,7 @@ def head_norm(
     round_before_weight: bool = False,
     clamp_inf: bool = False,
     round_rstd: bool = False,
+    round_weight: bool = False,
     out_dtype: torch.dtype | None = None,
     out: Tensor | None = None,
     memory_efficient: bool = False,
@@ -222,7 +229,7 @@ def head_norm(
     """
     call = (
         heads(kind), x, None, weight, bias, eps, weight_offset, round_before_weight, True,
-        clamp_inf, round_rstd, out_dtype, out, None,
+        clamp_inf, round_rstd, round_weight, out_dtype, out, None,
     )  # fmt: skip
     made = None if is_dynamo_compiling() else _norm(*call)
     return _serve(Call(*call, memory_efficient)) if made is None else made
@@ -239,11 +246,12 @@ def head_norm_(
     round_before_weight: bool = False,
     clamp_inf: bool = False,
     round_rstd: bool = False,
+    round_weight: bool = False,
 ) -> Tensor:
     """`head_norm` in place: x, whose last stride has to be 1, is overwritten and returned."""
     call = (
         heads(kind), x, None, weight, bias, eps, weight_offset, round_before_weight, True,
-        clamp_inf, round_rstd, None, x, None,
+        clamp_inf, round_rstd, round_weight, None, x, None,
     )  # fmt: skip
     made = None if is_dynamo_compiling() else _norm(*call)
     return _serve(Call(*call, in_place=True)) if made is None else made
@@ -261,6 +269,7 @@ def add_rms_norm(
     round_before_weight: bool = False,
     clamp_inf: bool = False,
     round_rstd: bool = False,
+    round_weight: bool = False,
     out_dtype: torch.dtype | None = None,
     out: Tensor | None = None,
     residual_out: Tensor | None = None,
@@ -292,7 +301,7 @@ def add_rms_norm(
     """
     call = (
         ADD, x, residual, weight, bias, eps, weight_offset, round_before_weight, round_sum,
-        clamp_inf, round_rstd, out_dtype, out, residual_out,
+        clamp_inf, round_rstd, round_weight, out_dtype, out, residual_out,
     )  # fmt: skip
     made = None if is_dynamo_compiling() else _add_norm(*call)
     return _serve_both(Call(*call, memory_efficient)) if made is None else made
@@ -310,11 +319,12 @@ def add_rms_norm_(
     round_before_weight: bool = False,
     clamp_inf: bool = False,
     round_rstd: bool = False,
+    round_weight: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`add_rms_norm` in place: x becomes y and the residual the sum; returns both."""
     call = (
         ADD, x, residual, weight, bias, eps, weight_offset, round_before_weight, round_sum,
-        clamp_inf, round_rstd, None, x, residual,
+        clamp_inf, round_rstd, round_weight, None, x, residual,
     )  # fmt: skip
     made = None if is_dynamo_compiling() else _add_norm(*call)
     return _serve_both(Call(*call, in_place=True)) if made is None else made
@@ -332,6 +342,7 @@ def add_layer_norm(
     round_before_weight: bool = False,
     clamp_inf: bool = False,
     round_rstd: bool = False,
+    round_weight: bool = False,
     out_dtype: torch.dtype | None = None,
     out: Tensor | None = None,
     residual_out: Tensor | None = None,
@@ -353,7 +364,7 @@ def add_layer_norm(
     """
     call = (
         ADD | LAYER, x, residual, weight, bias, eps, weight_offset, round_before_weight, round_sum,
-        clamp_inf, round_rstd, out_dtype, out, residual_out,
+        clamp_inf, round_rstd, round_weight, out_dtype, out, residual_out,
     )  # fmt: skip
     made = None if is_dynamo_compiling() else _add_norm(*call)
     return _serve_both(Call(*call, memory_efficient)) if made is None else made
@@ -371,11 +382,12 @@ def add_layer_norm_(
     round_before_weight: bool = False,
     clamp_inf: bool = False,
     round_rstd: bool = False,
+    round_weight: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`add_layer_norm` in place: x becomes y and the residual the sum; returns both."""
     call = (
         ADD | LAYER, x, residual, weight, bias, eps, weight_offset, round_before_weight, round_sum,
-        clamp_inf, round_rstd, None, x, residual,
+        clamp_inf, round_rstd, round_weight, None, x, residual,
     )  # fmt: skip
     made = None if is_dynamo_compiling() else _add_norm(*call)
     return _serve_both(Call(*call, in_place=True)) if made is None else made
@@ -394,6 +406,7 @@ def add_head_norm(
     round_before_weight: bool = False,
     clamp_inf: bool = False,
     round_rstd: bool = False,
+    round_weight: bool = False,
     out_dtype: torch.dtype | None = None,
     out: Tensor | None = None,
     residual_out: Tensor | None = None,
@@ -416,7 +429,7 @@ def add_head_norm(
     """
     call = (
         ADD | heads(kind), x, residual, weight, bias, eps, weight_offset, round_before_weight,
-        round_sum, clamp_inf, round_rstd, out_dtype, out, residual_out,
+        round_sum, clamp_inf, round_rstd, round_weight, out_dtype, out, residual_out,
     )  # fmt: skip
     made = None if is_dynamo_compiling() else _add_norm(*call)
     return _serve_both(Call(*call, memory_efficient)) if made is None else made
@@ -435,11 +448,12 @@ def add_head_norm_(
     round_before_weight: bool = False,
     clamp_inf: bool = False,
     round_rstd: bool = False,
+    round_weight: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`add_head_norm` in place: x becomes y and the residual the sum; returns both."""
     call = (
         ADD | heads(kind), x, residual, weight, bias, eps, weight_offset, round_before_weight,
-        round_sum, clamp_inf, round_rstd, None, x, residual,
+        round_sum, clamp_inf, round_rstd, round_weight, None, x, residual,
     )  # fmt: skip
     made = None if is_dynamo_compiling() else _add_norm(*call)
     return _serve_both(Call(*call, in_place=True)) if made is None else made

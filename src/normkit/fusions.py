@@ -59,6 +59,7 @@ def modulated_norm(
     round_before_weight: bool = False,
     clamp_inf: bool = False,
     round_rstd: bool = False,
+    round_weight: bool = False,
     out_dtype: torch.dtype | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
@@ -99,7 +100,7 @@ def modulated_norm(
     """
     call = (
         MODULATED | is_layer(kind) * LAYER, x, None, weight, bias, eps, weight_offset,
-        round_before_weight, True, clamp_inf, round_rstd, out_dtype, out, None,
+        round_before_weight, True, clamp_inf, round_rstd, round_weight, out_dtype, out, None,
     )  # fmt: skip
     modulation = (None, scale, shift, round_each)
     made = None if is_dynamo_compiling() else _norm(*call, *modulation, *BEHIND_MODULATION)
@@ -120,11 +121,12 @@ def modulated_norm_(
     round_before_weight: bool = False,
     clamp_inf: bool = False,
     round_rstd: bool = False,
+    round_weight: bool = False,
 ) -> Tensor:
     """`modulated_norm` in place: x, whose last stride has to be 1, is overwritten and returned."""
     call = (
         MODULATED | is_layer(kind) * LAYER, x, None, weight, bias, eps, weight_offset,
-        round_before_weight, True, clamp_inf, round_rstd, None, x, None,
+        round_before_weight, True, clamp_inf, round_rstd, round_weight, None, x, None,
     )  # fmt: skip
     modulation = (None, scale, shift, round_each)
     made = None if is_dynamo_compiling() else _norm(*call, *modulation, *BEHIND_MODULATION)
@@ -148,6 +150,7 @@ def add_modulated_norm(
     round_before_weight: bool = False,
     clamp_inf: bool = False,
     round_rstd: bool = False,
+    round_weight: bool = False,
     out_dtype: torch.dtype | None = None,
     out: Tensor | None = None,
     residual_out: Tensor | None = None,
@@ -181,7 +184,8 @@ def add_modulated_norm(
     """
     call = (
         MODULATED | ADD | is_layer(kind) * LAYER, x, residual, weight, bias, eps, weight_offset,
-        round_before_weight, round_sum, clamp_inf, round_rstd, out_dtype, out, residual_out,
+        round_before_weight, round_sum, clamp_inf, round_rstd, round_weight, out_dtype, out,
+        residual_out,
     )  # fmt: skip
     modulation = (gate, scale, shift, round_each)
     made = None if is_dynamo_compiling() else _add_norm(*call, *modulation, *BEHIND_MODULATION)
@@ -205,11 +209,12 @@ def add_modulated_norm_(
     round_before_weight: bool = False,
     clamp_inf: bool = False,
     round_rstd: bool = False,
+    round_weight: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`add_modulated_norm` in place: x becomes y and the residual the sum; returns both."""
     call = (
         MODULATED | ADD | is_layer(kind) * LAYER, x, residual, weight, bias, eps, weight_offset,
-        round_before_weight, round_sum, clamp_inf, round_rstd, None, x, residual,
+        round_before_weight, round_sum, clamp_inf, round_rstd, round_weight, None, x, residual,
     )  # fmt: skip
     modulation = (gate, scale, shift, round_each)
     made = None if is_dynamo_compiling() else _add_norm(*call, *modulation, *BEHIND_MODULATION)
@@ -232,6 +237,7 @@ def gated_norm(
     round_before_weight: bool = False,
     clamp_inf: bool = False,
     round_rstd: bool = False,
+    round_weight: bool = False,
     out_dtype: torch.dtype | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
@@ -280,12 +286,13 @@ def gated_norm(
             **split, eps=eps, kind=kind, activation=activation, norm_before_gate=norm_before_gate,
             round_each=round_each, weight_offset=weight_offset,
             round_before_weight=round_before_weight, clamp_inf=clamp_inf, round_rstd=round_rstd,
+            round_weight=round_weight,
             out_dtype=out_dtype,
         )  # fmt: skip
         return y.flatten(-2) if out is None else out
     call = (
         gated(kind, activation, norm_before_gate), x, None, weight, bias, eps, weight_offset,
-        round_before_weight, True, clamp_inf, round_rstd, out_dtype, out, None,
+        round_before_weight, True, clamp_inf, round_rstd, round_weight, out_dtype, out, None,
     )  # fmt: skip
     gating = (None, None, None, round_each, z)
     made = None if is_dynamo_compiling() else _norm(*call, *gating, *BEHIND_GATING)
@@ -308,6 +315,7 @@ def gated_norm_(
     round_before_weight: bool = False,
     clamp_inf: bool = False,
     round_rstd: bool = False,
+    round_weight: bool = False,
 ) -> Tensor:
     """`gated_norm` in place: x, whose last stride has to be 1, is overwritten and returned."""
     if group_size is not None:
@@ -316,11 +324,12 @@ def gated_norm_(
             **split, eps=eps, kind=kind, activation=activation, norm_before_gate=norm_before_gate,
             round_each=round_each, weight_offset=weight_offset,
             round_before_weight=round_before_weight, clamp_inf=clamp_inf, round_rstd=round_rstd,
+            round_weight=round_weight,
         )  # fmt: skip
         return x
     call = (
         gated(kind, activation, norm_before_gate), x, None, weight, bias, eps, weight_offset,
-        round_before_weight, True, clamp_inf, round_rstd, None, x, None,
+        round_before_weight, True, clamp_inf, round_rstd, round_weight, None, x, None,
     )  # fmt: skip
     gating = (None, None, None, round_each, z)
     made = None if is_dynamo_compiling() else _norm(*call, *gating, *BEHIND_GATING)

@@ -58,7 +58,7 @@ def l2_norm(
     """
     call = (
         length(eps_outside), x, None, None, None, eps, 0.0, False, True, clamp_inf, False,
-        out_dtype, out, None,
+        False, out_dtype, out, None,
     )  # fmt: skip
     made = None if is_dynamo_compiling() else _norm(*call)
     return _serve(Call(*call)) if made is None else made
@@ -73,8 +73,8 @@ def l2_norm_(
 ) -> Tensor:
     """`l2_norm` in place: x, whose last stride has to be 1, is overwritten and returned."""
     call = (
-        length(eps_outside), x, None, None, None, eps, 0.0, False, True, clamp_inf, False, None, x,
-        None,
+        length(eps_outside), x, None, None, None, eps, 0.0, False, True, clamp_inf, False,
+        False, None, x, None,
     )  # fmt: skip
     made = None if is_dynamo_compiling() else _norm(*call)
     return _serve(Call(*call, in_place=True)) if made is None else made

@@ -31,6 +31,7 @@ class _Affine(torch.nn.Module):
     weight_offset: float = 0.0
     round_before_weight: bool = False
     round_rstd: bool = False
+    round_weight: bool = False
     memory_efficient: bool = False
 
     def reset_parameters(self) -> None:
@@ -49,7 +50,7 @@ class _Affine(torch.nn.Module):
         shown = [super().extra_repr()]
         if self.weight_offset:
             shown.append(f"weight_offset={self.weight_offset}")
-        flags = ("round_before_weight", "round_rstd", "memory_efficient")
+        flags = ("round_before_weight", "round_rstd", "round_weight", "memory_efficient")
         shown += [f"{name}=True" for name in flags if getattr(self, name)]
         return ", ".join(filter(None, shown))
 
@@ -110,7 +111,8 @@ class _RowNorm(_Affine):
         kind = self._bits if residual is None else self._bits | ADD
         call = (
             kind, x, residual, weight, bias, self.eps, self.weight_offset,
-            self.round_before_weight, True, False, self.round_rstd, out_dtype, None, None,
+            self.round_before_weight, True, False, self.round_rstd, self.round_weight,
+            out_dtype, None, None,
         )  # fmt: skip
         # Without a weight nobody compares x's last size, nor that of several dimensions.
         if weight is not None and not is_dynamo_compiling():
@@ -213,6 +215,7 @@ class _RowNorm(_Affine):
             weight_offset=stored.spec.weight_offset,
             round_before_weight=stored.spec.round_before_weight,
             round_rstd=stored.spec.round_rstd,
+            round_weight=stored.spec.round_weight,
         )
         return module._adopt(stored)
 
@@ -237,6 +240,8 @@ class RMSNorm(_RowNorm, torch.nn.RMSNorm):
             it (Llama, Qwen).
         round_rstd: round rstd to x's dtype before it multiplies (DeepSeek-V4 and GLM-5, whose norms
             without a weight are `RMSNorm(n, eps, elementwise_affine=False, round_rstd=True)`).
+        round_weight: round weight + weight_offset to weight's dtype before it multiplies (Nemotron
+            and VideoPrism, as LayerNorm; it is seen where the weight has 16 bits).
         memory_efficient: keep y instead of x for the gradients, as in `normkit.rms_norm`.
 
     What it takes and where it rounds: `normkit.rms_norm`, with a residual `normkit.add_rms_norm`.
@@ -264,6 +269,7 @@ class RMSNorm(_RowNorm, torch.nn.RMSNorm):
         weight_offset: float = 0.0,
         round_before_weight: bool = False,
         round_rstd: bool = False,
+        round_weight: bool = False,
         memory_efficient: bool = False,
     ) -> None:
         _check_options(eps, weight_offset)
@@ -272,6 +278,7 @@ class RMSNorm(_RowNorm, torch.nn.RMSNorm):
         self.weight_offset = weight_offset
         self.round_before_weight = round_before_weight
         self.round_rstd = round_rstd
+        self.round_weight = round_weight
         self.memory_efficient = memory_efficient
         self.register_parameter("bias", None)
         if bias and elementwise_affine:
@@ -315,6 +322,7 @@ class LayerNorm(_RowNorm, torch.nn.LayerNorm):
         weight_offset: float = 0.0,
         round_before_weight: bool = False,
         round_rstd: bool = False,
+        round_weight: bool = False,
         memory_efficient: bool = False,
     ) -> None:
         _check_options(eps, weight_offset)
@@ -323,6 +331,7 @@ class LayerNorm(_RowNorm, torch.nn.LayerNorm):
         self.weight_offset = weight_offset
         self.round_before_weight = round_before_weight
         self.round_rstd = round_rstd
+        self.round_weight = round_weight
         self.memory_efficient = memory_efficient
         self.reset_parameters()
 
@@ -369,6 +378,7 @@ class HeadNorm(_Affine):
         weight_offset: float = 0.0,
         round_before_weight: bool = False,
         round_rstd: bool = False,
+        round_weight: bool = False,
         memory_efficient: bool = False,
     ) -> None:
         super().__init__()
@@ -386,6 +396,7 @@ class HeadNorm(_Affine):
         self.weight_offset = weight_offset
         self.round_before_weight = round_before_weight
         self.round_rstd = round_rstd
+        self.round_weight = round_weight
         self.memory_efficient = memory_efficient
         shape = (head_dim,) if num_heads is None else (num_heads, head_dim)
         for name, wanted in (("weight", True), ("bias", bias)):
@@ -422,7 +433,8 @@ class HeadNorm(_Affine):
         kind = PER_HEAD | (self.kind == "layer") * LAYER | (residual is not None) * ADD
         call = (
             kind, x, residual, weight, bias, self.eps, self.weight_offset,
-            self.round_before_weight, True, False, self.round_rstd, out_dtype, None, None,
+            self.round_before_weight, True, False, self.round_rstd, self.round_weight,
+            out_dtype, None, None,
         )  # fmt: skip
         if weight is not None and not is_dynamo_compiling():
             made = quick(*call)
@@ -479,6 +491,7 @@ class HeadNorm(_Affine):
             weight_offset=stored.spec.weight_offset,
             round_before_weight=stored.spec.round_before_weight,
             round_rstd=stored.spec.round_rstd,
+            round_weight=stored.spec.round_weight,
         )
         return module._adopt(stored)
 

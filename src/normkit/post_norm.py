@@ -40,6 +40,7 @@ def norm_add(
     round_before_weight: bool = False,
     clamp_inf: bool = False,
     round_rstd: bool = False,
+    round_weight: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
     """Normalise x, and add it to the residual.
@@ -78,7 +79,7 @@ def norm_add(
     """
     call = (
         POST | is_layer(kind) * LAYER, x, residual, weight, bias, eps, weight_offset,
-        round_before_weight, True, clamp_inf, round_rstd, None, out, None,
+        round_before_weight, True, clamp_inf, round_rstd, round_weight, None, out, None,
     )  # fmt: skip
     of_sum = (*BEFORE_POST_NORM, None, None, None, alpha, beta, round_norm)
     made = None if is_dynamo_compiling() else _norm_add(*call, *of_sum)
@@ -100,11 +101,12 @@ def norm_add_(
     round_before_weight: bool = False,
     clamp_inf: bool = False,
     round_rstd: bool = False,
+    round_weight: bool = False,
 ) -> Tensor:
     """`norm_add` in place: the residual becomes h and is returned; x stays as it is."""
     call = (
         POST | is_layer(kind) * LAYER, x, residual, weight, bias, eps, weight_offset,
-        round_before_weight, True, clamp_inf, round_rstd, None, residual, None,
+        round_before_weight, True, clamp_inf, round_rstd, round_weight, None, residual, None,
     )  # fmt: skip
     of_sum = (*BEFORE_POST_NORM, None, None, None, alpha, beta, round_norm)
     made = None if is_dynamo_compiling() else _norm_add(*call, *of_sum)
@@ -129,6 +131,7 @@ def norm_add_norm(
     round_before_weight: bool = False,
     clamp_inf: bool = False,
     round_rstd: bool = False,
+    round_weight: bool = False,
     out_dtype: torch.dtype | None = None,
     out: Tensor | None = None,
     residual_out: Tensor | None = None,
@@ -168,7 +171,8 @@ def norm_add_norm(
     """
     call = (
         POST | ADD | is_layer(kind) * LAYER, x, residual, weight, bias, eps, weight_offset,
-        round_before_weight, True, clamp_inf, round_rstd, out_dtype, out, residual_out,
+        round_before_weight, True, clamp_inf, round_rstd, round_weight, out_dtype, out,
+        residual_out,
     )  # fmt: skip
     of_sum = (*BEFORE_POST_NORM, next_weight, next_bias, next_eps, alpha, beta, round_norm)
     made = None if is_dynamo_compiling() else _norm_add_norm(*call, *of_sum)
@@ -193,11 +197,12 @@ def norm_add_norm_(
     round_before_weight: bool = False,
     clamp_inf: bool = False,
     round_rstd: bool = False,
+    round_weight: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`norm_add_norm` in place: x becomes y and the residual h; returns both."""
     call = (
         POST | ADD | is_layer(kind) * LAYER, x, residual, weight, bias, eps, weight_offset,
-        round_before_weight, True, clamp_inf, round_rstd, None, x, residual,
+        round_before_weight, True, clamp_inf, round_rstd, round_weight, None, x, residual,
     )  # fmt: skip
     of_sum = (*BEFORE_POST_NORM, next_weight, next_bias, next_eps, alpha, beta, round_norm)
     made = None if is_dynamo_compiling() else _norm_add_norm(*call, *of_sum)

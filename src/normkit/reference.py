@@ -28,6 +28,7 @@ def norm(
     round_before_weight: bool = False,
     clamp_inf: bool = False,
     round_rstd: bool = False,
+    round_weight: bool = False,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     round_each: bool = False,
@@ -55,6 +56,7 @@ def norm(
         round_before_weight: round ``(x - mean) * rstd`` to x's dtype before weight multiplies it.
         clamp_inf: let +-inf in a float16 x count as +-65504.
         round_rstd: round rstd to x's dtype before it multiplies.
+        round_weight: round weight + weight_offset to weight's dtype.
         scale: x's first dimensions, or ones in their place, and its last; None for zeros.
         shift: likewise.
         round_each: round n to x's dtype, ``1 + scale`` to scale's, and the product and the sum to
@@ -87,7 +89,7 @@ def norm(
     xhat = _normalised(row, eps, kind, x.dtype if round_rstd else None, eps_outside)
     if round_before_weight:
         xhat = rounded(xhat, x.dtype)
-    n = scaled(xhat, weight, bias, weight_offset)
+    n = scaled(xhat, weight, bias, weight_offset, round_weight)
     if z is not None and norm_before_gate:
         n = (rounded(n, x.dtype) if round_each else n) * activated(z, activation, compute)
         return n.to(out_dtype or x.dtype)
@@ -108,6 +110,7 @@ def add_norm(
     round_before_weight: bool = False,
     clamp_inf: bool = False,
     round_rstd: bool = False,
+    round_weight: bool = False,
     gate: Tensor | None = None,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
@@ -134,6 +137,7 @@ def add_norm(
         clamp_inf: let +-inf in a float16 x, and with round_sum=True in a float16 residual_out where
             it is normalised, count as +-65504.
         round_rstd: round rstd before it multiplies, to the same dtype as round_before_weight.
+        round_weight: as in `norm`.
         gate: as scale; None for ones.
         scale: as in `norm`.
         shift: as in `norm`.
@@ -165,7 +169,7 @@ def add_norm(
     xhat = _normalised(total, eps, kind, dtype if round_rstd else None)
     if round_before_weight:
         xhat = rounded(xhat, dtype)
-    n = scaled(xhat, weight, bias, weight_offset)
+    n = scaled(xhat, weight, bias, weight_offset, round_weight)
     y = modulated(n, scale, shift, dtype if round_each else None)
     return y.to(out_dtype or x.dtype), residual_out
 
@@ -185,6 +189,7 @@ def norm_add(
     round_before_weight: bool = False,
     clamp_inf: bool = False,
     round_rstd: bool = False,
+    round_weight: bool = False,
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Return ``round(alpha * residual + beta * norm(x))``, in residual's dtype.
@@ -210,6 +215,7 @@ def norm_add(
         round_before_weight=round_before_weight,
         clamp_inf=clamp_inf,
         round_rstd=round_rstd,
+        round_weight=round_weight,
         out_dtype=compute,
         compute_dtype=compute,
     )
@@ -271,6 +277,7 @@ def norm_backward(
     round_before_weight: bool = False,
     clamp_inf: bool = False,
     round_rstd: bool = False,
+    round_weight: bool = False,
     eps_outside: bool = False,
     compute_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -300,6 +307,7 @@ def norm_backward(
         round_before_weight: as in `norm`: the weight's gradient takes xhat as it was rounded.
         clamp_inf: as in `norm`.
         round_rstd: as in `norm`, for an rstd that is taken again.
+        round_weight: as in `norm`.
         eps_outside: as in `norm`.
         compute_dtype: as in `norm`.
 
@@ -309,7 +317,7 @@ def norm_backward(
     """
     compute = compute_dtype_of(x, compute_dtype)
     grad_y = grad_y.to(compute)
-    scale = None if weight is None else offset_weight(weight, weight_offset, compute)
+    scale = None if weight is None else offset_weight(weight, weight_offset, compute, round_weight)
     g = grad_y if scale is None else grad_y * scale
     mean, dtype = None, _dtype_normalised(x, residual, round_sum)
     if from_output:
@@ -373,6 +381,7 @@ def from_statistics(
     bias: Tensor | None,
     *,
     weight_offset: float,
+    round_weight: bool,
     clamp_inf: bool,
     xhat_dtype: torch.dtype | None,
     dtype: torch.dtype | None,
@@ -381,7 +390,7 @@ def from_statistics(
     xhat = normalised_by(x, rstd, mean, clamp_inf)
     if xhat_dtype is not None:
         xhat = rounded(xhat, xhat_dtype)
-    n = scaled(xhat, weight, bias, weight_offset)
+    n = scaled(xhat, weight, bias, weight_offset, round_weight)
     return n if dtype is None else rounded(n, dtype)
 
 
@@ -541,19 +550,27 @@ def normalised_by(x: Tensor, rstd: Tensor, mean: Tensor | None, clamp_inf: bool)
     return (wide if mean is None else wide - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)
 
 
-def offset_weight(weight: Tensor, weight_offset: float, compute: torch.dtype) -> Tensor:
-    """Return the weight with its offset, in the computing dtype."""
+def offset_weight(
+    weight: Tensor, weight_offset: float, compute: torch.dtype, round_weight: bool = False
+) -> Tensor:
+    """Return the weight with its offset, in the computing dtype, perhaps rounded to its own."""
     scale = weight.to(compute)
-    # adding 0.0 would turn a weight of -0.0 into +0.0
-    return scale if weight_offset == 0.0 else scale + weight_offset
+    if weight_offset == 0.0:  # adding it would turn a weight of -0.0 into +0.0
+        return scale
+    scale = scale + weight_offset
+    return rounded(scale, weight.dtype) if round_weight else scale
 
 
 def scaled(
-    xhat: Tensor, weight: Tensor | None, bias: Tensor | None, weight_offset: float
+    xhat: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    weight_offset: float,
+    round_weight: bool = False,
 ) -> Tensor:
     """Return xhat times the weight with its offset, plus the bias."""
     if weight is not None:
-        xhat = xhat * offset_weight(weight, weight_offset, xhat.dtype)
+        xhat = xhat * offset_weight(weight, weight_offset, xhat.dtype, round_weight)
     if bias is not None:
         xhat = xhat + bias.to(xhat.dtype)
     return xhat

@@ -110,6 +110,7 @@ def error_bound(
     round_before_weight: bool = False,
     clamp_inf: bool = False,
     round_rstd: bool = False,
+    round_weight: bool = False,
     eps_outside: bool = False,
 ) -> Tensor:
     """How far each element of a norm may be from `reference.norm` in float64.
@@ -139,6 +140,7 @@ def error_bound(
         round_before_weight: as in the call.
         clamp_inf: as in the call.
         round_rstd: as in the call.
+        round_weight: as in the call.
         eps_outside: as in the call.
 
     Returns:
@@ -168,6 +170,7 @@ def error_bound(
         x.dtype if round_rstd else None,
         clamp_inf,
         eps_outside,
+        round_weight,
     )
     around = oracle.stated()
     reach = [(y - around).abs() + bound for y, bound in oracle.accepted(out_dtype)]
@@ -195,6 +198,7 @@ def assert_accurate(
     round_before_weight: bool = False,
     clamp_inf: bool = False,
     round_rstd: bool = False,
+    round_weight: bool = False,
     eps_outside: bool = False,
 ) -> None:
     """Check that y is the norm of x, within the error that normkit promises.
@@ -226,6 +230,7 @@ def assert_accurate(
         round_before_weight: as in the call.
         clamp_inf: as in the call.
         round_rstd: as in the call.
+        round_weight: as in the call.
         eps_outside: as in the call.
 
     Raises:
@@ -265,6 +270,7 @@ def assert_accurate(
         rounded_to if round_rstd else None,
         clamp_inf,
         eps_outside,
+        round_weight,
     )
     oracle.modulate(scale, shift)
     if z is not None and norm_before_gate:
@@ -289,6 +295,7 @@ class _Oracle:
         rstd_dtype: torch.dtype | None,
         clamp_inf: bool,
         eps_outside: bool,
+        round_weight: bool,
     ) -> None:
         # The options are numbers of the computing dtype, as the inputs are of theirs.
         computing = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -299,8 +306,13 @@ class _Oracle:
         self.arithmetic = _ARITHMETIC
         self.lost: Tensor | float = 0.0  # by gates, of t
         if self.weight is not None:
-            self.arithmetic += _OFFSET if weight_offset else 0.0
-            self.weight = self.weight + _rounded(weight_offset, computing)
+            offset = _rounded(weight_offset, computing)
+            if round_weight and weight is not None and weight.dtype.itemsize == 2:
+                # Of float32, as it is computed: next to a middle its rounding decides.
+                self.weight = reference.offset_weight(weight, offset, computing, True).double()
+            else:
+                self.arithmetic += _OFFSET if weight_offset else 0.0
+                self.weight = self.weight + offset
         self.xhats = self._normalised(x, eps, rstd_dtype, clamp_inf)
         if computing is torch.float32:
             overflows = self._sum_overflows(x, clamp_inf)

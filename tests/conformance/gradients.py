@@ -153,7 +153,7 @@ def _expected(case: Case) -> list[tuple[str, Tensor, Tensor]]:
         grad_y = grad_y * a.detach()
     g = grad_y
     if weight is not None:
-        g = g * (weight.double() + _float32(options.get("weight_offset", 0.0)))
+        g = g * _whole(weight, options)
     inside = g - xhat * ((g * xhat).sum(-1, keepdim=True) / columns)
     size = g.abs() + u * ((g.abs() * u).sum(-1, keepdim=True) / columns)
     if outside:
@@ -174,7 +174,7 @@ def _expected(case: Case) -> list[tuple[str, Tensor, Tensor]]:
         sums = (of_x * x).sum_to_size(gate.shape), (t_x * x.abs()).sum_to_size(gate.shape)
         expected.append(("gate", *sums))
     if scale is not None or z is not None:
-        w = 1.0 if weight is None else weight.double() + _float32(options.get("weight_offset", 0.0))
+        w = 1.0 if weight is None else _whole(weight, options)
         b = torch.zeros(()) if bias is None else bias.double()
         forward, size = xhat, u * (1 + slack / rstd / _ARITHMETIC)
         if rounded_to is not None:
@@ -215,6 +215,14 @@ def _normalised(case: Case) -> tuple[Tensor, torch.dtype]:
         if case.options.get("round_sum", True):
             s, rounded_to = total.to(residual.dtype).double(), residual.dtype
     return s, rounded_to
+
+
+def _whole(weight: Tensor, options: dict[str, Any]) -> Tensor:
+    """The weight with its offset."""
+    offset = _float32(options.get("weight_offset", 0.0))
+    if options.get("round_weight") and weight.dtype != torch.float32:
+        return (weight.float() + offset).to(weight.dtype).double()
+    return weight.double() + offset
 
 
 def _double(case: Case, name: str) -> Tensor | None:

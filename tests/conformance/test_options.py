@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import normkit
-from conformance.gradients import wanting
+from conformance.gradients import case_of, gradients, wanting
 from conformance.support import (
     ADDING,
     AFFINE,
@@ -255,6 +255,92 @@ def test_gradients_have_the_rstd_of_the_forward_pass(backend: Any, op: Op) -> No
         )
         torch.testing.assert_close(again[0].detach(), first[0], rtol=2**-8, atol=1e-6)
         assert again[0].requires_grad
+
+
+# ------------------------------------------------------------------------------- round_weight
+
+
+def _with_its_offset(inputs: Inputs, offset: float) -> Inputs:
+    """The weight that a model multiplies with which adds the offset in the weight's dtype."""
+    assert inputs.weight is not None
+    return inputs._replace(weight=inputs.weight + offset)
+
+
+@pytest.mark.parametrize("op", AFFINE, ids=str)
+def test_round_weight_is_the_rounding_of_models(backend: Any, op: Op) -> None:
+    for dtype, weight_dtype, out_dtype, n in itertools.product(DTYPES, DTYPES, DTYPES, (65, 256)):
+        inputs = inputs_for(op, (4, 3), n, dtype, weight_dtype=weight_dtype)
+        for offset, form in ((1.0, run), (0.3125, run), (1.0, run_in_place)):
+            options = {"round_before_weight": offset != 1.0}
+            if form is run:
+                options |= {"out_dtype": out_dtype}
+            expected = form(backend, op, _with_its_offset(inputs, offset), **options)
+            rounded = form(backend, op, inputs, weight_offset=offset, round_weight=True, **options)
+            assert_same_results(rounded, expected)
+
+
+@pytest.mark.parametrize("op", AFFINE, ids=str)
+def test_round_weight_is_accurate(backend: Any, op: Op) -> None:
+    for dtype, weight_dtype in itertools.product(DTYPES, DTYPES):
+        inputs = inputs_for(op, (4, 3), 130, dtype, weight_dtype=weight_dtype)
+        run_and_check(backend, op, inputs, weight_offset=1.0, round_weight=True)
+
+
+@pytest.mark.parametrize("op", AFFINE, ids=str)
+def test_round_weight_is_seen_where_a_weight_of_16_bits_has_an_offset(backend: Any, op: Op) -> None:
+    for weight_dtype, offset in itertools.product(DTYPES, (0.0, 1.0)):
+        inputs = inputs_for(op, 8, 100, F32, weight_dtype=weight_dtype)
+        plain, rounded = (
+            run(backend, op, inputs, weight_offset=offset, round_weight=r).y for r in (False, True)
+        )
+        if weight_dtype == F32 or offset == 0.0:
+            assert_same_bits(rounded, plain)
+        else:
+            assert _differ(rounded, plain) > 0.1
+
+
+@pytest.mark.parametrize("op", AFFINE, ids=str)
+def test_gradients_have_the_weight_that_multiplied(backend: Any, op: Op) -> None:
+    for dtype, weight_dtype in itertools.product(DTYPES, (F16, BF16)):
+        inputs = inputs_for(op, (4, 3), 65, dtype, weight_dtype=weight_dtype)
+        options: dict[str, Any] = {} if op.modulated else {"memory_efficient": dtype == F16}
+        made = [
+            gradients(backend, case_of(op, given, **options, **more))
+            for given, more in (
+                (inputs, {"weight_offset": 1.0, "round_weight": True}),
+                (_with_its_offset(inputs, 1.0), {}),
+            )
+        ]
+        for got, expected in zip(*made, strict=True):
+            assert_same_bits(got, expected)
+
+
+def test_round_weight_without_a_weight_is_nothing(backend: Any) -> None:
+    x = inputs_for(RMS, 4, 64, BF16).x
+    assert_same_bits(
+        backend("rms_norm", x, weight_offset=1.0, round_weight=True), backend("rms_norm", x)
+    )
+
+
+def test_modules_round_weight() -> None:
+    x = inputs_for(HEAD_RMS, (8, 3), 64, BF16).x
+    given: dict[str, Any] = {"dtype": BF16, "weight_offset": 1.0, "round_weight": True}
+    for module, function in (
+        (normkit.RMSNorm(64, **given), normkit.rms_norm),
+        (normkit.LayerNorm(64, **given), normkit.layer_norm),
+        (normkit.HeadNorm(3, 64, **given), normkit.head_norm),
+    ):
+        with torch.no_grad():
+            module.weight.copy_(torch.linspace(-1, 1, module.weight.numel()).view_as(module.weight))
+        affine = (module.weight + 1.0, module.bias, module.eps)
+        assert_same_bits(module(x), function(x, *affine))
+        assert (
+            _differ(
+                module(x), function(x, *affine[:0], module.weight, *affine[1:], weight_offset=1.0)
+            )
+            > 0.01
+        )
+        assert ", round_weight=True" in str(module)
 
 
 # ---------------------------------------------------------------------------------- clamp_inf

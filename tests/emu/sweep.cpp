@@ -32,7 +32,7 @@ struct Case {
   bool weight, bias, in_place, round_before_weight, round_sum, clamp_inf, saves;
   float offset, eps;
   uint64_t seed;
-  bool of_sum, eps_outside;
+  bool of_sum, eps_outside, round_weight;
   bool constant;  // every x of one value, so that errors of a sum all fall to one side
 };
 
@@ -42,9 +42,9 @@ std::string name(const Case& c) {
          n(int(c.other)) + " rows" + n(c.rows) + " n" + n(c.n) + " heads" + n(c.heads) + " pad" +
          n(c.pad) + " shift" + n(c.shift) + " weight" + n(c.weight) + " bias" + n(c.bias) +
          " in place" + n(c.in_place) + " round_before_weight" + n(c.round_before_weight) +
-         " of_sum" + n(c.of_sum) + " eps_outside" + n(c.eps_outside) + " round_sum" +
-         n(c.round_sum) + " clamp_inf" + n(c.clamp_inf) + " saves" + n(c.saves) + " seed" +
-         n(static_cast<int64_t>(c.seed));
+         " of_sum" + n(c.of_sum) + " eps_outside" + n(c.eps_outside) + " round_weight" +
+         n(c.round_weight) + " round_sum" + n(c.round_sum) + " clamp_inf" + n(c.clamp_inf) +
+         " saves" + n(c.saves) + " seed" + n(static_cast<int64_t>(c.seed));
 }
 
 std::set<std::string> plans;
@@ -96,6 +96,7 @@ void run(const Case& c) {
   norm.options.clamp_inf = c.clamp_inf;
   norm.options.of_sum = c.of_sum;
   norm.options.eps_outside = c.eps_outside;
+  norm.options.round_weight = c.round_weight;
   const bool layer = c.statistic == Statistic::kLayer;
   Guarded rstds(c.rows), means(c.rows);
   if (c.saves) {
@@ -145,9 +146,10 @@ void run(const Case& c) {
     }
     const DType normalised = c.adds && c.round_sum ? c.other : c.x;
     for (int64_t i = 0; i < c.n; ++i) {
-      const double w =
-          c.weight ? read(c.other, weight.at(r % c.heads, i)) + double{norm.options.weight_offset}
-                   : 1;
+      double w = c.weight
+                     ? read(c.other, weight.at(r % c.heads, i)) + double{norm.options.weight_offset}
+                     : 1;
+      if (c.round_weight) w = rounded(c.other, w);
       const double b = c.bias ? read(c.other, bias.at(r % c.heads, i)) : 0;
       const double xhat = (v[i] - mean) * rstd, size = (std::abs(v[i]) + about) * rstd;
       const double bound = std::ldexp(4 * (size * std::abs(w) + std::abs(b)), -24);
@@ -284,6 +286,11 @@ struct Sweep {
     c.eps = chance(2) ? 0.3f : 1e-6f;
     c.seed = random();
     run(c);
+    if (c.weight && c.seed % 4 == 1) {
+      c.round_weight = true;
+      c.offset = 1.f;
+      return run(c);
+    }
     if (statistic != Statistic::kRms || adds || c.seed % 4 != 0) return;
     c.of_sum = true;
     c.eps_outside = c.seed % 8 == 0;

@@ -105,7 +105,7 @@ class Free {
       somewhere(t->data);
       gap(t->dtype, t->stride);
     }
-    gap(norm.options.eps_outside, norm.rstd);
+    gap(norm.options.round_weight, norm.rstd);
     for (float* const* p : {&norm.rstd, &norm.mean, &norm.split.statistics}) somewhere(*p);
     somewhere(norm.split.gathered);
     gap(norm.split.step, norm.split.statistics);
@@ -200,7 +200,7 @@ struct Case {
 void change(Case& c) {
   constexpr DType kDTypes[] = {DType::kFloat32, DType::kFloat16, DType::kBFloat16};
   constexpr int kColumns[] = {8, 40, 64, 100, 256, 1024};
-  switch (below(22)) {
+  switch (below(23)) {
     case 0:
       c.statistic = static_cast<Statistic>(below(2));
       break;
@@ -263,6 +263,9 @@ void change(Case& c) {
       break;
     case 20:
       c.options.eps_outside = !c.options.eps_outside;
+      break;
+    case 21:
+      c.options.round_weight = !c.options.round_weight;
       break;
     default:
       c.options.round_sum = !c.options.round_sum;

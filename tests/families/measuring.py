@@ -11,8 +11,15 @@ from torch import nn
 
 from families.building import Built
 from normkit.checkpoint import _names
-from normkit.checkpoint._families import Rule, pattern_of
+from normkit.checkpoint._families import Rounding, Rule, pattern_of
 from normkit.recognition import Recognition, recognise
+
+# By whether xhat is rounded before the weight, and whether the weight with its offset is.
+_ROUNDINGS: dict[tuple[bool, bool], Rounding] = {
+    (False, False): "once",
+    (True, False): "first",
+    (False, True): "weight",
+}
 
 
 @dataclass
@@ -66,7 +73,9 @@ def rule_of(result: Recognition, keys: dict[float, str], groups: dict[int, str])
         return Rule(none="it has no weight")
     spec, eps = function.spec, function.spec.eps or 0.0
     own = result.specs.get(torch.bfloat16)
-    rounding = "elsewhere" if own is None else "first" if own.round_before_weight else "once"
+    rounding: Rounding = "elsewhere"
+    if own is not None:
+        rounding = _ROUNDINGS.get((own.round_before_weight, own.round_weight), "elsewhere")
     return Rule(
         kind=spec.kind,
         eps=keys.get(eps, eps),

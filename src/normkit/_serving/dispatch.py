@@ -123,7 +123,12 @@ def backward(
     mean: Tensor | None,
 ) -> Gradients:
     """Make the gradients of a norm; backend is what `use_backend` named for the forward pass."""
-    weight_offset, round_before_weight, clamp_inf = formula.of_backward()
+    weight_offset, round_before_weight, clamp_inf, round_weight = formula.of_backward()
+    if round_weight and weight is not None:
+        # Of the weight itself kernels need nothing; what multiplied is a weight without an offset.
+        weight = reference.offset_weight(weight, weight_offset, rstd.dtype, True).to(weight.dtype)
+        weight_offset = 0.0
+        formula = formula.without_offset()
     if not backward_refusal(backend, clamp_inf):
         native = natives[backend].norm_backward
         kind = formula.layer + 2 * formula.per_head + 8 * formula.from_output

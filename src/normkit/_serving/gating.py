@@ -143,6 +143,7 @@ def _norm_again(kept: Kept, options: Options) -> Tensor:
         kept.weight,
         kept.bias,
         weight_offset=given["weight_offset"],
+        round_weight=given["round_weight"],
         clamp_inf=given["clamp_inf"],
         xhat_dtype=kept.x.dtype if given["round_before_weight"] else None,
         dtype=kept.x.dtype if options.round_each else None,

@@ -194,6 +194,7 @@ def _norm_again(kept: Kept, source: Tensor, formula: Formula, round_each: bool) 
         kept.weight,
         kept.bias,
         weight_offset=options["weight_offset"],
+        round_weight=options["round_weight"],
         clamp_inf=options["clamp_inf"],
         xhat_dtype=dtype if options["round_before_weight"] else None,
         dtype=dtype if round_each else None,

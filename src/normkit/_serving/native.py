@@ -78,6 +78,6 @@ def backward_kernel(arguments: Fields) -> Kernel:
         "norm_backward",
         sources,
         range(4),
-        [places["clamp_inf"], places["eps_outside"]],
+        [places["clamp_inf"], places["eps_outside"], places["round_weight"]],
         places["x"],
     )

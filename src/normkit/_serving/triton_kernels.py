@@ -95,6 +95,7 @@ def _scaled(
     mask,
     weight_offset,
     HAS_OFFSET: tl.constexpr,
+    ROUND_WEIGHT: tl.constexpr,
     XHAT_DTYPE: tl.constexpr,
 ):
     """What is rounded to y."""
@@ -103,6 +104,8 @@ def _scaled(
         scale = tl.load(weight + weight_at, mask=mask, other=0.0).to(tl.float32)
         if HAS_OFFSET:  # adding 0.0 would turn a weight of -0.0 into +0.0
             scale += weight_offset
+            if ROUND_WEIGHT:
+                scale = scale.to(weight.dtype.element_ty).to(tl.float32)
         y *= scale
     if bias is not None:
         y += tl.load(bias + bias_at, mask=mask, other=0.0).to(tl.float32)
@@ -147,6 +150,7 @@ def norm_rows(
     ROUND_SUM: tl.constexpr,
     CLAMP_INF: tl.constexpr,
     ROUND_RSTD: tl.constexpr,
+    ROUND_WEIGHT: tl.constexpr,
     IN_PLACE: tl.constexpr,
     DIMS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -180,7 +184,7 @@ def norm_rows(
         affine_mask = column < n
     y = _scaled(
         centred, rstd, weight, bias, weight_at, bias_at, affine_mask, weight_offset, HAS_OFFSET,
-        XHAT_DTYPE,
+        ROUND_WEIGHT, XHAT_DTYPE,
     )  # fmt: skip
     if IN_PLACE:  # an element may be loaded by another thread than the one that stores it
         tl.debug_barrier()
@@ -263,6 +267,7 @@ def norm_streamed_row(
     ROUND_SUM: tl.constexpr,
     CLAMP_INF: tl.constexpr,
     ROUND_RSTD: tl.constexpr,
+    ROUND_WEIGHT: tl.constexpr,
     IN_PLACE: tl.constexpr,
     DIMS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -312,7 +317,7 @@ def norm_streamed_row(
             centred -= mean
         y = _scaled(
             centred, rstd, weight, bias, weight_at + column, bias_at + column, mask, weight_offset,
-            HAS_OFFSET, XHAT_DTYPE,
+            HAS_OFFSET, ROUND_WEIGHT, XHAT_DTYPE,
         )  # fmt: skip
         if IN_PLACE:
             tl.debug_barrier()

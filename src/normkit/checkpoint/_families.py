@@ -14,15 +14,15 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from normkit._serving.checks import check_number
 from normkit._spec import Kind
 
-Rounding = Literal["once", "first", "elsewhere"]
+Rounding = Literal["once", "first", "weight", "elsewhere"]
 Json = Mapping[str, object]
 
-_ROUNDINGS: Mapping[str, Rounding] = {"once": "once", "first": "first", "elsewhere": "elsewhere"}
+_ROUNDINGS: Mapping[str, Rounding] = {word: word for word in get_args(Rounding)}
 
 _DATA = Path(__file__).parents[1] / "_families.json"
 
@@ -37,7 +37,8 @@ class Rule:
         weight_offset: what is added to the weight.
         has_bias: whether the family's module has a bias.
         rounding: whether 16-bit values are rounded "once", at the end; also "first", before the
-            weight multiplies; or "elsewhere", which normkit does not do.
+            weight multiplies; "weight", once, but with its offset the weight too, to its own dtype;
+            or "elsewhere", which normkit does not do.
         groups: parts of a row, each with a statistic of its own; a number, or an entry's path.
         gate: "", or where a gate multiplies and through what.
         channels_first: whether x is (batch, n, ...).

@@ -178,6 +178,7 @@ def _of_family(found: Found) -> _Known:
         "eps": eps,
         "weight_offset": rule.weight_offset,
         "round_before_weight": rule.rounding == "first",
+        "round_weight": rule.rounding == "weight",
     }
     origins = dict.fromkeys(_OPTIONS, family)
     if entry:

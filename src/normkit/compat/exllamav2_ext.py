@@ -60,8 +60,8 @@ none_tensor = torch.empty((1, 1), device="meta")
 """Stands for a tensor that is not there, as in `exllamav2.ext`."""
 
 
-# No weight_offset, round_before_weight False, round_sum True, clamp_inf True, round_rstd False.
-_PLAIN = (0.0, False, True, True, False)
+# No weight_offset, round_before_weight False, round_sum True, clamp_inf True, the others False.
+_PLAIN = (0.0, False, True, True, False, False)
 
 
 def rms_norm(x: Tensor, w: Tensor, y: Tensor, epsilon: float) -> None:

@@ -135,7 +135,7 @@ class Plan:
         call = (
             kind | MODULATED * bool(modulation), x, residual, weight, bias, eps,
             spec.weight_offset, spec.round_before_weight, True, False, spec.round_rstd,
-            spec.out_dtype, None, None,
+            spec.round_weight, spec.out_dtype, None, None,
         )  # fmt: skip
         rest: tuple[Any, ...] = (None, *modulation, True, None) if modulation else ()
         y: object = quick(*call, *rest)

@@ -97,6 +97,7 @@ def described(spec: NormSpec) -> str:
     words += ["bias"] * spec.has_bias
     words += ["rounded before the weight"] * spec.round_before_weight
     words += ["rstd rounded"] * spec.round_rstd
+    words += ["offset weight rounded"] * spec.round_weight
     words += [f"y {short(spec.out_dtype)}"] if spec.out_dtype else []
     return ", ".join(words)
 

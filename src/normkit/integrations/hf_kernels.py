@@ -44,6 +44,7 @@ class Plan(NamedTuple):
     weight_offset: float
     round_before_weight: bool
     round_rstd: bool
+    round_weight: bool
     out_dtype: torch.dtype
 
 
@@ -116,6 +117,7 @@ def _run(layer: nn.Module, x: Tensor) -> Tensor:
         weight_offset=plan.weight_offset,
         round_before_weight=plan.round_before_weight,
         round_rstd=plan.round_rstd,
+        round_weight=plan.round_weight,
         out_dtype=plan.out_dtype,
     )
 
@@ -151,6 +153,7 @@ def _measured(layer: nn.Module, dtype: torch.dtype) -> Plan | None:
         spec.weight_offset,
         spec.round_before_weight,
         spec.round_rstd,
+        spec.round_weight,
         spec.out_dtype or dtype,
     )
 

@@ -64,6 +64,7 @@ def part_norm(
     round_before_weight: bool = False,
     clamp_inf: bool = False,
     round_rstd: bool = False,
+    round_weight: bool = False,
     out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return `norm` of a part x of rows, and the rows' rstd and mean, as `combined_statistics`."""
@@ -73,7 +74,7 @@ def part_norm(
     xhat = normalised_by(x, rstd, mean, clamp_inf)
     if round_before_weight:
         xhat = rounded(xhat, x.dtype)
-    y = scaled(xhat, weight, bias, weight_offset).to(out_dtype or x.dtype)
+    y = scaled(xhat, weight, bias, weight_offset, round_weight).to(out_dtype or x.dtype)
     return y, rstd, mean
 
 

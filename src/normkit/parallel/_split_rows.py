@@ -8,12 +8,14 @@ takes the operators `sharded_norm` and `sharded_norm_backward` in `torch.ops.nor
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from normkit import reference
 from normkit._serving import dispatch
 from normkit._serving.backends import ALWAYS_DISPATCH, wanted_backend
 from normkit._serving.definition import define, differentiate, refuse_to_differentiate
@@ -54,10 +56,21 @@ def run(call: Call, ranks: Ranks) -> Tensor:
     return _forward(call, ranks)[0]
 
 
+def _weight_of(weight: Tensor | None, options: PlainOptions) -> tuple[Tensor | None, PlainOptions]:
+    """The weight and the options of kernels of parts, which do not round a weight."""
+    if weight is None or not options["round_weight"]:
+        return weight, options
+    compute = reference.compute_dtype_of(weight, None)
+    whole = reference.offset_weight(weight, options["weight_offset"], compute, True)
+    return whole.to(weight.dtype), {**options, "weight_offset": 0.0, "round_weight": False}
+
+
 def _forward(call: Call, ranks: Ranks) -> PartSaved:
     backend = wanted_backend()
     native = dispatch.native_for(call.x, backend)
-    x, weight, bias, clamp_inf = call.x, call.weight, call.bias, call.clamp_inf
+    weight, options = _weight_of(call.weight, call.plain_options())
+    call = replace(call, weight=weight, **options)
+    x, bias, clamp_inf = call.x, call.bias, call.clamp_inf
     planes = _ask(native.part_statistics, backend, ranks.op, call.layer, x, clamp_inf)
     if planes is None:
         planes = _reference.part_statistics(x, kind=call.statistic, clamp_inf=clamp_inf)
@@ -97,6 +110,7 @@ def _backward(
     mean: Tensor | None,
 ) -> PartGradients:
     """Return the gradients of x, weight and bias; as elsewhere the kernels know no clamp_inf."""
+    weight, options = _weight_of(weight, options)
     offset, rounded = options["weight_offset"], options["round_before_weight"]
     clamp_inf = options["clamp_inf"]
     backend = "reference" if clamp_inf else backend

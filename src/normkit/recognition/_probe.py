@@ -18,6 +18,7 @@ from normkit.functional import head_norm
 from normkit.recognition._identity import OF_EVERY_MODULE
 from normkit.recognition._result import Form, Function, Layout
 from normkit.recognition._screen import gate_of, parameters_of, row_shape
+from normkit.reference import offset_weight
 
 # The steps of a norm in float32, in any order, stay this far from float64, in units of 2^-24 of the
 # terms of y: torch's own reach 10, normkit's 6; a wrong norm is off by thousands.
@@ -419,7 +420,11 @@ def _exact(x: Tensor, probe: Probe, candidate: Function) -> tuple[Tensor, Tensor
     rstd = torch.rsqrt(statistic + (spec.eps or 0.0))
     if spec.eps == 0:
         rstd = rstd.nan_to_num(posinf=0.0)
-    scale = 1.0 if weight is None else weight.double() + spec.weight_offset
+    scale = (
+        1.0
+        if weight is None
+        else offset_weight(weight, spec.weight_offset, torch.float64, spec.round_weight)
+    )
     added = 0.0 if bias is None else bias.double()
     magnitude = 1.0 if weight is None else weight.double().abs() + abs(spec.weight_offset)
     terms = size * rstd * magnitude + (0.0 if bias is None else bias.double().abs())
@@ -450,10 +455,17 @@ def measured_dtypes(
 
 
 def _rounding(probe: Probe, function: Function, dtype: torch.dtype) -> tuple[NormSpec, float]:
-    places = itertools.product((False, True), (False, True) if function.weight else (False,))
+    no_or_yes, offset = (False, True), function.spec.weight_offset
+    within = no_or_yes if dtype != torch.float32 else (False,)
+    places = itertools.product(
+        # Of float32 it is no other number; and what need not be rounded comes first.
+        no_or_yes if offset and probe.dtype != torch.float32 else (False,),
+        within,
+        within if function.weight else (False,),
+    )
     specs = [
-        replace(function.spec, round_rstd=rstd, round_before_weight=first)
-        for rstd, first in (places if dtype != torch.float32 else [(False, False)])
+        replace(function.spec, round_rstd=rstd, round_before_weight=first, round_weight=weight)
+        for weight, rstd, first in places
     ]
     tried = [(agreement(probe, function, spec, dtype), spec) for spec in specs]
     (share, near), spec = max(tried, key=lambda pair: pair[0][0])
@@ -514,6 +526,7 @@ def _ours(x: Tensor, probe: Probe, function: Function, out_dtype: torch.dtype) -
         weight_offset=spec.weight_offset,
         round_before_weight=spec.round_before_weight,
         round_rstd=spec.round_rstd,
+        round_weight=spec.round_weight,
         out_dtype=out_dtype,
     )
     return y.reshape(x.shape)

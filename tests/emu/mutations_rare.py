@@ -1,4 +1,4 @@
-"""What `mutants.py` breaks in L2 norms."""
+"""What `mutants.py` breaks in what few calls ask for: L2 norms, and weights that are rounded."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from mutations import LAUNCH, LAUNCH_BACKWARD, PLAIN, STREAMED, mutant
 
-L2 = (
+RARE = (
     mutant(
         "l2-of-the-mean",
         "squares are divided by how many there are",
@@ -36,8 +36,32 @@ L2 = (
         "a call with eps_outside takes a kernel that adds eps",
         PLAIN,
         LAUNCH,
-        "return bool(norm.modulation) || norm.options.eps_outside;",
-        "return bool(norm.modulation);",
+        "|| o.eps_outside ||",
+        "||",
+    ),
+    mutant(
+        "round-weight-lost",
+        "weight + weight_offset is not rounded",
+        PLAIN,
+        STREAMED,
+        "if (kModulated && a.options.round_weight) round_all(a.weight.dtype, weight);",
+        "",
+    ),
+    mutant(
+        "round-weight-to-x",
+        "weight + weight_offset is rounded to the dtype of x",
+        PLAIN,
+        STREAMED,
+        "round_all(a.weight.dtype, weight);",
+        "round_all(a.x.dtype, weight);",
+    ),
+    mutant(
+        "round-weight-any-kernel",
+        "a call with round_weight takes a kernel that does not round",
+        PLAIN,
+        LAUNCH,
+        "o.eps_outside || rounds;",
+        "o.eps_outside;",
     ),
     replace(
         mutant(
