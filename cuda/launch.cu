@@ -31,7 +31,8 @@ bool takes_rare_kernel(const RowNorm& norm) {
   const NormOptions& o = norm.options;
   const bool rounds =
       o.round_weight && o.weight_offset != 0.f && norm.weight.dtype != DType::kFloat32;
-  return norm.modulation || norm.gating || norm.before || o.eps_outside || rounds;
+  return norm.split.step == Step::kWhole &&
+         (norm.modulation || norm.gating || norm.before || o.eps_outside || rounds);
 }
 
 Access access_of(const RowNorm& norm) {

@@ -82,11 +82,12 @@ __device__ __forceinline__ float sum_of_streamed_row(const RowNormArgs& a, int l
 
 // A group of lanes a row.  The sum with the residual is made anew in each pass and written last, so
 // that outputs may be inputs.  Packs are of eight columns for every dtype.  One that is kFused
-// serves both statistics, does what of the rest is asked for, and is the only one that knows
-// eps_outside.
+// serves both statistics, does what of the rest is asked for, and is the only one of whole rows
+// that knows eps_outside and round_weight.
 template <Statistic kStatistic, bool kAdds, Step kStep = Step::kWhole, bool kFused = false>
 __global__ void __launch_bounds__(kMostLanes, 1) streamed_row_norm_kernel(RowNormArgs a) {
   constexpr int kSize = kLongPack, kQuads = kSize / 4;
+  constexpr bool kRoundsWeight = kFused || kStep == Step::kApply;
   using Access = Any<kSize>;
   using Values = Floats<kSize>;
   using Storage = SumStorage<kQuads>;
@@ -173,7 +174,7 @@ __global__ void __launch_bounds__(kMostLanes, 1) streamed_row_norm_kernel(RowNor
       branch_if(a.options.round_before_weight, [&] { round_all(a.normalised, v); });
 #pragma unroll
       for (int i = 0; i < kSize; ++i) weight.v[i] += a.options.weight_offset;
-      if (kFused && a.options.round_weight) round_all(a.weight.dtype, weight);
+      if (kRoundsWeight && a.options.round_weight) round_all(a.weight.dtype, weight);
 #pragma unroll
       for (int i = 0; i < kSize; ++i) v.v[i] = fmaf(v.v[i], weight.v[i], bias.v[i]);
       if constexpr (kFused) {

@@ -15,6 +15,7 @@ from devices import call_on
 from normkit._serving import backends
 from normkit._serving.backends import natives
 from normkit._spec import DEFAULT_OPTIONS, OPTIONS
+from normkit.reference import offset_weight
 from normkit.testing import assert_accurate
 
 
@@ -110,6 +111,10 @@ def gradients(native: Native, case: Case, count: int, x_dtype: torch.dtype | Non
     offset = options.get("weight_offset", 0.0)
     rounds = options.get("round_before_weight", False)
     saved = made.rstd, made.mean
+    if options.get("round_weight") and inputs.weight is not None:
+        # The backward pass takes a weight that has its offset, as `_split_rows` gives it.
+        whole = offset_weight(inputs.weight, offset, torch.float32, round_weight=True)
+        inputs, offset = inputs._replace(weight=whole.to(inputs.weight.dtype)), 0.0
     parts = list(zip(*(chunks(t, count) for t in (case.grad_y, *used(inputs))), strict=True))
     gathered = torch.stack(
         [

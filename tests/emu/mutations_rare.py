@@ -44,7 +44,7 @@ RARE = (
         "weight + weight_offset is not rounded",
         PLAIN,
         STREAMED,
-        "if (kModulated && a.options.round_weight) round_all(a.weight.dtype, weight);",
+        "if (kRoundsWeight && a.options.round_weight) round_all(a.weight.dtype, weight);",
         "",
     ),
     mutant(
@@ -60,8 +60,8 @@ RARE = (
         "a call with round_weight takes a kernel that does not round",
         PLAIN,
         LAUNCH,
-        "o.eps_outside || rounds;",
-        "o.eps_outside;",
+        "o.eps_outside || rounds);",
+        "o.eps_outside);",
     ),
     replace(
         mutant(

@@ -8,7 +8,6 @@ takes the operators `sharded_norm` and `sharded_norm_backward` in `torch.ops.nor
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
 import torch
@@ -56,21 +55,10 @@ def run(call: Call, ranks: Ranks) -> Tensor:
     return _forward(call, ranks)[0]
 
 
-def _weight_of(weight: Tensor | None, options: PlainOptions) -> tuple[Tensor | None, PlainOptions]:
-    """The weight and the options of kernels of parts, which do not round a weight."""
-    if weight is None or not options["round_weight"]:
-        return weight, options
-    compute = reference.compute_dtype_of(weight, None)
-    whole = reference.offset_weight(weight, options["weight_offset"], compute, True)
-    return whole.to(weight.dtype), {**options, "weight_offset": 0.0, "round_weight": False}
-
-
 def _forward(call: Call, ranks: Ranks) -> PartSaved:
     backend = wanted_backend()
     native = dispatch.native_for(call.x, backend)
-    weight, options = _weight_of(call.weight, call.plain_options())
-    call = replace(call, weight=weight, **options)
-    x, bias, clamp_inf = call.x, call.bias, call.clamp_inf
+    x, weight, bias, clamp_inf = call.x, call.weight, call.bias, call.clamp_inf
     planes = _ask(native.part_statistics, backend, ranks.op, call.layer, x, clamp_inf)
     if planes is None:
         planes = _reference.part_statistics(x, kind=call.statistic, clamp_inf=clamp_inf)
@@ -94,6 +82,15 @@ def _forward(call: Call, ranks: Ranks) -> PartSaved:
         **call.plain_options(),
     )
     return dispatch.packed(y), rstd, mean
+
+
+def _weight_of(weight: Tensor | None, options: PlainOptions) -> tuple[Tensor | None, PlainOptions]:
+    """The weight and the options of kernels of gradients, which do not round a weight."""
+    if weight is None or not options["round_weight"]:
+        return weight, options
+    compute = reference.compute_dtype_of(weight, None)
+    whole = reference.offset_weight(weight, options["weight_offset"], compute, True)
+    return whole.to(weight.dtype), {**options, "weight_offset": 0.0, "round_weight": False}
 
 
 def _backward(
