@@ -154,7 +154,7 @@ def backward_arguments(
         torch.randn(x.shape).to(x.dtype),
         torch.randn(x.shape) if residual else None,
         *(x, None, affine, affine, rstd, rstd.clone() if layer else None),
-        *(layer, per_head, False, 1e-6, *DEFAULT_OPTIONS.values()),
+        *(layer, per_head, False, 1e-6, *DEFAULT_OPTIONS.values(), False, False),
         x.dtype if of_x else None,
         torch.float32 if of_residual else None,
         *(of_weight, of_bias),
@@ -223,7 +223,7 @@ def test_gradients_that_nobody_wants_are_empty_in_plain_torch_too() -> None:
     x, grad_y = torch.randn(3, 8, dtype=torch.float64), torch.randn(3, 8, dtype=torch.float64)
     weight = torch.rand(8, dtype=torch.float64)
     rstd = torch.ops.normkit.rms_norm(x, weight)[1]
-    formula = (False, False, False, 1e-6, *DEFAULT_OPTIONS.values())
+    formula = (False, False, False, 1e-6, *DEFAULT_OPTIONS.values(), False, False)
     wanted = (x.dtype, None, False, False)
     tensors = (grad_y, None, x, None, weight, weight, rstd, None)
     made = torch.ops.normkit.norm_backward(*tensors, *formula, *wanted)
