@@ -79,8 +79,8 @@ def counted(sums: bool = False, modulated: bool = False) -> Iterator[list[Tensor
     seen: list[Tensor] = []
     run = _plan.Plan.run
 
-    def count(self, module, x, residual=None, modulation=()):
-        y = run(self, module, x, residual, modulation)
+    def count(self, module, x, residual=None, modulation=(), z=None):
+        y = run(self, module, x, residual, modulation, z)
         wanted = (residual is not None or not sums) and (modulation or not modulated)
         if y is not None and wanted:
             seen.append(x)
@@ -91,9 +91,9 @@ def counted(sums: bool = False, modulated: bool = False) -> Iterator[list[Tensor
         yield seen
 
 
-def calls(module: nn.Module, x: Tensor) -> int:
+def calls(module: nn.Module, *inputs: Tensor | None) -> int:
     with counted() as seen:
-        module(x)
+        module(*inputs)
     return len(seen)
 
 

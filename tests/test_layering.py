@@ -33,6 +33,7 @@ LAYERS = [
     {"_serving.serve"},
     {"functional", "fusions", "lengths", "modules", "post_norm"},
     {"_bench", "fused_modules", "loading", "recognition._probe"},
+    {"recognition._forms", "recognition._gating"},
     {"recognition"},
     {"_originals", "conversion._plan", "conversion._rewriting"},
     {"conversion._classes"},

@@ -121,8 +121,9 @@ def _running() -> Iterator[_Run]:
         x: Tensor,
         residual: Tensor | None = None,
         modulation: Sequence[Tensor] = (),
+        z: Any = None,
     ) -> Any:
-        made = run(self, module, x, residual, modulation)
+        made = run(self, module, x, residual, modulation, z)
         if made is not None:
             seen.modules.add(module)
             seen.sums += residual is not None

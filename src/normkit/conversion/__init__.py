@@ -49,6 +49,9 @@ def convert(
     isinstance checks stay as they are, and a copy of the model is converted as well.  Weights are
     read at each call, so that training, loading and `.to()` go on as before.
 
+    A norm with a gate, `forward(x, gate)`, is a `gated_norm`, and without one, where the module
+    takes None, the norm alone.
+
     What was not measured runs the module's own forward: float64, a dtype of which nothing is known,
     further arguments, autocast, tensor subclasses, torch.func, a device without kernels.  So does
     all that torch.compile, torch.export and torch.jit.trace see.
@@ -210,8 +213,17 @@ def _measured(module: nn.Module) -> _Outcome:
             return _left(module, str(why), why.function.spec), None
         return (_left(module, str(why)) if _is_named_norm(module) else None), None
     own = own_dtype(module) or torch.float32
-    name = type(module).__name__
-    entry = Entry("", name, found.specs[own], "", found.equal_shares[own], tuple(found.specs))
+    form = found.form
+    dtypes = (d for d in found.specs if not form.gate or (d, d) in found.round_each)
+    entry = Entry(
+        path="",
+        cls=type(module).__name__,
+        spec=found.specs[own],
+        equal_share=found.equal_shares[own],
+        dtypes=tuple(dtypes),
+        groups=form.groups,
+        gate=form.gate,
+    )
     return entry, converted
 
 

@@ -139,25 +139,53 @@ def _forward(own: type[nn.Module], plan: Plan) -> Callable[..., Tensor]:
         made = None if _autocast_is_on() or _is_tracing() else plan.run(self, x)
         return own.forward(self, x) if made is None else made
 
+    def of_x_and_gate(self: nn.Module, x: Any, z: Any) -> Any:
+        if is_dynamo_compiling():
+            return when_compiled(own, self, x, z)
+        is_apart = _autocast_is_on() or _is_tracing()
+        made = None if is_apart else plan.run(self, x, None, (), z)
+        return own.forward(self, x, z) if made is None else made
+
+    arguments = list(signature(own.forward).parameters.values())[1:]
+    names = [argument.name for argument in arguments]
+    defaults = [a.default for a in arguments if a.name == plan.gate and a.default is not a.empty]
+    served = {names[0], plan.gate}
+
     def of_more(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and not kwargs:
-            return of_x(self, args[0])
-        return own.forward(self, *args, **kwargs)
+        if is_dynamo_compiling():
+            return when_compiled(own, self, *args, **kwargs)
+        given = dict(zip(names, args, strict=False)) | kwargs
+        is_known = len(given) == len(args) + len(kwargs) and given.keys() <= served
+        made = None
+        if is_known and names[0] in given and not (_autocast_is_on() or _is_tracing()):
+            z = given.get(plan.gate or "", defaults[0] if defaults else None)
+            made = plan.run(self, given[names[0]], None, (), z)
+        return own.forward(self, *args, **kwargs) if made is None else made
 
-    names = list(signature(own.forward).parameters)
-    if len(names) != 2:
-        return of_more
-    # torch.fx and keyword calls go by the name, and cannot know of x.
-    code = of_x.__code__
-    variables = ("self", names[1], *code.co_varnames[2:])
-    return FunctionType(
-        code.replace(co_varnames=variables), globals(), "forward", None, of_x.__closure__
-    )
+    if len(names) == 1:
+        return _named(of_x, names, ())
+    if names[1:] == [plan.gate] and all(a.kind is a.POSITIONAL_OR_KEYWORD for a in arguments):
+        return _named(of_x_and_gate, names, tuple(defaults))
+    return of_more
 
 
-def when_compiled(own: type[nn.Module], module: nn.Module, x: Any) -> Any:
+def _named(
+    forward: Callable[..., Any], names: list[str], defaults: tuple[Any, ...]
+) -> Callable[..., Tensor]:
+    """The function with other names for its arguments.
+
+    torch.fx and keyword calls go by the name, and cannot know of x.
+    """
+    assert isinstance(forward, FunctionType)
+    code = forward.__code__
+    variables = ("self", *names, *code.co_varnames[1 + len(names) :])
+    named = code.replace(co_varnames=variables)
+    return FunctionType(named, globals(), "forward", defaults, forward.__closure__)
+
+
+def when_compiled(own: type[nn.Module], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Its own forward, the only thing that torch.compile sees of a converted module.
 
     Inductor fuses it with what is around it; docs/torch.md has what an operator costs there.
     """
-    return own.forward(module, x)
+    return own.forward(module, *args, **kwargs)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeGuard, cast
 
 import torch
@@ -14,10 +14,10 @@ from normkit._serving import dispatch
 from normkit._serving.backends import falls_back, quick, wanted_backend
 from normkit._serving.refusal import Refusal
 from normkit._serving.serve import PLAIN, serve
-from normkit._spec import ADD, FLOATS, LAYER, MODULATED, MODULATION, PER_HEAD, Call, NormSpec
+from normkit._spec import ADD, FLOATS, LAYER, MODULATED, PER_HEAD, Call, NormSpec, gated
 from normkit.recognition import Recognition, recognise
 from normkit.recognition._result import Function, Layout
-from normkit.recognition._screen import parameters_of, row_shape, widths
+from normkit.recognition._screen import gate_of, parameters_of, row_shape, widths
 from normkit.reference import is_transformed
 
 # The dtypes of x and of the parameters, None where there are none.
@@ -45,6 +45,11 @@ class Plan:
         heads: whether parameters have a row for each head.
         is_l2: whether the statistic is the sum of squares.
         layout: as in `Recognition`.
+        groups: parts of a row, each with a statistic of its own.
+        gate: the name of the argument that is a gate, or None.
+        gating: with a gate, the bits of such a call.
+        round_each: as in `Recognition`, by the dtypes of x, of the parameters and of the gate.
+        gateless: the dtypes for which it is the norm alone where the gate is None.
     """
 
     specs: Mapping[Dtypes, NormSpec]
@@ -55,6 +60,13 @@ class Plan:
     heads: bool
     is_l2: bool
     layout: Layout
+    groups: int = 1
+    gate: str | None = None
+    gating: int = 0
+    round_each: Mapping[tuple[torch.dtype, torch.dtype | None, torch.dtype], bool] = field(
+        default_factory=dict
+    )
+    gateless: Collection[Dtypes] = ()
 
     def run(
         self,
@@ -62,11 +74,13 @@ class Plan:
         x: Tensor,
         residual: Tensor | None = None,
         modulation: Sequence[Tensor] = (),
+        z: Any = None,
     ) -> Any:
         """Give y, or None where the module's own forward has to run.
 
         With a residual, which is like x: y of residual + x, and that sum; with a scale and shift of
-        x's dtype, modulated by them; None where they have to be apart.
+        x's dtype, modulated by them; None where they have to be apart.  z is what a module with a
+        gate was given for it.
         """
         if type(x) not in PLAIN or x.layout is not torch.strided:
             return None
@@ -86,23 +100,49 @@ class Plan:
             return None
         if modulation and (self.heads or self.is_l2 or spec.out_dtype not in (None, x.dtype)):
             return None
+        if self.groups > 1 and (residual is not None or modulation or not self._is_of_parts(x)):
+            return None
+        each = False if self.gate is None else self._rounds_each(x, z, dtype)
+        if each is None:
+            return None
         if residual is not None or modulation:
             if not x.is_contiguous() or not (residual is None or residual.is_contiguous()):
                 return None
-            return self._norm(x, weight, bias, spec, residual, modulation)
-        if x.is_contiguous():
-            return self._norm(x, weight, bias, spec)
-        if self.layout == "packed":
-            in_rows = x if x.stride(-1) == 1 else x.contiguous()
-            return self._norm(in_rows, weight, bias, spec)
-        order = self._order(x)
-        if order is None:
-            return None
-        y = self._norm(x.permute(order), weight, bias, spec)
-        return None if y is None else y.permute([order.index(d) for d in range(x.ndim)])
+            fused = (None, *modulation, True, None) if modulation else ()
+            return self._norm(x, weight, bias, spec, residual, fused)
+        order = None
+        if not x.is_contiguous():
+            if self.layout == "packed":
+                x = x if x.stride(-1) == 1 else x.contiguous()
+            else:
+                order = self._order(x)
+                if order is None:
+                    return None
+                x = x.permute(order)
+        if z is None:
+            y = self._norm(x, weight, bias, spec)
+        else:
+            z = z if order is None else z.permute(order)
+            if not _lies_in_order(z):
+                return None
+            y = self._norm(x, weight, bias, spec, None, (None, None, None, each, z))
+        if y is None or order is None:
+            return y
+        return y.permute([order.index(d) for d in range(x.ndim)])
 
     def _is_expected(self, parameter: Tensor | None) -> TypeGuard[Tensor]:
         return type(parameter) in PLAIN and cast(Tensor, parameter).shape == self.shape
+
+    def _is_of_parts(self, x: Tensor) -> bool:
+        return x.ndim > 0 and x.shape[-1] % self.groups == 0
+
+    def _rounds_each(self, x: Tensor, z: Any, dtype: torch.dtype | None) -> bool | None:
+        """Whether the norm is rounded before this gate; None where nothing is known of it."""
+        if z is None:
+            return False if (x.dtype, dtype) in self.gateless else None
+        if type(z) not in PLAIN or z.layout is not torch.strided or z.shape != x.shape:
+            return None
+        return self.round_each.get((x.dtype, dtype, z.dtype))
 
     def _order(self, x: Tensor) -> list[int] | None:
         """The dimensions of x as they lie in memory, in which y lies too."""
@@ -121,28 +161,42 @@ class Plan:
         bias: Tensor | None,
         spec: NormSpec,
         residual: Tensor | None = None,
-        modulation: Sequence[Tensor] = (),
+        fused: Sequence[Any] = (),
     ) -> Any:
+        """Run the call, with FUSED arguments or none."""
         eps = spec.eps
         if self.shape is not None and len(self.shape) != 1 + self.heads:  # (1, n), (n, 1, 1)
             shape = row_shape(weight if weight is not None else cast(Tensor, bias))
             weight, bias = (None if t is None else t.reshape(shape) for t in (weight, bias))
+        if self.groups > 1:
+            x, weight, bias, *fused = map(self._in_parts, (x, weight, bias, *fused))
         if self.is_l2:
             n = x.shape[-1]
             weight = torch.full((n,), n**-0.5, dtype=torch.float32, device=x.device)
             eps = (eps or 0.0) / n
-        kind = PER_HEAD * self.heads | LAYER * (spec.kind == "layer") | ADD * (residual is not None)
+        kind = PER_HEAD * (self.heads or self.groups > 1) | LAYER * (spec.kind == "layer")
+        if fused:
+            kind |= MODULATED if fused[-1] is None else self.gating
         call = (
-            kind | MODULATED * bool(modulation), x, residual, weight, bias, eps,
+            kind | ADD * (residual is not None), x, residual, weight, bias, eps,
             spec.weight_offset, spec.round_before_weight, True, False, spec.round_rstd,
             spec.round_weight, spec.out_dtype, None, None,
         )  # fmt: skip
-        rest: tuple[Any, ...] = (None, *modulation, True, None) if modulation else ()
-        y: object = quick(*call, *rest)
+        y: Any = quick(*call, *fused)
         if y is None:
-            named: dict[str, Any] = dict(zip(MODULATION, rest, strict=False))
-            y = _slowly(Call(*call, **named))
-        return y
+            y = _slowly(Call(*call, False, False, *fused))
+        return y.flatten(-2) if y is not None and self.groups > 1 else y
+
+    def _in_parts(self, t: Any) -> Any:
+        if not isinstance(t, Tensor):
+            return t
+        return t.view(*t.shape[:-1], self.groups, t.shape[-1] // self.groups)
+
+
+def _lies_in_order(z: Tensor) -> bool:
+    """Whether a product with a contiguous tensor is contiguous, whichever comes first."""
+    strides = [stride for size, stride in zip(z.shape, z.stride(), strict=True) if size != 1]
+    return strides == sorted(strides, reverse=True) and strides[-1:] in ([], [1])
 
 
 def tensor_of(module: nn.Module, name: str) -> Tensor | None:
@@ -188,10 +242,15 @@ def plan_of(module: nn.Module) -> tuple[Plan, Recognition]:
     parameters = parameters_of(module).values()
     own = own_dtype(module)
     specs: dict[Dtypes, NormSpec] = {(dtype, own): spec for dtype, spec in found.specs.items()}
+    round_each = {(dtype, own, z): each for (dtype, z), each in found.round_each.items()}
+    gateless = {(dtype, own) for dtype in found.gateless}
     for other in FLOATS if own is not None else ():
         cast_to = found if other == own else recognise(_as_it_may_become(module, other))
         if not cast_to.reason and _is_alike(cast_to, found):
             specs |= {(dtype, other): spec for dtype, spec in cast_to.specs.items()}
+            round_each |= {(d, other, z): each for (d, z), each in cast_to.round_each.items()}
+            gateless |= {(dtype, other) for dtype in cast_to.gateless}
+    form = found.form
     function = cast(Function, found.function)
     width = widths(module)
     plan = Plan(
@@ -200,9 +259,14 @@ def plan_of(module: nn.Module) -> tuple[Plan, Recognition]:
         bias=function.bias,
         shape=next((p.shape for p in parameters), None),
         width=width[0] if own is None and len(width) == 1 else None,
-        heads=found.form.heads > 0,
+        heads=form.heads > 0,
         is_l2=function.is_l2,
         layout=found.layout,
+        groups=form.groups,
+        gate=gate_of(module) if form.gate else None,
+        gating=gated("rms", form.activation, form.norm_before_gate) if form.gate else 0,
+        round_each=round_each,
+        gateless=frozenset(gateless),
     )
     return plan, found
 
@@ -216,9 +280,8 @@ def _check(found: Recognition, module: nn.Module) -> None:
     form = found.form
     reasons: tuple[tuple[bool, str], ...] = (
         (bool(found.reason), found.reason),
-        (bool(form.gate), f"has a gate, {form.gate.replace('-', ' ')}"),
         (form.channels_first, "its rows are not the last dimension of x"),
-        (form.groups > 1, f"a statistic for each of {form.groups} parts of a row"),
+        (form.groups > 1 and form.heads > 0, "a statistic for each of several parts of a head"),
         (found.writes_x, "writes into x"),
         (found.layout == "", "y does not lie in memory as x does"),
         (len({(p.dtype, p.shape) for p in parameters_of(module).values()}) > 1,

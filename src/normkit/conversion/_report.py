@@ -32,6 +32,9 @@ class Entry:
             rows that are hard to round alike.
         dtypes: those of x for which normkit runs, with parameters of their present dtype; x of
             another dtype takes the original forward.
+        groups: parts of a row, each with a statistic of its own.
+        gate: where a gate multiplies and through what, "before-silu", "after-silu" or
+            "after-sigmoid"; "" for none.
     """
 
     path: str
@@ -40,10 +43,19 @@ class Entry:
     reason: str = ""
     equal_share: float | None = None
     dtypes: tuple[torch.dtype, ...] = ()
+    groups: int = 1
+    gate: str = ""
 
     def summary(self) -> str:
         """What it computes, or why it was left, in words."""
-        return self.reason or (described(self.spec) if self.spec else "")
+        if self.reason or self.spec is None:
+            return self.reason
+        words = [described(self.spec)]
+        words += [f"in {self.groups} groups"] if self.groups > 1 else []
+        if self.gate:
+            place, _, activation = self.gate.partition("-")
+            words.append(f"{activation} of a gate {place} it")
+        return ", ".join(words)
 
     def as_dict(self) -> dict[str, Any]:
         """All of it, as JSON has it."""
@@ -57,6 +69,8 @@ class Entry:
             "reason": self.reason,
             "equal_share": self.equal_share,
             "dtypes": [short(dtype) for dtype in self.dtypes],
+            "groups": self.groups,
+            "gate": self.gate,
         }
 
 

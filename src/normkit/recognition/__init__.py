@@ -10,13 +10,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from normkit.recognition._forms import measured_form
+from normkit.recognition._gating import Gating, measured_gating
 from normkit.recognition._identity import identity
 from normkit.recognition._probe import (
     Probe,
     Unknown,
     measured_dtypes,
     measured_eps,
-    measured_form,
     measured_function,
 )
 from normkit.recognition._result import Form, Function, Recognition
@@ -121,6 +122,10 @@ def _over_dtypes(module: nn.Module, n: int, form: Form, function: Function) -> R
     specs, shares, reasons = measured_dtypes(probe, function)
     own = probe.dtype or torch.float32
     reason = "" if own in specs else reasons.get(own, f"it does not compute in {own}")
+    gating = measured_gating(probe, function, specs) if form.gate else Gating()
+    if not reason:
+        reason = gating.reasons.get((own, own), "")
+    shares |= {dtype: s for (dtype, other), s in gating.shares.items() if dtype == other}
     if module.training and not reason and probe.differs_in_eval():
         reason = "differs between training and evaluation"
     return Recognition(
@@ -132,4 +137,6 @@ def _over_dtypes(module: nn.Module, n: int, form: Form, function: Function) -> R
         form=form,
         layout="" if reason else probe.layout(),
         writes_x=not reason and probe.writes_x(),
+        round_each=gating.round_each,
+        gateless=frozenset(gating.gateless),
     )

@@ -51,6 +51,8 @@ def _described(value: object) -> Hashable:
         return repr(value)
     if isinstance(value, (tuple, list)):
         return (type(value).__name__, *map(_described, value))
+    if isinstance(value, dict):  # as the one in which transformers has its activations
+        return (ref(type(value)), *((_described(k), _described(v)) for k, v in value.items()))
     if isinstance(value, (staticmethod, classmethod)):
         return _described(value.__func__)
     if isinstance(value, property):
@@ -85,7 +87,8 @@ def _read_by(function: FunctionType) -> Iterator[Hashable]:
 
 
 def _plain_or(otherwise: Callable[[object], Hashable], value: object) -> Hashable:
-    return _described(value) if isinstance(value, (*_PLAIN, tuple, list)) else otherwise(value)
+    is_plain = isinstance(value, (*_PLAIN, tuple, list, dict))
+    return _described(value) if is_plain else otherwise(value)
 
 
 def _names(code: CodeType) -> Iterator[str]:

@@ -6,7 +6,7 @@ import copy
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from normkit._spec import FLOATS, FLOATS_TEXT, Kind, NormSpec
 from normkit.functional import head_norm
 from normkit.recognition._identity import OF_EVERY_MODULE
 from normkit.recognition._result import Form, Function, Layout
-from normkit.recognition._screen import gate_of, parameters_of, row_shape
+from normkit.recognition._screen import gate_of, parameters_of
 from normkit.reference import offset_weight
 
 # The steps of a norm in float32, in any order, stay this far from float64, in units of 2^-24 of the
@@ -26,7 +26,7 @@ _FLOAT32_BOUND = 24.0
 # Of 16-bit elements, those that two ways to sum in float32 round alike: 0.998 was the least of
 # 1,635 norms. Rounding at another place changes a quarter.
 _LEAST_EQUAL_SHARE = 0.995
-_BIG_GATE = 64.0  # sigmoid of it is 1 in float32, and silu of it itself
+BIG_GATE = 64.0  # sigmoid of it is 1 in float32, and silu of it itself
 _TINY = 2e-12  # its square is nothing beside any eps, and a normal number of float32
 _ULP = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 
@@ -65,7 +65,10 @@ class Probe:
 
     def rows(self, dtype: torch.dtype, eps: float, seed: int = 7) -> Tensor:
         """Rows that tell candidates apart, in the order that `run` takes."""
-        return self.arranged(_telling_rows(self.n, dtype, eps, seed))
+        rows = _telling_rows(self.n, dtype, eps, seed)
+        if self.form.gate == "before-silu":  # so that `run` divides them without rounding
+            rows = rows / BIG_GATE * BIG_GATE
+        return self.arranged(rows)
 
     def arranged(self, rows: Tensor) -> Tensor:
         """The rows for every head, in another order for each: a statistic may be of all heads."""
@@ -73,14 +76,22 @@ class Probe:
         return torch.stack([rows.roll(head, 0) for head in range(heads)], 1) if heads else rows
 
     def run(
-        self, rows: Tensor, gate: float = _BIG_GATE, outer: tuple[int, ...] = (2, -1)
+        self,
+        rows: Tensor,
+        gate: float | Tensor | None = BIG_GATE,
+        outer: tuple[int, ...] = (2, -1),
     ) -> Tensor:
-        """What the module gives for rows, in the same order, where x has these outer sizes."""
+        """What the module gives for rows, in the same order, where x has these outer sizes.
+
+        The gate is the same number everywhere, and then y is the norm; or has rows as x; or is None
+        for a call without one.
+        """
         form = self.form
-        # a multiple of 2, and so nothing is rounded by the division
-        x = rows / _BIG_GATE if form.gate == "before-silu" else rows
-        x = self._in_x(x, outer)
-        y = self._call(x, gate)
+        scaled = isinstance(gate, float)
+        x = rows / BIG_GATE if scaled and form.gate == "before-silu" else rows
+        x = self.in_x(x, outer)
+        z = self.in_x(gate, outer) if isinstance(gate, Tensor) else gate
+        y = self.call(x, z)
         if type(y) not in (Tensor, nn.Parameter) or y.shape != x.shape:
             raise Unknown("y is not of x's shape")
         if y.dtype not in FLOATS or y.layout != torch.strided or y.device.type != "cpu":
@@ -88,19 +99,21 @@ class Probe:
         if form.channels_first:
             y = y.squeeze(-2).transpose(1, 2)
         like_rows: Tensor = y.reshape(rows.shape)
-        return like_rows / _BIG_GATE if form.gate == "after-silu" else like_rows
+        return like_rows / BIG_GATE if scaled and form.gate == "after-silu" else like_rows
 
-    def _in_x(self, rows: Tensor, outer: tuple[int, ...]) -> Tensor:
+    def in_x(self, rows: Tensor, outer: tuple[int, ...] = (2, -1)) -> Tensor:
         """A new x of these outer sizes: some norms write into it."""
         x = rows.reshape(*outer, *rows.shape[1:])
         if self.form.channels_first:
             x = x.transpose(1, 2).unsqueeze(-2)
         return x.clone(memory_format=torch.contiguous_format)
 
-    def _call(self, x: Tensor, gate: float) -> Any:
+    def call(self, x: Tensor, gate: float | Tensor | None) -> Any:
+        """What the module gives, which must leave it as it was."""
         module = self._module
         before, tensors = _state(module), [t.clone() for t in _tensors(module)]
-        given = {} if self._gate is None else {self._gate: torch.full_like(x, gate)}
+        z = torch.full_like(x, gate) if isinstance(gate, float) else gate
+        given = {} if self._gate is None else {self._gate: z}
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # as of torch's for dtypes that are probed on purpose
             try:
@@ -124,19 +137,19 @@ class Probe:
 
     def writes_x(self) -> bool:
         """Whether a call changes its x."""
-        x = self._in_x(self.rows(self.dtype or torch.float32, 1e-6), (2, -1))
+        x = self.in_x(self.rows(self.dtype or torch.float32, 1e-6))
         before = x.clone()
-        self._call(x, _BIG_GATE)
+        self.call(x, BIG_GATE)
         return not torch.equal(x, before)
 
     def layout(self) -> Layout:
         """How y lies in memory where the first two dimensions of x are transposed."""
-        x = self._in_x(self.rows(self.dtype or torch.float32, 1e-6), (2, -1))
+        x = self.in_x(self.rows(self.dtype or torch.float32, 1e-6))
         transposed = x.transpose(0, 1).contiguous().transpose(0, 1)
-        if not self._call(x, _BIG_GATE).is_contiguous():
+        if not self.call(x, BIG_GATE).is_contiguous():
             return ""
         try:
-            strides = self._call(transposed, _BIG_GATE).stride()
+            strides = self.call(transposed, BIG_GATE).stride()
         except Unknown:  # as of a view that cannot be
             return ""
         if strides == transposed.stride():
@@ -186,7 +199,7 @@ def _with_random_tensors(module: nn.Module, dtype: torch.dtype | None) -> nn.Mod
     generator = torch.Generator().manual_seed(3)
 
     def like(t: Tensor, to: torch.dtype | None = None) -> Tensor:
-        values = _normal(generator, *t.shape) * 0.5 + 0.4
+        values = normal(generator, *t.shape) * 0.5 + 0.4
         values.view(-1)[:2] = torch.tensor([-11.3, 19.7], dtype=torch.float32)[: t.numel()]
         return values.to(to or t.dtype)
 
@@ -199,7 +212,8 @@ def _with_random_tensors(module: nn.Module, dtype: torch.dtype | None) -> nn.Mod
     return other
 
 
-def _normal(generator: torch.Generator, *shape: int) -> Tensor:
+def normal(generator: torch.Generator, *shape: int) -> Tensor:
+    """Random numbers of float32."""
     # the default dtype is the caller's
     return torch.randn(shape, generator=generator, dtype=torch.float32)
 
@@ -208,87 +222,17 @@ def _telling_rows(n: int, dtype: torch.dtype, eps: float, seed: int) -> Tensor:
     """22 rows: of several scales, with a large mean, a spike, about sqrt(eps), and of zeros."""
     generator = torch.Generator().manual_seed(seed)
 
-    def normal(rows: int) -> Tensor:
-        return _normal(generator, rows, n)
+    def drawn(rows: int) -> Tensor:
+        return normal(generator, rows, n)
 
     small = math.sqrt(eps) if eps else 1e-3
-    spike = normal(2)
+    spike = drawn(2)
     spike[:, n // 3] += 40.0
     largest = 3e3 if dtype == torch.float16 else 3e15
-    scaled = [normal(6), normal(2) * 50, normal(2) * 1e-2, normal(3) + 20, spike]
-    of_eps = [normal(2) * small, normal(2) * small * 4, normal(1) * small * 0.2]
-    ends = [normal(1) * largest, torch.zeros(1, n, dtype=torch.float32)]
+    scaled = [drawn(6), drawn(2) * 50, drawn(2) * 1e-2, drawn(3) + 20, spike]
+    of_eps = [drawn(2) * small, drawn(2) * small * 4, drawn(1) * small * 0.2]
+    ends = [drawn(1) * largest, torch.zeros(1, n, dtype=torch.float32)]
     return torch.cat(scaled + of_eps + ends).to(dtype)
-
-
-# ------------------------------------------------------------------------- how rows lie in x
-
-
-def measured_form(module: nn.Module, n: int) -> Form:
-    """Find how the module takes rows, by which elements of y follow one of x."""
-    if n < 4:
-        raise Unknown("its rows are too narrow to tell")
-    shapes = {row_shape(p) for p in parameters_of(module).values()}
-    heads = next((s[0] for s in shapes if len(s) == 2), 0)
-    form = _taken(module, n, heads)
-    if gate_of(module) is not None:
-        form = replace(form, gate=_measured_gate(module, n, form))
-    return replace(form, groups=_measured_groups(Probe(module, n, form, torch.float32)))
-
-
-def _taken(module: nn.Module, n: int, heads: int) -> Form:
-    first: Unknown | None = None
-    for channels_first in (False, True):
-        form = Form(heads=heads, channels_first=channels_first)
-        probe = Probe(module, n, form, torch.float32)
-        try:
-            probe.run(probe.rows(torch.float32, 1e-6))
-            return form
-        except Unknown as why:
-            first = first or why
-    assert first is not None
-    raise first
-
-
-def _sigmoid(gate: float) -> float:
-    return 1 / (1 + math.exp(-gate))
-
-
-# What y is multiplied with; of a gate before the norm only the sign is left.
-_GATES: Mapping[str, Callable[[float], float]] = {
-    "before-silu": lambda gate: math.copysign(1.0, gate),
-    "after-silu": lambda gate: gate * _sigmoid(gate),
-    "after-sigmoid": _sigmoid,
-}
-
-
-def _measured_gate(module: nn.Module, n: int, form: Form) -> str:
-    probe = Probe(module, n, form, torch.float32)
-    x = probe.arranged(_normal(torch.Generator().manual_seed(5), 22, n))
-    by_big = probe.run(x, _BIG_GATE)
-    for kind, factor in _GATES.items():
-        gates = (1.0, -1.0, 0.3)
-        expected = (by_big * factor(gate) / factor(_BIG_GATE) for gate in gates)
-        given = (probe.run(x, gate) for gate in gates)
-        if all(torch.allclose(y, e, 2e-3, 1e-5) for y, e in zip(given, expected, strict=True)):
-            return kind
-    raise Unknown("a gate that is neither silu nor sigmoid")
-
-
-def _measured_groups(probe: Probe) -> int:
-    """How many parts of a row have a statistic of their own."""
-    x = probe.arranged(_normal(torch.Generator().manual_seed(6), 22, probe.n))
-    other = x.clone()
-    other.view(-1)[0] += 50.0
-    changed = (probe.run(x) != probe.run(other)).reshape(-1, probe.n)
-    if changed[1:].any():
-        raise Unknown("its statistic is of more than a row, as of a group or instance norm")
-    width = int(changed[0].sum())
-    if width == 1:
-        raise Unknown("it normalises nothing: an element of y follows that of x alone")
-    if probe.n % width or not changed[0, :width].all():
-        raise Unknown("its statistic is of a part of a row")
-    return probe.n // width
 
 
 # ------------------------------------------------------------------------------ what it computes
@@ -403,14 +347,14 @@ def _candidates(eps: float, names: list[str]) -> Iterator[Function]:
 
 def _error(y: Tensor, x: Tensor, probe: Probe, candidate: Function) -> float:
     """The largest distance from float64, in units of 2^-24 of the terms that make y."""
-    exact, terms = _exact(x, probe, candidate)
-    return ((y - exact).abs() / terms).nan_to_num(math.inf).max().item() * 2**24
+    true, terms = exact(x, probe, candidate)
+    return ((y - true).abs() / terms).nan_to_num(math.inf).max().item() * 2**24
 
 
-def _exact(x: Tensor, probe: Probe, candidate: Function) -> tuple[Tensor, Tensor]:
+def exact(x: Tensor, probe: Probe, candidate: Function) -> tuple[Tensor, Tensor]:
     """Give y in float64, and what its rounding errors scale with: its terms without their signs."""
     weight, bias = tensors_of(candidate, probe)
-    spec, rows = candidate.spec, _in_groups(x, probe.form).double()
+    spec, rows = candidate.spec, in_groups(x, probe.form).double()
     size = rows.abs()
     if spec.kind == "layer":
         mean = rows.mean(-1, keepdim=True)
@@ -428,11 +372,12 @@ def _exact(x: Tensor, probe: Probe, candidate: Function) -> tuple[Tensor, Tensor
     added = 0.0 if bias is None else bias.double()
     magnitude = 1.0 if weight is None else weight.double().abs() + abs(spec.weight_offset)
     terms = size * rstd * magnitude + (0.0 if bias is None else bias.double().abs())
-    exact = rows * rstd * scale + added
-    return exact.reshape(x.shape), terms.reshape(x.shape) + 1e-30
+    y = rows * rstd * scale + added
+    return y.reshape(x.shape), terms.reshape(x.shape) + 1e-30
 
 
-def _in_groups(x: Tensor, form: Form) -> Tensor:
+def in_groups(x: Tensor, form: Form) -> Tensor:
+    """Rows with a dimension for the parts that have a statistic of their own."""
     return x.reshape(*x.shape[:-1], form.groups, -1) if form.groups > 1 else x
 
 
@@ -478,50 +423,56 @@ def _rounding(probe: Probe, function: Function, dtype: torch.dtype) -> tuple[Nor
 
 
 def agreement(
-    probe: Probe, function: Function, spec: NormSpec, dtype: torch.dtype
+    probe: Probe,
+    function: Function,
+    spec: NormSpec,
+    dtype: torch.dtype,
+    gate: float | None = BIG_GATE,
 ) -> tuple[float, bool]:
     """The share of elements with normkit's bits for x of a dtype, and whether it is the same norm.
 
     In 16 bits nearly all must be equal; in float32 sums differ in their last bits, and all must be
     as near as those let them.
     """
-    # a share of 0.995 is told from 0.99 with 10,000 elements
-    seeds = (7,) if dtype == torch.float32 or probe.n >= 512 else (7, 8, 9)
-    x = torch.cat([probe.rows(dtype, spec.eps or 0.0, seed) for seed in seeds])
-    y = probe.run(x)
-    share, near = _share_of_equals(y, x, probe, replace(function, spec=spec))
-    return share, near and (y.dtype == torch.float32 or share >= _LEAST_EQUAL_SHARE)
-
-
-def _share_of_equals(y: Tensor, x: Tensor, probe: Probe, function: Function) -> tuple[float, bool]:
-    """The share of elements with normkit's bits, and whether the others are near."""
+    x = many_rows(probe, dtype, spec.eps or 0.0)
+    y, function = probe.run(x, gate), replace(function, spec=spec)
     ours = _ours(x, probe, function, y.dtype)
+    _, terms = exact(x, probe, function)
+    return share_of_equals(y, ours, terms, [dtype] * spec.round_before_weight)
+
+
+def many_rows(probe: Probe, dtype: torch.dtype, eps: float) -> Tensor:
+    """As many rows as tell a share of 0.995 from 0.99, which 10,000 elements do."""
+    seeds = (7,) if dtype == torch.float32 or probe.n >= 512 else (7, 8, 9)
+    return torch.cat([probe.rows(dtype, eps, seed) for seed in seeds])
+
+
+def share_of_equals(
+    y: Tensor, ours: Tensor, terms: Tensor, rounded_to: Sequence[torch.dtype]
+) -> tuple[float, bool]:
+    """The share of elements with normkit's bits, and whether all are as near as they must be.
+
+    On the way to y, results were rounded to these dtypes.
+    """
     finite = y.isfinite()
     if not torch.equal(finite, ours.isfinite()):
         return 0.0, False
-    _, terms = _exact(x, probe, function)
-    step = _ULP[x.dtype] if function.spec.round_before_weight else 0.0
+    step = max((_ULP[dtype] for dtype in rounded_to), default=0.0)
     step = max(step, _ULP[y.dtype] if y.dtype != torch.float32 else 0.0)
+    step *= max(2, 1 + len(rounded_to))
     smallest = torch.finfo(y.dtype).tiny
-    bound = 2 * step * (y.double().abs() + smallest) + _FLOAT32_BOUND * 2**-24 * terms
+    bound = step * (y.double().abs() + smallest) + _FLOAT32_BOUND * 2**-24 * terms
     near = (ours.double() - y.double()).abs()[finite] <= bound[finite]
     share = (ours == y)[finite].double().mean().item()
-    return share, bool(near.all())
+    enough = y.dtype == torch.float32 or share >= _LEAST_EQUAL_SHARE
+    return share, enough and bool(near.all())
 
 
 def _ours(x: Tensor, probe: Probe, function: Function, out_dtype: torch.dtype) -> Tensor:
-    weight, bias = tensors_of(function, probe)
-    spec = function.spec
-    eps = spec.eps
-    rows = _in_groups(x, probe.form)
-    if function.is_l2:
-        n = x.shape[-1]
-        weight, eps = torch.full((n,), n**-0.5), (eps or 0.0) / n
+    spec, rows = function.spec, in_groups(x, probe.form)
     y = head_norm(  # of rows, too, which are heads with one weight
         rows,
-        weight,
-        bias,
-        eps,
+        *arguments_of(function, probe, rows.shape[-1]),
         kind=spec.kind,
         weight_offset=spec.weight_offset,
         round_before_weight=spec.round_before_weight,
@@ -530,3 +481,14 @@ def _ours(x: Tensor, probe: Probe, function: Function, out_dtype: torch.dtype) -
         out_dtype=out_dtype,
     )
     return y.reshape(x.shape)
+
+
+def arguments_of(
+    function: Function, probe: Probe, n: int
+) -> tuple[Tensor | None, Tensor | None, float | None]:
+    """Weight, bias and eps of the call of normkit that computes the same of rows of n."""
+    weight, bias = tensors_of(function, probe)
+    eps = function.spec.eps
+    if function.is_l2:
+        weight, eps = torch.full((n,), n**-0.5, dtype=torch.float32), (eps or 0.0) / n
+    return weight, bias, eps

@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from normkit._spec import NormSpec
+import torch
+
+from normkit._spec import Activation, NormSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    import torch
+    from collections.abc import Collection, Mapping
 
 Layout = Literal["as x", "packed", ""]
+Dtypes = tuple[torch.dtype, torch.dtype]  # of x and of a gate
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,16 @@ class Form:
     def is_a_row(self) -> bool:
         """Whether y is a norm of rows of x and nothing else."""
         return self.groups == 1 and not self.gate and not self.channels_first
+
+    @property
+    def activation(self) -> Activation:
+        """Of the gate."""
+        return "sigmoid" if self.gate.endswith("sigmoid") else "silu"
+
+    @property
+    def norm_before_gate(self) -> bool:
+        """Whether the gate multiplies the norm, and not what is normalised."""
+        return self.gate.startswith("after")
 
 
 @dataclass(frozen=True)
@@ -71,6 +82,10 @@ class Recognition:
         layout: how y lies in memory where the outer dimensions of x do not lie in order: "as x",
             "packed", or "" for neither or not known.
         writes_x: whether a call changes its x.
+        round_each: of a norm with a gate, for the dtypes of x and of the gate in which it is known,
+            whether the norm is rounded to x's dtype before the gate multiplies it; the rounding of
+            `gated_norm`.
+        gateless: the dtypes of x for which it is the norm alone when the gate is None.
     """
 
     specs: Mapping[torch.dtype, NormSpec] = field(default_factory=dict)
@@ -81,8 +96,13 @@ class Recognition:
     form: Form = Form()
     layout: Layout = ""
     writes_x: bool = False
+    round_each: Mapping[Dtypes, bool] = field(default_factory=dict)
+    gateless: Collection[torch.dtype] = ()
 
     def computes_as(self, other: Recognition) -> bool:
         """Whether both say the same of the module, whatever the shares that showed it."""
-        mine = (self.specs, self.function, self.reason, self.form)
-        return mine == (other.specs, other.function, other.reason, other.form)
+        mine, others = (
+            (one.specs, one.function, one.reason, one.form, one.round_each, one.gateless)
+            for one in (self, other)
+        )
+        return mine == others
