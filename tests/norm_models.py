@@ -110,3 +110,63 @@ def near(y: Tensor, expected: Tensor) -> bool:
 def converted(module: nn.Module) -> nn.Module:
     assert normkit.convert(module).converted
     return module
+
+
+# ------------------------------------------------------------------------------------- with a gate
+
+
+class _Gated(nn.Module):
+    def __init__(self, n: int = 64, groups: int = 1) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(n, generator=torch.Generator().manual_seed(2)) + 0.5)
+        self.variance_epsilon, self.groups = 1e-6, groups
+
+    def xhat(self, x):
+        parts = x.unflatten(-1, (self.groups, -1))
+        parts = parts * torch.rsqrt(parts.square().mean(-1, keepdim=True) + self.variance_epsilon)
+        return parts.flatten(-2)
+
+
+class GateFirstNorm(_Gated):
+    """As of Mamba-2, Bamba and Zamba-2: no gate is a norm."""
+
+    def forward(self, hidden_states, gate=None):
+        dtype, x = hidden_states.dtype, hidden_states.float()
+        if gate is not None:
+            x = x * nn.functional.silu(gate.float())
+        return self.weight * self.xhat(x).to(dtype)
+
+
+class GateLastNorm(_Gated):
+    """As of Qwen3-Next and OLMo-Hybrid: it needs a gate."""
+
+    def forward(self, hidden_states, gate):
+        dtype = hidden_states.dtype
+        x = self.weight * self.xhat(hidden_states.float()).to(dtype)
+        return (x * nn.functional.silu(gate.float())).to(dtype)
+
+
+class SigmoidLastNorm(_Gated):
+    """As of Kimi-Linear: rounded once."""
+
+    def forward(self, hidden_states, gate=None):
+        x = self.weight.float() * self.xhat(hidden_states.float())
+        return (x * gate.float().sigmoid()).to(hidden_states.dtype)
+
+
+class ChoiceNorm(_Gated):
+    """As of Falcon-H1: no gate is a norm, and the gate is last."""
+
+    def forward(self, hidden_states, gate=None):
+        x = self.weight * self.xhat(hidden_states.float())
+        if gate is not None:
+            x = x * nn.functional.silu(gate.float())
+        return x.to(hidden_states.dtype)
+
+
+GATED = (GateFirstNorm, GateLastNorm, SigmoidLastNorm, ChoiceNorm)
+
+
+def gates(dtype: torch.dtype = F32, *shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return (torch.randn(shape or (2, 5, 64), generator=generator) * 2).to(dtype)

@@ -163,24 +163,26 @@ def _forward(own: type[nn.Module], plan: Plan) -> Callable[..., Tensor]:
         return own.forward(self, *args, **kwargs) if made is None else made
 
     if len(names) == 1:
-        return _named(of_x, names, ())
+        return _called_as(own.forward, of_x, names)
     if names[1:] == [plan.gate] and all(a.kind is a.POSITIONAL_OR_KEYWORD for a in arguments):
-        return _named(of_x_and_gate, names, tuple(defaults))
+        return _called_as(own.forward, of_x_and_gate, names, *defaults)
     return of_more
 
 
-def _named(
-    forward: Callable[..., Any], names: list[str], defaults: tuple[Any, ...]
+def _called_as(
+    own: Callable[..., Any], forward: Callable[..., Any], names: list[str], *defaults: object
 ) -> Callable[..., Tensor]:
-    """The function with other names for its arguments.
+    """The function with the names of the original, its own and those of its arguments.
 
-    torch.fx and keyword calls go by the name, and cannot know of x.
+    torch.fx, keyword calls and errors go by them, and cannot know of x.
     """
     assert isinstance(forward, FunctionType)
     code = forward.__code__
     variables = ("self", *names, *code.co_varnames[1 + len(names) :])
     named = code.replace(co_varnames=variables)
-    return FunctionType(named, globals(), "forward", defaults, forward.__closure__)
+    made = FunctionType(named, globals(), "forward", defaults, forward.__closure__)
+    made.__qualname__ = getattr(own, "__qualname__", "forward")
+    return made
 
 
 def when_compiled(own: type[nn.Module], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
