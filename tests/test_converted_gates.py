@@ -60,7 +60,9 @@ def test_a_gated_norm_is_run_by_normkit_and_gives_what_it_gave(cls, groups, own)
         x, z = rows(of_x, 64, 64), gates(of_gate, 64, 64)
         with torch.no_grad():
             y, expected = m(x, gate=z), plain(x, z)
-        if expected.dtype != of_x:  # torch's for a weight of another dtype; what it is of has fewer bits
+        if (
+            expected.dtype != of_x
+        ):  # torch's for a weight of another dtype; what it is of has fewer bits
             assert y.dtype == F32
             assert near(y.to(of_x), expected.to(of_x))
         else:
@@ -77,6 +79,16 @@ def test_the_norm_is_rounded_before_the_gate_only_where_the_product_with_the_wei
     assert rounds(BF16)[F32, BF16] is False
     assert set(rounds(BF16)) == set(itertools.product(DTYPES, DTYPES))
     assert normkit.recognise(SigmoidLastNorm().to(BF16)).round_each[BF16, F32] is False
+
+
+@pytest.mark.parametrize("eps", [1e-12, 1e-5, 0.3])
+def test_a_gate_in_front_is_known_at_every_eps_and_in_float16(eps):
+    m = GateFirstNorm().half()
+    m.variance_epsilon = eps
+    found = normkit.recognise(m)
+    assert (found.reason, found.form.gate) == ("", "before-silu")
+    assert found.specs[F16].eps == eps
+    assert found.equal_shares[F16] >= 0.995
 
 
 @without_gate
@@ -128,7 +140,7 @@ def test_a_norm_in_groups_without_any_gate_is_converted_too():
     assert m(rows(BF16, 0, 64)).shape == (0, 64)
 
 
-# -------------------------------------------------------------------------------- what stays as it is
+# ------------------------------------------------------------------------------ what stays as it is
 
 
 @every_gated
@@ -181,6 +193,7 @@ def test_hooks_are_called_with_the_gate():
     m(rows(), gate=gates())
     assert torch.equal(seen[0]["gate"], gates())
     assert seen[1:] == ["after"]
+    assert calls(m, rows(), gates()) == 1
 
 
 @every_gated
@@ -226,7 +239,7 @@ def test_a_gate_among_further_arguments_is_found_by_its_name():
         m(x, None, z, gate=z)
 
 
-# ---------------------------------------------------------------- what was not measured runs as before
+# ------------------------------------------------------------- what was not measured runs as before
 
 
 def test_gates_of_which_nothing_is_known_go_to_the_original():

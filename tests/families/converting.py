@@ -37,6 +37,7 @@ class Outcome:
     dtype: str
     error: str = ""
     converted: int = 0
+    gated: int = 0  # those of them with a gate
     called: int = 0  # converted modules that the model called
     idle: Counter[str] = field(default_factory=Counter)  # those that ran the original, by class
     left: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -80,6 +81,7 @@ def _convert(
 ) -> None:
     report = normkit.convert(model)
     result.converted = len(report.converted)
+    result.gated = sum(bool(entry.gate) for entry in report.converted)
     result.left.update((e.cls, e.reason) for e in report.left)
     called: set[nn.Module] = set()
     hooks = [m.register_forward_pre_hook(lambda m, _: called.add(m)) for _, m in report.modules]
@@ -206,6 +208,8 @@ def _counts(part: list[Outcome]) -> str:
     words = [
         f"{len(built)} of {len(part)} models run",
         f"{converted} of {norms} rms and layer norms converted",
+        f"{sum(r.gated for r in built)} of them with a gate, in"
+        f" {sum(r.gated > 0 for r in built)} models",
         f"{called - idle} of the {called} that were called ran normkit",
         f"outputs bit-equal in {sum(r.difference == 0 for r in built)} models",
         f"{max((r.difference for r in built), default=0):.1e} apart at most",

@@ -41,6 +41,24 @@ SIZES: dict[str, Any] = {
     "patch_size": 8,
 }
 
+# Two layers by default are of one kind, and these models need both.
+_BOTH = {"layer_types": ["linear_attention", "full_attention"]}
+_GATED_DELTA: dict[str, Any] = {
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 16),
+    **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 4),
+}
+OF_LAYERS: dict[str, dict[str, Any]] = {
+    "bailing_hybrid": _BOTH,
+    "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 16},
+    "granitemoehybrid": _BOTH | {"mamba_n_heads": 8, "mamba_d_head": 16},
+    "kimi_linear": _BOTH,
+    "mamba2": {"num_heads": 8, "head_dim": 16},
+    "qwen3_5_moe_text": _BOTH | _GATED_DELTA,
+    "qwen3_5_text": _BOTH | _GATED_DELTA,
+    "qwen3_next": _BOTH | _GATED_DELTA,
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"], "n_mamba_heads": 8},
+}
+
 
 @dataclass(frozen=True)
 class Tiny:
@@ -106,7 +124,7 @@ def _tiny_config(name: str) -> Any:
 
     config_class = CONFIG_MAPPING[name]
     standard = ARGUMENTS.get(name, {})
-    given: dict[str, Any] = _sizes_of(config_class(**standard))
+    given: dict[str, Any] = _sizes_of(config_class(**standard)) | OF_LAYERS.get(name, {})
     error: Exception | None = None
     for left_out in ((), ("head_dim",), ("num_hidden_layers",)):
         kept = {name: size for name, size in given.items() if name not in left_out}

@@ -14,7 +14,17 @@ from normkit._serving import dispatch
 from normkit._serving.backends import falls_back, quick, wanted_backend
 from normkit._serving.refusal import Refusal
 from normkit._serving.serve import PLAIN, serve
-from normkit._spec import ADD, FLOATS, LAYER, MODULATED, PER_HEAD, Call, NormSpec, gated
+from normkit._spec import (
+    ADD,
+    BEHIND_GATING,
+    FLOATS,
+    LAYER,
+    MODULATED,
+    PER_HEAD,
+    Call,
+    NormSpec,
+    gated,
+)
 from normkit.recognition import Recognition, recognise
 from normkit.recognition._result import Function, Layout
 from normkit.recognition._screen import gate_of, parameters_of, row_shape, widths
@@ -182,7 +192,7 @@ class Plan:
             spec.weight_offset, spec.round_before_weight, True, False, spec.round_rstd,
             spec.round_weight, spec.out_dtype, None, None,
         )  # fmt: skip
-        y: Any = quick(*call, *fused)
+        y: Any = quick(*call, *fused, *BEHIND_GATING) if fused else quick(*call)
         if y is None:
             y = _slowly(Call(*call, False, False, *fused))
         return y.flatten(-2) if y is not None and self.groups > 1 else y

@@ -54,7 +54,8 @@ _GATES: Mapping[str, Callable[[float], float]] = {
 
 def _measured_gate(module: nn.Module, n: int, form: Form) -> str:
     probe = Probe(module, n, form, torch.float32)
-    x = probe.arranged(normal(torch.Generator().manual_seed(5), 22, n))
+    # so large that eps is nothing beside it, also where the gate comes first
+    x = probe.arranged(normal(torch.Generator().manual_seed(5), 22, n) * 1e3)
     by_big = probe.run(x, BIG_GATE)
     for kind, factor in _GATES.items():
         gates = (1.0, -1.0, 0.3)

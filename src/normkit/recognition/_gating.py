@@ -113,6 +113,7 @@ def _ours(
         weight_offset=spec.weight_offset,
         round_before_weight=spec.round_before_weight,
         round_rstd=spec.round_rstd,
+        round_weight=spec.round_weight,
         out_dtype=out_dtype,
     )
     return y.reshape(x.shape)
