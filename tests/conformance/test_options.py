@@ -303,7 +303,7 @@ def test_round_weight_is_seen_where_a_weight_of_16_bits_has_an_offset(backend: A
 def test_gradients_have_the_weight_that_multiplied(backend: Any, op: Op) -> None:
     for dtype, weight_dtype in itertools.product(DTYPES, (F16, BF16)):
         inputs = inputs_for(op, (4, 3), 65, dtype, weight_dtype=weight_dtype)
-        options: dict[str, Any] = {} if op.modulated else {"memory_efficient": dtype == F16}
+        options: dict[str, Any] = {} if op.fused else {"memory_efficient": dtype == F16}
         made = [
             gradients(backend, case_of(op, given, **options, **more))
             for given, more in (
