@@ -15,7 +15,7 @@ import torch
 
 import normkit
 from normkit._serving import backends, native
-from normkit._spec import OPS
+from normkit._spec import FLAGS, OPS
 from torch_integration.support import (
     FORMS,
     NAMES,
@@ -127,7 +127,8 @@ def test_what_kernels_of_operators_refuse_python_runs_or_raises() -> None:
         kernel(x, torch.ones(7))
     with pytest.raises(RuntimeError, match="x: expected float32, float16 or bfloat16"):
         kernel(x.int(), weight)
-    given = (torch.randn(3, 8), weight, None, 1e-6, 0.0, False, False, False, torch.float8_e5m2)
+    flags = [False] * sum(flag in OPS["rms_norm"].fields for flag in FLAGS)
+    given = (torch.randn(3, 8), weight, None, 1e-6, 0.0, *flags, torch.float8_e5m2)
     with pytest.raises(RuntimeError, match="out_dtype: expected .* got torch.float8_e5m2"):
         torch.ops.normkit.rms_norm_kernel(*given, False)
     with pytest.raises(ValueError, match='kind: expected "rms" or "layer", got "?\'?batch'):
