@@ -23,7 +23,7 @@ LAYERS = [
     {"_scripting", "_serving.refusal", "_serving.triton_kernels", "checkpoint._names"},
     {"recognition._identity", "recognition._result"},
     {"recognition._screen"},
-    {"_serving.checks", "_serving.nested", "_serving.triton", "testing"},
+    {"_serving.checks", "_serving.formula", "_serving.nested", "_serving.triton", "testing"},
     {"_serving.backends", "checkpoint._families"},
     {"_serving.dispatch", "_serving.native", "checkpoint._files", "checkpoint._meaning"},
     {"_serving.definition", "_serving.modulation", "_serving.post_norm", "checkpoint"},

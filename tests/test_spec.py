@@ -12,13 +12,13 @@ import torch
 
 import normkit
 from normkit._serving import backends, dispatch, native, operators
+from normkit._serving.formula import OF_STATISTICS
 from normkit._spec import (
     FIELDS,
     FUSED,
     MODULATORS,
     NATIVE,
     NEXT,
-    OF_STATISTICS,
     OF_SUM,
     OPS,
     OPTIONS,

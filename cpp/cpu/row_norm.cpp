@@ -1,55 +1,17 @@
 #include "row_norm.h"
 
 #include <algorithm>
-#include <atomic>
-#include <cmath>
-#include <cstring>
 #include <optional>
 
-#include "affine.h"
-#include "before.h"
 #include "cursor.h"
 #include "memory.h"
 #include "modulation.h"
-#include "platform.h"
+#include "stage_choice.h"
 #include "statistics.h"
 #include "threads.h"
 
 namespace normkit::cpu {
 namespace {
-
-// ---------------------------------------------------------------- instruction sets
-
-struct InstructionSets {
-  const Kernels* kernels[4] = {};
-  const char* names[5] = {};
-  int count = 0;
-  void add(const Kernels* k) {
-    kernels[count] = k;
-    names[count++] = k->name;
-  }
-};
-
-const InstructionSets& usable() {
-  static const InstructionSets found = [] {
-    InstructionSets sets;
-#if defined(__x86_64__) || defined(_M_X64)
-    const platform::VectorSets has = platform::vector_sets();
-    if (has.avx512bf16) sets.add(avx512bf16_kernels());
-    if (has.avx512) sets.add(avx512_kernels());
-    if (has.avx2) sets.add(avx2_kernels());
-#elif defined(__aarch64__) || defined(_M_ARM64)
-    sets.add(neon_kernels());
-#endif
-    return sets;
-  }();
-  return found;
-}
-
-std::atomic<const Kernels*>& chosen() {
-  static std::atomic<const Kernels*> kernels{usable().kernels[0]};
-  return kernels;
-}
 
 // ---------------------------------------------------------------- memory
 
@@ -67,137 +29,7 @@ thread_local Scratch wide_scratch;
 thread_local Scratch modulation_scratch;
 thread_local Scratch before_scratch;
 
-// ---------------------------------------------------------------- weight and bias
-
-// Whether y takes the place of weight or bias, as in a norm of x by itself: they are copied then,
-// before anything is stored, since the last chunk of a row repeats columns of the one before it.
-bool is_overwritten(const RowNorm& norm) {
-  const char* const out = norm.out.data;
-  return out && (out == norm.weight.data || out == norm.bias.data);
-}
-
-// Whether weight and bias are read as stored: they are of the one 16-bit type of source and output,
-// need no offset, and a widened copy does not pay.  It does not for a few rows (Zen 4, n = 4096:
-// 0.14 us to make, 0.02 us saved a row in bfloat16, 0.08 us in float16), nor where it crowds x and
-// y out of the first-level cache, which only bfloat16 minds: widening float16 again costs more than
-// a longer way to the weight.
-bool affine_as_stored(const RowNorm& norm, DType source, DType out) {
-  if (is_overwritten(norm)) return false;
-  const bool few = norm.rows < 4 * groups_of(norm.weight, norm.bias);
-  const bool crowding = source == DType::kBFloat16 && norm.n * (norm.bias.data ? 2 : 1) > 2048;
-  return (few || crowding) && source != DType::kFloat32 && out == source &&
-         norm.options.weight_offset == 0.f && norm.weight.data && norm.weight.dtype == source &&
-         (!norm.bias.data || norm.bias.dtype == source);
-}
-
 // ---------------------------------------------------------------- one call
-
-struct Stages {
-  Stage clamp_x = nullptr;    // wide = clamped x, which stands for x from here on
-  Stage gate = nullptr;       // wide = gate * x, likewise
-  Stage add = nullptr;        // residual_out = x + residual, or the sum of their multiples
-  Stage clamp_sum = nullptr;  // wide = clamped residual_out
-  Stage sum = nullptr;        // layer norm only
-  Stage squares = nullptr;
-  RstdStage rstd = nullptr;
-  Stage apply = nullptr;
-  // y from what the norm itself gives, where one stage cannot take weight and bias and scale and
-  // shift; or has_scale: apply takes scale and shift for weight and bias.
-  Stage modulate = nullptr;
-  bool has_scale = false;
-  // has_scale, and weight goes into the scale: y = xhat * (weight * act(z)).
-  bool scale_has_weight = false;
-  bool wide = false;  // the row that is normalised is kept as float32
-  bool affine_as_stored = false;
-  Layout layout = Layout::kNatural;
-  Layout modulation_layout = Layout::kNatural;
-};
-
-void choose_apply(Stages& s, const RowNorm& norm, DType source, const Kernels& kernels) {
-  const Modulation& m = norm.modulation;
-  const DType out = norm.out.dtype, normalised = normalised_dtype(norm);
-  const bool layer = norm.statistic == Statistic::kLayer;
-  const bool gated = norm.gating.is_behind_norm();
-  const bool modulated = m.scale.data || m.shift.data || gated;
-  // What the norm itself gives, and its product with 1 + scale.
-  const bool rounds_norm = gated ? norm.gating.round_norm : m.round_each;
-  const DType of_norm = rounds_norm ? normalised : DType::kFloat32;
-  const DType product = promoted(of_norm, m.scale.dtype);
-  const bool rounds_product = m.round_each && m.scale.data && m.shift.data;
-  DType rounded = norm.options.round_before_weight ? normalised : DType::kFloat32;
-  s.scale_has_weight = gated && !rounds_norm && norm.weight.data && !norm.bias.data;
-  if (modulated && (s.scale_has_weight || !norm.weight.data) && !norm.bias.data) {
-    const DType xhat = rounds_norm ? normalised : rounded;
-    if (!rounds_product)
-      s.apply = kernels.apply[int(source)][int(xhat)][int(out)][0][layer];
-    else if (source == of_norm)
-      s.apply = kernels.modulate[int(source)][int(product)][int(out)][layer];
-    s.has_scale = s.apply;
-    s.layout = s.modulation_layout = layout_of(source, out);
-    if (s.has_scale) return;
-  }
-  const DType to = modulated ? of_norm : out;
-  // For statistics there is none, and it need not be prepared.
-  s.affine_as_stored = norm.split.step == Step::kStatistics || affine_as_stored(norm, source, to);
-  s.apply = kernels.apply[int(source)][int(rounded)][int(to)][s.affine_as_stored][layer];
-  s.layout = layout_of(source, to);
-  if (!modulated) return;
-  s.modulation_layout = layout_of(of_norm, out);
-  s.modulate =
-      rounds_product
-          ? kernels.modulate[int(of_norm)][int(product)][int(out)][int(Statistic::kRms)]
-          : kernels.apply[int(of_norm)][int(DType::kFloat32)][int(out)][0][int(Statistic::kRms)];
-}
-
-// Those of a sum that is all: there is nothing to prepare.
-Stages without_norm(Stages s) {
-  s.clamp_sum = nullptr;
-  s.wide = false;
-  s.affine_as_stored = true;
-  return s;
-}
-
-Stages stages_of(const RowNorm& norm, const Kernels& kernels) {
-  Stages s;
-  DType x = norm.x.dtype;
-  const DType normalised = normalised_dtype(norm);
-  if (norm.before) {
-    x = dtype_before_sum(norm);
-  } else if (norm.options.clamp_inf && x == DType::kFloat16) {
-    s.clamp_x = kernels.clamp;
-    s.wide = true;
-    x = DType::kFloat32;
-  }
-  if (norm.modulation.gate.data) {
-    const DType product = norm.modulation.round_each
-                              ? promoted(norm.x.dtype, norm.modulation.gate.dtype)
-                              : DType::kFloat32;
-    s.gate = kernels.gate[int(x)][int(product)];
-    x = DType::kFloat32;
-  }
-  if (norm.gating.is_before_norm()) {
-    s.gate = kernels.gate[int(x)][int(DType::kFloat32)];
-    s.wide = true;
-  }
-  if (norm.residual.data) {
-    const int residual = int(norm.residual.dtype);
-    s.add = norm.before.scales() ? kernels.combine[int(x)][residual][norm.before.round_norm]
-                                 : kernels.add[int(x)][residual][!norm.options.round_sum];
-    s.wide = !norm.options.round_sum;
-    if (norm.options.round_sum && norm.options.clamp_inf && normalised == DType::kFloat16) {
-      s.clamp_sum = kernels.clamp;
-      s.wide = true;
-    }
-  }
-  if (norm.before && !norm.out.data) return without_norm(s);
-  const DType source = s.wide ? DType::kFloat32 : normalised;
-  const bool layer = norm.statistic == Statistic::kLayer;
-  if (layer) s.sum = kernels.sum[int(source)];
-  s.squares = kernels.squares[int(source)][layer];
-  s.rstd = kernels.rstd;
-  choose_apply(s, norm, source, kernels);
-  return s;
-}
 
 // A row of float32 for each row of a block becomes act(z), in some layout; times the row's weight,
 // where that is in the same layout.
@@ -480,24 +312,6 @@ int64_t row_bytes(const RowNorm& norm) {
 }
 
 }  // namespace
-
-const Kernels& kernels_in_use() { return *chosen().load(std::memory_order_relaxed); }
-
-const char* const* instruction_sets() { return usable().names; }
-
-const char* instruction_set() {
-  const Kernels* kernels = chosen().load(std::memory_order_relaxed);
-  return kernels ? kernels->name : nullptr;
-}
-
-bool use_instruction_set(const char* name) {
-  for (int i = 0; i < usable().count; ++i)
-    if (!std::strcmp(usable().names[i], name)) {
-      chosen().store(usable().kernels[i], std::memory_order_relaxed);
-      return true;
-    }
-  return false;
-}
 
 Plan plan(const RowNorm& norm) {
   const int64_t traffic = row_bytes(norm) * norm.rows;

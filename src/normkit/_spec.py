@@ -8,10 +8,10 @@ tests and benchmarks come from these; signatures are written by hand, and a test
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from functools import partial
-from operator import attrgetter, itemgetter
+from operator import attrgetter
 from typing import Any, Literal, NamedTuple, TypedDict, cast
 
 import torch
@@ -35,12 +35,13 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 FLOATS_TEXT = "float32, float16 or bfloat16"
 DEFAULT_EPS: dict[Kind, float] = {"rms": 1e-6, "layer": 1e-5}
 
+
 # The bits of a call's kind, as the extension has them; 0 is an rms norm of rows.  POST: x is
 # normalised before it is added; with ADD the sum is normalised too.
 LAYER, PER_HEAD, ADD, MODULATED, GATED, SIGMOID, NORM_FIRST = 1, 2, 4, 16, 32, 64, 128
 POST, OF_SUM, EPS_OUTSIDE = 256, 512, 1024
 # A call of any of these has FUSED arguments besides.
-_FUSED_KINDS = MODULATED | GATED | POST
+FUSED_KINDS = MODULATED | GATED | POST
 
 
 def is_layer(kind: Kind) -> bool:
@@ -221,7 +222,7 @@ class Call:
     @property
     def fused(self) -> bool:
         """Whether it has FUSED arguments."""
-        return bool(self.kind & _FUSED_KINDS)
+        return bool(self.kind & FUSED_KINDS)
 
     @property
     def activation(self) -> Activation:
@@ -274,7 +275,7 @@ class Call:
     def native(self) -> tuple[object, ...]:
         """The arguments of the extension."""
         values: tuple[object, ...] = _native_values(self)
-        return values + _fused_values(self) if self.kind & _FUSED_KINDS else values
+        return values + _fused_values(self) if self.kind & FUSED_KINDS else values
 
     def options(self) -> Options:
         """All of OPTIONS."""
@@ -348,71 +349,7 @@ _fused_values = attrgetter(*FUSED)
 
 # The options that change what is computed, in the order of a call.
 OPTIONS = NATIVE[NATIVE.index("eps") + 1 : NATIVE.index("out_dtype")]
-_option_values = attrgetter(*OPTIONS)
 PLAIN_OPTIONS = tuple(name for name in OPTIONS if name != "round_sum")
-# Those of them that change rstd or mean.
-OF_STATISTICS = ("round_sum", "clamp_inf", "round_rstd")
-# And those that kernels of gradients have to know.
-OF_BACKWARD = ("weight_offset", "round_before_weight", "clamp_inf", "round_weight")
-_of_backward = itemgetter(*(OPTIONS.index(name) for name in OF_BACKWARD))
-
-
-@dataclass
-class Formula:
-    """What is differentiated: a norm of x or, with a residual, of x + residual in float32.
-
-    No NamedTuple, for the reason that `Call` is none.
-    """
-
-    layer: bool
-    per_head: bool
-    from_output: bool  # x is the output, of which xhat is made again
-    eps: float | None
-    given: tuple[object, ...]  # the values of OPTIONS; named only where a gradient is made
-    of_sum: bool = False
-    eps_outside: bool = False
-
-    @classmethod
-    def of(cls, call: Call) -> Formula:
-        """That of a call."""
-        layer, per_head = call.kind & LAYER != 0, call.kind & PER_HEAD != 0
-        from_output = call.memory_efficient and call.keeps_output
-        of_sum, eps_outside = call.kind & OF_SUM != 0, call.kind & EPS_OUTSIDE != 0
-        options = _option_values(call)
-        return cls(layer, per_head, from_output, call.eps, options, of_sum, eps_outside)
-
-    @classmethod
-    def of_values(cls, values: Sequence[Any]) -> Formula:
-        """That of which `values` are."""
-        layer, per_head, from_output, eps, *options, of_sum, eps_outside = values
-        return cls(layer, per_head, from_output, eps, tuple(options), of_sum, eps_outside)
-
-    def of_backward(self) -> tuple[Any, ...]:
-        """The values of OF_BACKWARD, quicker than by name."""
-        values: tuple[Any, ...] = _of_backward(self.given)
-        return values
-
-    def without_offset(self) -> Formula:
-        """That of a weight which has been added its offset."""
-        values = {**self.options, "weight_offset": 0.0}
-        return replace(self, given=tuple(values[name] for name in OPTIONS))
-
-    @property
-    def options(self) -> Options:
-        """All of OPTIONS, by name."""
-        options: Any = dict(zip(OPTIONS, self.given, strict=True))  # no cast, as in Call.named
-        named: Options = options
-        return named
-
-    def values(self) -> tuple[object, ...]:
-        """All of it, one after the other, as operators take it."""
-        norm = self.layer, self.per_head, self.from_output, self.eps
-        return *norm, *self.given, self.of_sum, self.eps_outside
-
-    @property
-    def statistic(self) -> Statistic:
-        """The norm in words."""
-        return statistic_of(self.layer, self.of_sum)
 
 
 class Field(NamedTuple):

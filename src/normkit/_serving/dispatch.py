@@ -18,19 +18,9 @@ from normkit import reference
 from normkit._serving import triton
 from normkit._serving.backends import Native, backends, falls_back, natives, wanted_backend
 from normkit._serving.checks import check
+from normkit._serving.formula import OF_STATISTICS, Formula
 from normkit._serving.refusal import Refusal
-from normkit._spec import (
-    GATING,
-    MODULATION,
-    MODULATORS,
-    OF_STATISTICS,
-    OF_SUM,
-    Call,
-    Formula,
-    Gradients,
-    Result,
-    Saved,
-)
+from normkit._spec import GATING, MODULATION, MODULATORS, OF_SUM, Call, Gradients, Result, Saved
 
 Made = TypeVar("Made")
 

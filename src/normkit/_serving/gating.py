@@ -12,8 +12,9 @@ from normkit import reference
 from normkit._serving import dispatch
 from normkit._serving.backends import wanted_backend
 from normkit._serving.dispatch import Wanted
+from normkit._serving.formula import Formula
 from normkit._serving.modulation import differentiable, of_row_alone
-from normkit._spec import Activation, Call, Formula, Gradients
+from normkit._spec import Activation, Call, Gradients
 
 
 class Context(Protocol):

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from normkit._serving import dispatch
 from normkit._serving.backends import falls_back, wanted_backend
+from normkit._serving.formula import Formula
 from normkit._serving.operators import NormContext, gradients, is_sharded, result_of
-from normkit._spec import Call, Formula, Gradients, Result
+from normkit._spec import Call, Gradients, Result
 
 MODES = ("auto", "op", "inline")
 

@@ -12,7 +12,8 @@ from normkit import reference
 from normkit._serving import dispatch
 from normkit._serving.backends import wanted_backend
 from normkit._serving.dispatch import Wanted
-from normkit._spec import OF_STATISTICS, OPTIONS, Call, Formula, Gradients
+from normkit._serving.formula import OF_STATISTICS, Formula
+from normkit._spec import OPTIONS, Call, Gradients
 
 
 class Context(Protocol):

@@ -19,6 +19,7 @@ from normkit._serving.backends import quick, quick_saving, wanted_backend
 from normkit._serving.checks import check
 from normkit._serving.definition import KERNEL, Definition, refusal
 from normkit._serving.dispatch import Wanted
+from normkit._serving.formula import Formula
 from normkit._serving.native import backward_kernel, kernel_of
 from normkit._spec import (
     FIELDS,
@@ -29,7 +30,6 @@ from normkit._spec import (
     Call,
     Field,
     Fields,
-    Formula,
     Gradients,
     Op,
     Result,

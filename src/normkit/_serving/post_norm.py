@@ -15,7 +15,8 @@ from normkit import reference
 from normkit._serving import dispatch
 from normkit._serving.backends import wanted_backend
 from normkit._serving.dispatch import Wanted
-from normkit._spec import Call, Formula, Gradients
+from normkit._serving.formula import Formula
+from normkit._spec import Call, Gradients
 
 # In the order of their gradients.
 INPUTS = ("x", "residual", "weight", "bias", "next_weight", "next_bias")

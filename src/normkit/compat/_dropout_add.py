@@ -10,7 +10,8 @@ from torch import Tensor
 from normkit._serving import dispatch
 from normkit._serving.backends import wanted_backend
 from normkit._serving.dispatch import Wanted
-from normkit._spec import ADD, DEFAULT_OPTIONS, FLOATS, FLOATS_TEXT, LAYER, Call, Formula
+from normkit._serving.formula import Formula
+from normkit._spec import ADD, DEFAULT_OPTIONS, FLOATS, FLOATS_TEXT, LAYER, Call
 
 # ---------------------------------------------------------------- checks
 

@@ -20,8 +20,9 @@ from torch.library import Library, get_kernel
 from normkit._serving import dispatch
 from normkit._serving.backends import wanted_backend
 from normkit._serving.dispatch import Wanted
+from normkit._serving.formula import Formula
 from normkit._serving.refusal import Refusal
-from normkit._spec import DEFAULT_OPTIONS, LAYER, Call, Formula, Saved
+from normkit._spec import DEFAULT_OPTIONS, LAYER, Call, Saved
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -20,15 +20,7 @@ from normkit._serving.backends import ALWAYS_DISPATCH, wanted_backend
 from normkit._serving.definition import define, differentiate, refuse_to_differentiate
 from normkit._serving.operators import Context
 from normkit._serving.refusal import Refusal
-from normkit._spec import (
-    FIELDS,
-    LAYER,
-    PLAIN_OPTIONS,
-    Call,
-    PartGradients,
-    PartSaved,
-    PlainOptions,
-)
+from normkit._spec import FIELDS, LAYER, PLAIN_OPTIONS, Call, PartGradients, PartSaved, PlainOptions
 from normkit.parallel import _reference
 from normkit.parallel._gather import Ranks, gather
 
