@@ -157,6 +157,32 @@ def test_gradients_are_those_of_the_original(cls):
         assert (mine - other).norm() < 1e-5 * other.norm()
 
 
+@every_gated
+def test_second_derivatives_are_those_of_the_original(cls):
+    m, x, z = cls(64, 4), rows().requires_grad_(), gates().requires_grad_()
+
+    def second():
+        first = torch.autograd.grad(m(x, z).pow(3).sum(), (x, z), create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), (x, z))
+
+    expected = second()
+    converted(m)
+    assert calls(m, x, z) == 1
+    for mine, other in zip(second(), expected, strict=True):
+        assert (mine - other).norm() < 1e-4 * other.norm()
+
+
+def test_under_gradient_checkpointing_too():
+    from torch.utils.checkpoint import checkpoint
+
+    m, gradients = converted(GateFirstNorm()), []
+    for through in (m, lambda x, z: checkpoint(m, x, z, use_reentrant=False)):
+        x, z = rows().requires_grad_(), gates().requires_grad_()
+        through(x, z).square().sum().backward()
+        gradients.append(torch.stack([x.grad, z.grad]))
+    assert torch.equal(*gradients)
+
+
 def test_a_revert_is_exact():
     m = nn.Sequential(GateFirstNorm(), LlamaRMSNorm(64))
     before = {name: (type(sub), dict(vars(sub))) for name, sub in m.named_modules()}
