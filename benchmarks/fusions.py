@@ -4,7 +4,8 @@
     python benchmarks/fusions.py --only gated --shapes 1x32x4096 --dtypes bfloat16 --threads 1
 
 Times in copies of x, in pairs within a round; all of it allocates but what has `out=`.  A modulated
-norm moves as much as one copy, a gated one as one and a half, one with a sum as two.  Writes a JSON
+norm moves as much as one copy, a gated one and a post-norm as one and a half, one with a sum and a
+sandwich as two.  Writes a JSON
 file to benchmarks/results and prints the table of docs/fusions.md.
 """
 
@@ -35,7 +36,8 @@ class Fusion(NamedTuple):
     fused: str
     unfused: str
     outputs: str
-    round_each: str = "round_each=True"
+    as_rounded: str = "round_each=True"  # as the operations round that it stands for
+    once: str = ""  # rounded once
 
 
 FUSIONS = {
@@ -56,6 +58,20 @@ FUSIONS = {
         "gated_first(x, z, weight)",
         "out=y",
         "round_before_weight=True",
+    ),
+    "post-norm": Fusion(
+        "norm_add(x, residual, weight{})",
+        "post(x, residual, weight)",
+        "out=y",
+        "",
+        "round_norm=False",
+    ),
+    "sandwich": Fusion(
+        "norm_add_norm(x, residual, weight, weight{})",
+        "sandwich(x, residual, weight)",
+        "out=y, residual_out=h",
+        "",
+        "round_norm=False",
     ),
 }
 
@@ -87,7 +103,19 @@ def gated_first(x: Tensor, z: Tensor, weight: Tensor) -> Tensor:
     return weight * xhat.to(x.dtype)
 
 
-UNFUSED = {made.__name__: made for made in (modulated, summed, gated, gated_first)}
+def post(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
+    """A post-norm."""
+    return residual + F.rms_norm(x, x.shape[-1:], weight, 1e-6)
+
+
+def sandwich(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A post-norm, and the norm behind its sum, as Gemma 2 and 3 have them."""
+    h = post(x, residual, weight)
+    return F.rms_norm(h, h.shape[-1:], weight, 1e-6), h
+
+
+UNFUSED = {f.__name__: f for f in (modulated, summed, gated, gated_first, post, sandwich)}
+FUNCTIONS = ("modulated_norm", "add_modulated_norm", "gated_norm", "norm_add", "norm_add_norm")
 
 
 def names_for(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
@@ -103,22 +131,19 @@ def names_for(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
     names |= {"weight": made(n), "y": torch.empty_like(names["x"])}
     names |= {"h": torch.empty_like(names["x"]), **UNFUSED}
     names |= {"compiled_" + name: torch.compile(f, dynamic=False) for name, f in UNFUSED.items()}
-    return names | {
-        name: getattr(normkit, name)
-        for name in ("modulated_norm", "add_modulated_norm", "gated_norm")
-    }
+    return names | {name: getattr(normkit, name) for name in FUNCTIONS}
 
 
 def candidates(what: Fusion) -> dict[str, str]:
     def fused(*options: str) -> str:
-        return what.fused.format("".join(f", {option}" for option in options))
+        return what.fused.format("".join(f", {option}" for option in options if option))
 
     return {
         COPY: "y.copy_(x)",
-        "one rounding, out=": fused(what.outputs),
-        "as rounded, out=": fused(what.round_each, what.outputs),
-        "one rounding": fused(),
-        "as rounded": fused(what.round_each),
+        "one rounding, out=": fused(what.once, what.outputs),
+        "as rounded, out=": fused(what.as_rounded, what.outputs),
+        "one rounding": fused(what.once),
+        "as rounded": fused(what.as_rounded),
         COMPILED: "compiled_" + what.unfused,
         EAGER: what.unfused,
     }

@@ -204,7 +204,8 @@ inline constexpr Field<BackwardArguments> kBackwardFields[] = {
 
 // A call on several devices: what they share, and a sequence of each tensor.
 struct TpArguments : Arguments {
-  PyObject *xs, *weights, *biases, *outs, *streams;
+  PyObject *xs = nullptr, *weights = nullptr, *biases = nullptr, *outs = nullptr,
+           *streams = nullptr;
 };
 
 inline constexpr auto kTpFields = with_options<TpArguments>(
