@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from normkit import HeadNorm, LayerNorm, RMSNorm, recognise
 from normkit._spec import NormSpec
+from normkit.recognition import Form
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -304,7 +305,7 @@ def test_gates_groups_and_channels_first_are_told_apart():
     assert recognise(Gated(True, groups=4)).form.groups == 4
     assert recognise(ChannelsFirst(64)).form.channels_first
     assert recognise(HeadNorm(4, 64)).form.heads == 4
-    assert recognise(Llama()).form.is_a_row
+    assert recognise(Llama()).form == Form()
 
 
 # ------------------------------------------------------------------------- the module is left alone

@@ -34,11 +34,6 @@ class Form:
     gate: str = ""
 
     @property
-    def is_a_row(self) -> bool:
-        """Whether y is a norm of rows of x and nothing else."""
-        return self.groups == 1 and not self.gate and not self.channels_first
-
-    @property
     def activation(self) -> Activation:
         """Of the gate."""
         return "sigmoid" if self.gate.endswith("sigmoid") else "silu"
