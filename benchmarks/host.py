@@ -48,7 +48,7 @@ CALLS = {
     "4 devices, allocating": {"rms_norm": "; ".join(["rms_norm(x, w)"] * 4), "rms_norm_tp": NEW},
     "operator": {
         "rms_norm": "operator(x, w)",
-        "rms_norm_kernel": "kernel(x, w, None, 1e-6, 0.0, False, False, False, None, False)",
+        "rms_norm_kernel": "kernel(x, w, None, 1e-6, 0.0, False, False, False, False, None, False)",
         "rms_norm_": "writing_operator(y, w)",
     },
     "compiled call": {"rms_norm": "compiled(x, w)", "F.rms_norm": "compiled_torch(x, w)"},

@@ -304,7 +304,7 @@ class _Oracle:
         self.weight, self.bias = _widened(weight), _widened(bias)
         self.size_of_bias: Tensor | None = None  # None: that of the bias
         self.arithmetic = _ARITHMETIC
-        self.lost: Tensor | float = 0.0  # by gates, of t
+        self.lost: Tensor | float = 0.0  # to gates that count as 0
         if self.weight is not None:
             offset = _rounded(weight_offset, computing)
             if round_weight and weight is not None and weight.dtype.itemsize == 2:
@@ -346,7 +346,8 @@ class _Oracle:
         self.arithmetic += _GATE_BEHIND
         factor = reference.activated(z, activation, torch.float64)
         lost = _LEAST_GATE * z.double().abs().clamp(min=1)
-        self.lost = lost if self.weight is None else lost * self.weight.abs()
+        size = self.t if self.weight is None else self.t * self.weight.abs()
+        self.lost = lost * (size if self.bias is None else size + self.bias.abs())
         self.weight = factor if self.weight is None else self.weight * factor
         self.bias = None if self.bias is None else self.bias * factor
 
@@ -369,7 +370,7 @@ class _Oracle:
         elif self.bias is not None:
             shift = self.bias.abs()
         arithmetic = self.arithmetic * (self.t * scale + shift) + _UNDERFLOW * self.u * scale
-        arithmetic = arithmetic + self.lost * self.t
+        arithmetic = arithmetic + self.lost
         values = [self._scaled(xhat) for xhat in candidates]
         return [(y, _ulp(y, out_dtype) / 2 * _STORE + arithmetic) for y in values]
 

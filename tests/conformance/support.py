@@ -115,7 +115,8 @@ class Op(NamedTuple):
         return inputs.x if name == "z" and made is None else made
 
 
-def _kinds(spec: _spec.Op) -> tuple[str, ...]:
+def kinds_of(spec: _spec.Op) -> tuple[str, ...]:
+    """The kinds of an op that this suite takes."""
     if spec.of_sum:
         return ("l2",)
     if spec.layer is not None:
@@ -138,7 +139,7 @@ EVERY = tuple(
         spec.of_sum,
     )
     for spec in _spec.OPS.values()
-    for kind in _kinds(spec)
+    for kind in kinds_of(spec)
 )
 # The others begin with a norm and end with a sum, or a norm of that: test_post_norm.py is about
 # them, and the tests that take EVERY.

@@ -34,6 +34,7 @@ from conformance.support import (
     assert_same_results,
     dtypes,
     inputs_for,
+    kinds_of,
     run,
     run_and_check,
     run_in_place,
@@ -250,10 +251,9 @@ def test_every_op_of_the_table_is_reached_in_both_forms() -> None:
     for op in EVERY:
         inputs = inputs_for(op, 3, 16, torch.float32)
         assert_same_results(run_in_place(call, op, inputs), run_and_check(call, op, inputs))
-    kinds = {False: ["rms"], True: ["layer"], None: ["rms", "layer"]}
     assert reached == {
         (name + form, kind)
         for name, spec in _spec.OPS.items()
-        for kind in ([spec.fields["kind"].default] if spec.fused else kinds[spec.layer])
+        for kind in kinds_of(spec)
         for form in ("", "_")
     }

@@ -106,6 +106,7 @@ def test_fake_gradients_are_laid_out_as_real_ones(name: str, wanted: tuple[int, 
                 torch.ones(x.shape[:-1]),
                 torch.zeros(x.shape[:-1]) if "layer" in name else None,
                 *("layer" in name, per_head(name), False, 1e-6, *DEFAULT_OPTIONS.values()),
+                *(False, False),  # no L2 norm
                 *(x.dtype if of_x else None, of_sum if of_residual else None, of_weight, of_bias),
             ]
             real = looks(operator("norm_backward")(*arguments))

@@ -22,7 +22,7 @@ from torch_integration.support import (
     results_and_gradients,
 )
 
-NAMES = tuple(name for name, op in OPS.items() if op.fused)
+NAMES = tuple(name for name, op in OPS.items() if op.modulated or op.gated)
 every_op = pytest.mark.parametrize("name", NAMES)
 ADDS = "add_modulated_norm"
 

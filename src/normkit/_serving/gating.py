@@ -78,8 +78,8 @@ def gradients(
     if torch.is_grad_enabled():  # to be differentiated again
         norm_backward = differentiable
     compute = kept.rstd.dtype
-    z = kept.z.to(compute).contiguous()  # torch has other code for strides, of other bits
-    a = reference.activated(z, options.activation, compute)
+    s = _sigmoid(kept.z, compute)
+    a = s if options.activation == "sigmoid" else kept.z.to(compute) * s
     made: dict[str, Tensor | None] = dict.fromkeys(INPUTS)
     g = grad_y.to(compute)
     if options.norm_before_gate:
@@ -101,7 +101,10 @@ def gradients(
                 of_x = torch.where(kept.x.isinf(), 0.0, of_x)  # what was clamped is a constant
             made["x"] = dispatch.packed(of_x.to(kept.x.dtype))
     if needed["z"] and of_a is not None:
-        of_z = of_a * _slope(z, options.activation)
+        slope = s * (1 - s)
+        if options.activation == "silu":
+            slope = s + kept.z.to(compute) * slope
+        of_z = of_a * slope
         made["z"] = dispatch.packed(of_z.to(kept.z.dtype))
     return made
 
@@ -151,7 +154,13 @@ def _norm_again(kept: Kept, options: Options) -> Tensor:
     )
 
 
-def _slope(z: Tensor, activation: Activation) -> Tensor:
-    """The derivative of act at z."""
-    s = torch.sigmoid(z)
-    return s * (1 - s) if activation == "sigmoid" else s * (1 + z * (1 - s))
+def _sigmoid(z: Tensor, compute: torch.dtype) -> Tensor:
+    """The activation as kernels compute it: the gate of a row of ones, whose norm is 1.
+
+    Torch's own has other bits at the end of a tensor, and of what a thread has of it, than before.
+    """
+    if torch.is_grad_enabled():  # to be differentiated again
+        return torch.sigmoid(z.to(compute))
+    ones = z.new_ones(z.shape[-1:], dtype=compute).expand(z.shape)
+    gated: Tensor = torch.ops.normkit.gated_norm(ones, z, eps=0.0, activation="sigmoid")[0]
+    return gated
