@@ -340,7 +340,7 @@ def test_what_writes_into_x_or_gives_other_strides_is_left():
         assert reason in entry.reason, entry
 
 
-def test_an_l2_norm_is_an_rms_norm_with_a_weight():
+def test_an_l2_norm_is_an_l2_norm():
     class L2Norm(nn.Module):
         def forward(self, x):
             y = x.float()
@@ -348,7 +348,9 @@ def test_an_l2_norm_is_an_rms_norm_with_a_weight():
 
     m = L2Norm()
     for n in (64, 100):
-        assert near(converted(L2Norm())(rows(BF16, 3, n)), m(rows(BF16, 3, n)))
+        x = rows(BF16, 3, n)
+        assert near(converted(L2Norm())(x), m(x))
+        assert torch.equal(converted(L2Norm())(x), normkit.l2_norm(x))
 
 
 # ----------------------------------------------------------------------------------------- choosing

@@ -20,6 +20,7 @@ from normkit._spec import (
     FLOATS,
     LAYER,
     MODULATED,
+    OF_SUM,
     PER_HEAD,
     Call,
     NormSpec,
@@ -108,7 +109,9 @@ class Plan:
         spec = self.specs.get((x.dtype, dtype))
         if spec is None or (self.width is not None and x.shape[-1:] != (self.width,)):
             return None
-        if modulation and (self.heads or self.is_l2 or spec.out_dtype not in (None, x.dtype)):
+        if modulation and (self.heads or spec.out_dtype not in (None, x.dtype)):
+            return None
+        if self.is_l2 and (modulation or residual is not None):
             return None
         if self.groups > 1 and (residual is not None or modulation or not self._is_of_parts(x)):
             return None
@@ -174,21 +177,18 @@ class Plan:
         fused: Sequence[Any] = (),
     ) -> Any:
         """Run the call, with FUSED arguments or none."""
-        eps = spec.eps
         if self.shape is not None and len(self.shape) != 1 + self.heads:  # (1, n), (n, 1, 1)
             shape = row_shape(weight if weight is not None else cast(Tensor, bias))
             weight, bias = (None if t is None else t.reshape(shape) for t in (weight, bias))
         if self.groups > 1:
             x, weight, bias, *fused = map(self._in_parts, (x, weight, bias, *fused))
-        if self.is_l2:
-            n = x.shape[-1]
-            weight = torch.full((n,), n**-0.5, dtype=torch.float32, device=x.device)
-            eps = (eps or 0.0) / n
         kind = PER_HEAD * (self.heads or self.groups > 1) | LAYER * (spec.kind == "layer")
+        if self.is_l2:
+            kind = OF_SUM
         if fused:
             kind |= MODULATED if fused[-1] is None else self.gating
         call = (
-            kind | ADD * (residual is not None), x, residual, weight, bias, eps,
+            kind | ADD * (residual is not None), x, residual, weight, bias, spec.eps,
             spec.weight_offset, spec.round_before_weight, True, False, spec.round_rstd,
             spec.round_weight, spec.out_dtype, None, None,
         )  # fmt: skip
