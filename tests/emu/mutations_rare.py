@@ -20,7 +20,7 @@ RARE = (
         "eps that bounds the length is added to its square",
         PLAIN,
         STREAMED,
-        "if (kModulated && a.options.eps_outside) rstd = reciprocal_length(a, squares);",
+        "if (kFused && a.options.eps_outside) rstd = reciprocal_length(a, squares);",
         "",
     ),
     mutant(
