@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from functools import partial
+from functools import cache, partial
 from operator import attrgetter
 from typing import Any, Literal, NamedTuple, TypedDict, cast
 
@@ -477,7 +477,7 @@ class Op(NamedTuple):
     @property
     def flags(self) -> dict[str, int]:
         """Arguments that are bits of a call's kind."""
-        return {name: bit for name, bit in _KIND_FLAGS.items() if name in self.fields}
+        return _flags_of(self)
 
     def kind_of(self, given: Mapping[str, Any]) -> int:
         """The kind of a call with these arguments, of which the defaults may be left out."""
@@ -490,24 +490,7 @@ class Op(NamedTuple):
     @property
     def fields(self) -> Fields:
         """The arguments that every form takes, in the order of schemas."""
-        eps = DEFAULT_EPS["layer" if self.layer else "rms"]
-        if self.of_sum:
-            return {name: FIELDS[name] for name in ("x", "eps", "eps_outside", "clamp_inf")}
-        left_out = (*_OF_RESULTS, "eps_outside")
-        taken = {name: field for name, field in FIELDS.items() if name not in left_out}
-        taken["eps"] = taken["eps"]._replace(default=eps)
-        if self.layer is not None:
-            del taken["kind"]
-        if not (self.adds or self.post):
-            del taken["residual"]
-        if not self.adds or self.post:
-            del taken["gate"], taken["round_sum"]
-        if self.modulated:
-            taken["kind"] = taken["kind"]._replace(default="layer")
-        own = MODULATION * self.modulated + (*GATING, "round_each") * self.gated
-        if self.post:
-            own += POST_NORM if self.adds else ("alpha", "beta", "round_norm")
-        return {name: f for name, f in taken.items() if name in own or name not in _OF_FUSED}
+        return _fields_of(self)
 
     @property
     def results(self) -> Fields:
@@ -530,6 +513,34 @@ class Op(NamedTuple):
         if in_place:
             rest |= {output: rest[name] for output, name in self.written.items()}
         return Call(self.kind_of(given), in_place=in_place, **rest)
+
+
+# Asked for 350 times while operators are registered, and at each call of one in Python.
+@cache
+def _fields_of(op: Op) -> Fields:
+    eps = DEFAULT_EPS["layer" if op.layer else "rms"]
+    if op.of_sum:
+        return {name: FIELDS[name] for name in ("x", "eps", "eps_outside", "clamp_inf")}
+    left_out = (*_OF_RESULTS, "eps_outside")
+    taken = {name: field for name, field in FIELDS.items() if name not in left_out}
+    taken["eps"] = taken["eps"]._replace(default=eps)
+    if op.layer is not None:
+        del taken["kind"]
+    if not (op.adds or op.post):
+        del taken["residual"]
+    if not op.adds or op.post:
+        del taken["gate"], taken["round_sum"]
+    if op.modulated:
+        taken["kind"] = taken["kind"]._replace(default="layer")
+    own = MODULATION * op.modulated + (*GATING, "round_each") * op.gated
+    if op.post:
+        own += POST_NORM if op.adds else ("alpha", "beta", "round_norm")
+    return {name: f for name, f in taken.items() if name in own or name not in _OF_FUSED}
+
+
+@cache
+def _flags_of(op: Op) -> dict[str, int]:
+    return {name: bit for name, bit in _KIND_FLAGS.items() if name in op.fields}
 
 
 OPS = {
