@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter, init
 
-from normkit._serving.checks import check_ending, check_eps, check_size
+from normkit._serving.checks import check_ending, check_eps, check_size, in_groups
 from normkit._spec import Activation, gated
 from normkit.functional import head_norm, rms_norm
 from normkit.fusions import gated_norm
@@ -95,11 +95,9 @@ class GatedRMSNorm(torch.nn.Module):
             return rms_norm(
                 x, self.weight, eps=self.eps, round_before_weight=self.round_before_weight
             )
-        groups = (self.hidden_size // self.group_size, self.group_size)
-        return head_norm(
-            x.view(*x.shape[:-1], *groups), self.weight.view(groups), eps=self.eps,
-            round_before_weight=self.round_before_weight,
-        ).flatten(-2)  # fmt: skip
+        split = in_groups(self.group_size, x=x, weight=self.weight)
+        y = head_norm(**split, eps=self.eps, round_before_weight=self.round_before_weight)
+        return y.flatten(-2)
 
     def extra_repr(self) -> str:
         """Show the options, those that are not the defaults."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import normkit
-from normkit._spec import MODULATORS, OPS
+from normkit._spec import MODULATORS, NEXT, OPS
 from normkit.testing import make_inputs
 from torch_integration.support import (
     Recorder,
@@ -22,18 +22,28 @@ from torch_integration.support import (
     results_and_gradients,
 )
 
-NAMES = tuple(name for name, op in OPS.items() if op.modulated or op.gated)
+NAMES = tuple(name for name, op in OPS.items() if op.fused)
 every_op = pytest.mark.parametrize("name", NAMES)
-ADDS = "add_modulated_norm"
+# What each computes, and rounds, that its defaults do not.
+OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
+    name: ({}, {"alpha": 0.7, "beta": 1.3} if op.post else {"round_each": True})
+    for name, op in OPS.items()
+    if op.fused
+}
 
 
 def tensors(name: str, dtype: torch.dtype = torch.float32, *, grad: bool = False) -> list[Tensor]:
-    """Make an op's tensors, with a gate, scale and shift for each sample, and z of x's shape."""
+    """Make an op's tensors: a gate, scale and shift for each sample, and z of x's shape."""
     made = make_inputs((2, 3, 8), dtype)._asdict()
     made |= dict(zip(MODULATORS, make_inputs((3, 2, 8), dtype, seed=1).x, strict=True))
+    made |= dict(zip(NEXT, make_inputs((8,), dtype, seed=3)[2:], strict=True))
     made["z"] = make_inputs((2, 3, 8), dtype, seed=2).x
     given = [made[field] for field in OPS[name].fields if field in made]
     return [t.clone().requires_grad_(grad) for t in given]
+
+
+def listed(made: Any) -> list[Tensor]:
+    return [made] if isinstance(made, Tensor) else list(made)
 
 
 def function(name: str, **options: Any) -> Callable[..., Any]:
@@ -53,21 +63,25 @@ def test_operators_keep_torchs_rules(name: str, grad: bool) -> None:
 @every_op
 def test_forms_that_write_give_what_the_functional_one_does(name: str) -> None:
     given = tensors(name, torch.bfloat16)
-    expected = operator(name)(*given)[: 1 + (name == ADDS)]
+    expected = listed(operator(name)(*given))[: len(listed(getattr(normkit, name)(*given)))]
     outputs = [torch.empty_like(given[0]) for _ in expected]
     operator(name, "_out")(*outputs, *given)
-    assert_equal_bits(outputs, list(expected))
-    written = clones(given)
-    operator(name, "_")(*written)
-    assert_equal_bits(written[: len(outputs)], list(expected))
+    assert_equal_bits(outputs, expected)
+    written = dict(zip(OPS[name].fields, clones(given), strict=False))
+    operator(name, "_")(*written.values())
+    places = OPS[name].written
+    results = [written.pop(places[output]) for output in ("out", "residual_out")[: len(expected)]]
+    assert_equal_bits(results, expected)
+    untouched = dict(zip(OPS[name].fields, given, strict=False))
+    assert_equal_bits(list(written.values()), [untouched[field] for field in written])
 
 
 @every_op
-@pytest.mark.parametrize("round_each", [False, True])
-def test_compiled_calls_have_the_bits_of_eager_ones(name: str, round_each: bool) -> None:
+@pytest.mark.parametrize("which", [0, 1])
+def test_compiled_calls_have_the_bits_of_eager_ones(name: str, which: int) -> None:
     """With mode "op"; one graph for each, and the gradients too."""
     torch._dynamo.reset()
-    call = function(name, round_each=round_each)
+    call = function(name, **OPTIONS[name][which])
     with normkit.compile_mode("op"):
         made = compiled(call)
         given = tensors(name, torch.bfloat16)
@@ -81,7 +95,7 @@ def test_compiled_calls_have_the_bits_of_eager_ones(name: str, round_each: bool)
 @every_op
 def test_inlined_calls_round_where_eager_ones_do(name: str) -> None:
     torch._dynamo.reset()
-    call, recorder = function(name, round_each=True), Recorder()
+    call, recorder = function(name, **OPTIONS[name][1]), Recorder()
     with normkit.compile_mode("inline"), torch.no_grad():
         given = tensors(name, torch.bfloat16)
         got = torch.compile(call, fullgraph=True, backend=recorder.backend)(*given)
@@ -119,8 +133,7 @@ def test_transforms_of_torch_func_see_every_tensor(name: str) -> None:
     given = tensors(name)
 
     def loss(*tensors: Tensor) -> Tensor:
-        made = getattr(normkit, name)(*tensors)
-        return (made[0] if name == ADDS else made).square().sum()
+        return listed(getattr(normkit, name)(*tensors))[0].square().sum()
 
     by_func = torch.func.grad(loss, argnums=tuple(range(len(given))))(*given)
     wanting = clones(given, grad=True)
@@ -134,7 +147,10 @@ def test_what_is_nested_is_refused_and_what_is_fake_gets_shapes(name: str) -> No
     jagged = torch.nested.nested_tensor(list(given[0].unbind()), layout=torch.jagged)
     with pytest.raises(ValueError, match="^x: expected a dense tensor"):
         getattr(normkit, name)(jagged, *given[1:])
+    narrow = [given[0].bfloat16(), *given[1:]]
     with torch._subclasses.FakeTensorMode() as mode:
-        fakes = [mode.from_tensor(t) for t in given]
-        made = getattr(normkit, name)(*fakes)
-    assert all(t.shape == given[0].shape for t in (made if name == ADDS else [made]))
+        fakes = [mode.from_tensor(t) for t in narrow]
+        made = listed(getattr(normkit, name)(*fakes))
+    assert [(t.shape, t.dtype) for t in made] == [
+        (t.shape, t.dtype) for t in listed(getattr(normkit, name)(*narrow))
+    ]
