@@ -51,6 +51,7 @@ struct NormOptions {
   bool of_sum = false;        // the statistic is the sum of squares, and not their mean: an L2 norm
   bool eps_outside = false;   // rstd = 1 / max(sqrt(statistic), eps)
   bool round_weight = false;  // weight + weight_offset, to weight's dtype
+  bool as_is = false;         // no statistic: mean 0 and rstd 1
 };
 
 // Those that are on or off, in the order in which calls give them.
@@ -108,6 +109,42 @@ struct NormBefore {
   bool scales() const { return alpha != 1.f || beta != 1.f; }
 };
 
+// A token of each row: an integer of four or eight bytes, reached as rows of RowsOf are.  The
+// strides are in units of four bytes where they are laid out, so that the dtype there stands in for
+// one of four.
+struct IndexOf {
+  RowsOf at;
+  bool wide;  // eight bytes
+  explicit operator bool() const { return at.data; }
+};
+
+// What is done to the norm n of a row behind all else: its first `width` columns are pairs (a, b)
+// of columns i and width / 2 + i, or 2 i and 2 i + 1 where they are interleaved, and become
+//   a * cos[i] - b * sin[i]  and  b * cos[i] + a * sin[i]
+// In float32, each product and the sum by themselves; or, with round_norm, n is rounded to x's
+// dtype first; or, with round_each, that and each product to the dtype of what torch makes of n and
+// cos.  With positions, cos and sin are tables and a row takes theirs of its position; one outside
+// of them is NaN there.
+struct Rotation {
+  RowsOf cos, sin;  // rows of width / 2; absent where there is no rotation
+  IndexOf position;
+  int64_t positions = 0;                   // rows of the tables
+  int64_t cos_stride = 0, sin_stride = 0;  // bytes from one of them to the next
+  int64_t width = 0;
+  bool interleaved = false, round_norm = false, round_each = false;
+  explicit operator bool() const { return width > 0; }
+};
+
+// Where y goes as well: a cache of pages, in which the row's token has a slot.  Slots outside of it
+// are not written.
+struct Cache {
+  RowsOf rows;  // of slot 0; strides are those of heads
+  IndexOf slot;
+  int64_t slots = 0, page_slots = 1;         // in all, and of a page
+  int64_t page_stride = 0, slot_stride = 0;  // bytes
+  explicit operator bool() const { return slots > 0; }
+};
+
 // The dtype of what torch computes of two tensors.
 constexpr DType promoted(DType a, DType b) { return a == b ? a : DType::kFloat32; }
 
@@ -141,6 +178,8 @@ struct RowNorm {
   Modulation modulation;
   Gating gating;
   NormBefore before;
+  Rotation rotation;
+  Cache cache;
   NormOptions options;
   float* rstd;  // one a row, as it multiplied, for the backward pass; null when not asked for
   float* mean;  // likewise; null for kRms

@@ -10,9 +10,10 @@ namespace normkit {
 struct Arguments {
   Tensor x{"x"}, residual{"residual"}, weight{"weight"}, bias{"bias"}, out{"out"},
       residual_out{"residual_out"}, gate{"gate"}, scale{"scale"}, shift{"shift"}, z{"z"},
-      next_weight{"next_weight"}, next_bias{"next_bias"};
+      next_weight{"next_weight"}, next_bias{"next_bias"}, cos{"cos"}, sin{"sin"}, cache{"cache"};
+  Indices positions{{"positions"}}, slots{{"slots"}};
   Statistic statistic;
-  bool per_head, adds = false, gated = false, post = false;
+  bool per_head, adds = false, gated = false, post = false, rotated = false, interleaved = false;
   NormOptions options;
   bool round_each = false;
   Activation activation = Activation::kSilu;  // of z
@@ -22,7 +23,7 @@ struct Arguments {
   std::optional<DType> out_dtype;  // none: that of out, or x's
 
   bool is_modulated() const { return gate || scale || shift; }
-  bool is_fused() const { return is_modulated() || z || post; }
+  bool is_fused() const { return is_modulated() || z || post || cos || cache; }
   // y is the sum, of residual's dtype.
   bool is_sum() const { return post && !adds; }
   DType out_dtype_of() const { return is_sum() ? residual.dtype : out_dtype.value_or(x.dtype); }
@@ -158,6 +159,54 @@ inline Refusal check_post_norm(const Arguments& a) {
   return {};
 }
 
+// Whether a tensor has the dimensions of x's tokens, of which the first may be left out or 1.
+inline bool is_per_token(const Tensor& t, int ndim, const Tensor& x) {
+  const int ahead = x.ndim - 2 - ndim;
+  if (ahead < 0) return false;
+  for (int d = 0; d < ndim; ++d)
+    if (t.shape[d] != 1 && t.shape[d] != x.shape[ahead + d]) return false;
+  return true;
+}
+
+inline Refusal check_rotation(const Arguments& a) {
+  if (a.is_modulated() || a.z || a.post || a.residual || !a.per_head)
+    return {"x", "is rotated, and no kernel does more than that", Refusal::kOption};
+  for (const Tensor* t : {&a.cos, &a.sin}) {
+    if (!*t) return {t->name, "is None", Refusal::kOption};
+    if (const Refusal no = check_device(*t, a.x)) return no;
+    const bool fits =
+        t->ndim >= 1 && t->size(1) >= 1 && 2 * t->size(1) <= a.x.size(1) &&
+        (a.positions ? t->ndim == 2 && t->shape[0] > 0 : is_per_token(*t, t->ndim - 1, a.x));
+    if (!fits) return {t->name, "does not fit x's shape", Refusal::kShape};
+    if (t->size(1) > 1 && t->stride(1) != 1)
+      return {t->name, "has a last stride other than 1", Refusal::kStrides};
+  }
+  if (!same_shape(a.cos, a.sin)) return {"sin", "does not have cos's shape", Refusal::kShape};
+  if (a.cos.dtype != a.sin.dtype) return {"sin", "does not have cos's dtype", Refusal::kDtype};
+  if (const Refusal no = check_device(a.positions, a.x)) return no;
+  if (a.positions && !is_per_token(a.positions, a.positions.ndim, a.x))
+    return {"positions", "does not fit x's shape", Refusal::kShape};
+  return {};
+}
+
+// (pages, slots of a page, heads, head_dim), at any strides but the last.
+inline Refusal check_cache(const Arguments& a) {
+  const Tensor& c = a.cache;
+  if (a.is_modulated() || a.z || a.post || a.residual)
+    return {"cache", "is not None", Refusal::kOption};
+  if (!a.slots) return {"slots", "is None", Refusal::kOption};
+  for (const Tensor* t : {&c, static_cast<const Tensor*>(&a.slots)})
+    if (const Refusal no = check_device(*t, a.x)) return no;
+  if (c.ndim != 4 || a.x.ndim < 2 || c.size(1) != a.x.size(1) || c.size(2) != a.x.size(2))
+    return {"cache", "does not fit x's shape", Refusal::kShape};
+  if (c.size(1) > 1 && c.stride(1) != 1)
+    return {"cache", "has a last stride other than 1", Refusal::kMemory};
+  bool fits = a.slots.ndim == a.x.ndim - 2;
+  for (int d = 0; fits && d < a.slots.ndim; ++d) fits = a.slots.shape[d] == a.x.shape[d];
+  if (!fits) return {"slots", "does not fit x's shape", Refusal::kShape};
+  return {};
+}
+
 // Whether the memory from the first to the last element of one crosses that of the other.
 inline bool share_memory(const Tensor& a, const Tensor& b) {
   return a && b && a.data < b.data + b.extent() && b.data < a.data + a.extent();
@@ -209,6 +258,12 @@ inline Refusal check_memory(const Arguments& a) {
     for (const Tensor* affine : {&a.weight, &a.bias, &a.next_weight, &a.next_bias})
       if (share_memory(a.out, *affine) || share_memory(a.residual_out, *affine))
         return {affine->name, "overlaps an output", Refusal::kMemory};
+  // Rows of x share these, and other rows are read when one is written.
+  for (const Tensor* table : {&a.cos, &a.sin})
+    if (share_memory(a.out, *table)) return {table->name, "overlaps the output", Refusal::kMemory};
+  if (a.cache)
+    for (const Tensor* t : {&a.x, &a.weight, &a.bias, &a.cos, &a.sin, &a.out})
+      if (share_memory(a.cache, *t)) return {"cache", "overlaps another tensor", Refusal::kMemory};
   if (share_memory(a.out, a.residual_out))
     return {a.out.name, "may overlap residual_out", Refusal::kMemory};
   return {};
@@ -236,6 +291,10 @@ inline Refusal check(const Arguments& a, bool memory_checked) {
   if (const Refusal no = check_rows(a.z, a.x, Refusal::kStrides)) return no;
   if (a.post)
     if (const Refusal no = check_post_norm(a)) return no;
+  if (a.rotated)
+    if (const Refusal no = check_rotation(a)) return no;
+  if (a.cache)
+    if (const Refusal no = check_cache(a)) return no;
   for (const Tensor* t : {&a.x, &a.residual})
     if (const Refusal no = check_rows(*t, a.x, Refusal::kStrides)) return no;
   for (const Tensor* t : {&a.out, &a.residual_out})
@@ -326,6 +385,64 @@ inline void lay_out_post_norm(const Arguments& a, RowNorm& norm) {
   lay_out_rows(a.x, tensors, rows, norm);
 }
 
+// A tensor of x's tokens as one of its rows, whose heads share them.
+class PerToken : public Tensor {
+ public:
+  // ndim: of the dimensions that are tokens.  units: of stride, to an element.
+  PerToken(const Tensor& t, int ndim, const Tensor& x, int64_t units) : Tensor(t) {
+    const int ahead = x.ndim - 2 - ndim;
+    for (int d = 0; d < x.ndim - 1; ++d) {
+      const bool steps = d >= ahead && d < x.ndim - 2 && t.shape[d - ahead] > 1;
+      strides_[d] = steps ? t.strides[d - ahead] * units : 0;
+    }
+    strides = strides_;
+  }
+  // Of a table, where rows do not say which of its rows they take; or none.
+  explicit PerToken(const Tensor& t) : Tensor(t) { strides = strides_; }
+  PerToken(const PerToken&) = delete;
+  PerToken& operator=(const PerToken&) = delete;
+
+ private:
+  int64_t strides_[kMaxOuterDims + 2] = {};
+};
+
+inline void lay_out_rotated(const Arguments& a, RowNorm& norm) {
+  Rotation& r = norm.rotation;
+  r.width = a.rotated ? 2 * a.cos.size(1) : 0;
+  r.interleaved = a.interleaved;
+  r.round_norm = a.round_norm || a.round_each;
+  r.round_each = a.round_each;
+  r.position.wide = a.positions.wide;
+  if (a.positions) {
+    r.positions = a.cos.shape[0];
+    r.cos_stride = a.cos.strides[0] * item_size(a.cos.dtype);
+    r.sin_stride = a.sin.strides[0] * item_size(a.sin.dtype);
+  }
+  Cache& c = norm.cache;
+  c.slot.wide = a.slots.wide;
+  const auto per_token = [&](const Tensor& t) {
+    return t && !a.positions ? PerToken(t, t.ndim - 1, a.x, 1) : PerToken(t);
+  };
+  const auto index = [&](const Indices& t) {
+    return t ? PerToken(t, t.ndim, a.x, t.wide ? 2 : 1) : PerToken(t);
+  };
+  const PerToken cos = per_token(a.cos), sin = per_token(a.sin), positions = index(a.positions),
+                 slots = index(a.slots);
+  Tensor cache = a.cache;
+  int64_t of_heads[kMaxOuterDims + 2] = {};
+  if (cache) {
+    c.slots = cache.shape[0] * cache.shape[1];
+    c.page_slots = cache.shape[1];
+    c.page_stride = cache.strides[0] * item_size(cache.dtype);
+    c.slot_stride = cache.strides[1] * item_size(cache.dtype);
+    of_heads[a.x.ndim - 2] = cache.strides[2];
+    cache.strides = of_heads;
+  }
+  const Tensor* const tensors[] = {&a.x, &a.out, &cos, &sin, &positions, &cache, &slots};
+  RowsOf* const rows[] = {&norm.x, &norm.out, &r.cos, &r.sin, &r.position.at, &c.rows, &c.slot.at};
+  lay_out_rows(a.x, tensors, rows, norm);
+}
+
 // Not by a return value: the strides of four tensors take 2 KB, and 40 ns to copy.
 inline void lay_out(const Arguments& a, RowNorm& norm) {
   norm.weight = affine_of(a.weight);
@@ -338,7 +455,13 @@ inline void lay_out(const Arguments& a, RowNorm& norm) {
   norm.before = {};
   norm.modulation = {};
   norm.gating.z.data = nullptr;
+  norm.rotation.width = 0;
+  norm.cache.slots = 0;
   if (a.post) return lay_out_post_norm(a, norm);
+  if (a.rotated || a.cache) {
+    norm.residual.data = norm.residual_out.data = nullptr;
+    return lay_out_rotated(a, norm);
+  }
   if (a.is_modulated()) {
     norm.modulation.round_each = a.round_each;
     if (a.gate) find_rows(a.gate, a.x, norm.modulation.gate);

@@ -57,6 +57,6 @@ namespace normkit {
 
 constexpr uint32_t kDLPackMajor = 1;
 constexpr int32_t kDLCPU = 1, kDLCUDA = 2;
-constexpr uint8_t kDLFloat = 2, kDLBfloat = 4;
+constexpr uint8_t kDLInt = 0, kDLFloat = 2, kDLBfloat = 4;
 
 }  // namespace normkit

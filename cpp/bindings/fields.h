@@ -47,6 +47,10 @@ struct Field {
   return tensor.read(value);
 }
 
+inline Refusal read_value(Indices& indices, const char*, PyObject* value) {
+  return indices.read(value);
+}
+
 inline Refusal read_value(PyObject*& object, const char*, PyObject* value) {
   object = value;
   return {};
@@ -73,7 +77,7 @@ template <auto kOption, class Arguments>
 // 1 layer instead of rms, 2 weight and bias may have a row per head, 4 adds a residual, 8 x is the
 // output; 32 gated, 64 sigmoid instead of silu, 128 the gate multiplies the norm and not x; 256
 // normalises x before it is added; 512 of the sum of squares instead of their mean, 1024 eps bounds
-// the root.
+// the root; 2048 rotates, 4096 pairs that are interleaved; 8192 no statistic.
 template <class Arguments>
 [[gnu::always_inline]] inline Refusal kind(Arguments& a, const char*, PyObject* value) {
   const long bits = read_bits(value);
@@ -89,6 +93,9 @@ template <class Arguments>
     a.norm_before_gate = bits & 128;
     a.post = bits & 256;
     a.options.eps_outside = bits & 1024;
+    a.rotated = bits & 2048;
+    a.interleaved = bits & 4096;
+    a.options.as_is = bits & 8192;
   }
   return {};
 }
@@ -183,6 +190,11 @@ inline constexpr auto kFusedFields =
                             {"alpha", member<&Arguments::alpha>},
                             {"beta", member<&Arguments::beta>},
                             {"round_norm", member<&Arguments::round_norm>},
+                            {"cos", member<&Arguments::cos>},
+                            {"sin", member<&Arguments::sin>},
+                            {"positions", member<&Arguments::positions>},
+                            {"cache", member<&Arguments::cache>},
+                            {"slots", member<&Arguments::slots>},
                         });
 
 inline constexpr Field<BackwardArguments> kBackwardFields[] = {

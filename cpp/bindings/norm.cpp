@@ -61,7 +61,7 @@ const Tensor* find_differentiated(const Arguments& a) {
   for (const Tensor* t : {&a.x, &a.residual, &a.weight, &a.bias, &a.out, &a.residual_out})
     if (*t && (t == &a.x || t->object != a.x.object) && requires_grad(*t)) return t;
   if (a.is_fused())
-    for (const Tensor* t : {&a.gate, &a.scale, &a.shift, &a.z})
+    for (const Tensor* t : {&a.gate, &a.scale, &a.shift, &a.z, &a.cos, &a.sin, &a.cache})
       if (*t && requires_grad(*t)) return t;
   if (a.post)
     for (const Tensor* t : {&a.next_weight, &a.next_bias})
@@ -87,9 +87,9 @@ Refusal check_recorders(const Arguments& a, Caller caller) {
   if (ask(torch_objects.is_tracing)) return {"torch.jit.trace", "is recording", Refusal::kRecorder};
   // torch writes to a tensor of inference mode only there, where gradients are off too.  Not by
   // is_inference(), which lets go of the interpreter's lock and takes it again: 40 ns.
-  if (a.out || a.residual_out) {
+  if (a.out || a.residual_out || a.cache) {
     if (!grad_is_on && ask(torch_objects.is_inference_mode_enabled)) return {};
-    for (const Tensor* t : {&a.out, &a.residual_out})
+    for (const Tensor* t : {&a.out, &a.residual_out, &a.cache})
       if (*t && !has_version_counter(*t))
         return {t->name, "is an inference tensor", Refusal::kRecorder};
   }
@@ -133,6 +133,7 @@ void Prepared::count_writes() const {
   else if (writes_out || writes_residual_out)
     written = nb::make_tuple(nb::handle((writes_out ? a.out : a.residual_out).object));
   if (written.is_valid()) call(torch_objects.increment_version, written.ptr());
+  if (a.cache) call(torch_objects.increment_version, a.cache.object);
 }
 
 namespace {

@@ -112,13 +112,8 @@ struct Tensor {
   }
 
   Refusal read_tensor(PyObject* source) {
-    if (Py_TYPE(source) != torch_objects.tensor && Py_TYPE(source) != torch_objects.parameter)
-      return {name, "is not a plain torch.Tensor", Refusal::kDtype};
     DLTensor view;
-    if (torch_objects.api->dltensor_from_py_object_no_sync(source, &view)) {
-      PyErr_Clear();
-      return {name, "has no memory that DLPack can describe", Refusal::kMemory};
-    }
+    if (const Refusal no = read_view(source, view)) return no;
     const auto type = dtype_of(view.dtype);
     if (!type)
       return {name,
@@ -126,10 +121,25 @@ struct Tensor {
                   ? "is float64"
                   : "is not float32, float16 or bfloat16",
               Refusal::kDtype};
+    dtype = *type;
+    return take(source, view);
+  }
+
+ protected:
+  Refusal read_view(PyObject* source, DLTensor& view) const {
+    if (Py_TYPE(source) != torch_objects.tensor && Py_TYPE(source) != torch_objects.parameter)
+      return {name, "is not a plain torch.Tensor", Refusal::kDtype};
+    if (torch_objects.api->dltensor_from_py_object_no_sync(source, &view)) {
+      PyErr_Clear();
+      return {name, "has no memory that DLPack can describe", Refusal::kMemory};
+    }
+    return {};
+  }
+
+  Refusal take(PyObject* source, const DLTensor& view) {
     object = source;
     device = view.device;
     data = static_cast<char*>(view.data) + view.byte_offset;
-    dtype = *type;
     ndim = view.ndim;
     shape = view.shape;
     strides = view.strides;
@@ -139,6 +149,22 @@ struct Tensor {
         if (shape[d] == 0) break;
       }
     return {};
+  }
+};
+
+// One of integers, of four or eight bytes; its dtype is that of float32 and says nothing.
+struct Indices : Tensor {
+  bool wide = false;
+
+  Refusal read(PyObject* source) {
+    if (source == Py_None) return {};
+    DLTensor view;
+    if (const Refusal no = read_view(source, view)) return no;
+    if (view.dtype.code != kDLInt || view.dtype.lanes != 1 ||
+        (view.dtype.bits != 32 && view.dtype.bits != 64))
+      return {name, "is not int32 or int64", Refusal::kDtype};
+    wide = view.dtype.bits == 64;
+    return take(source, view);
   }
 };
 

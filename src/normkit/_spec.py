@@ -40,8 +40,10 @@ DEFAULT_EPS: dict[Kind, float] = {"rms": 1e-6, "layer": 1e-5}
 # normalised before it is added; with ADD the sum is normalised too.
 LAYER, PER_HEAD, ADD, MODULATED, GATED, SIGMOID, NORM_FIRST = 1, 2, 4, 16, 32, 64, 128
 POST, OF_SUM, EPS_OUTSIDE = 256, 512, 1024
+# Rotated, in pairs of neighbours; and no statistic at all: y is x.
+ROTATED, INTERLEAVED, AS_IS = 2048, 4096, 8192
 # A call of any of these has FUSED arguments besides.
-FUSED_KINDS = MODULATED | GATED | POST
+FUSED_KINDS = MODULATED | GATED | POST | ROTATED | AS_IS
 
 
 def is_layer(kind: Kind) -> bool:
@@ -183,6 +185,11 @@ class Call:
     alpha: float = 1.0
     beta: float = 1.0
     round_norm: bool = True
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+    positions: Tensor | None = None
+    cache: Tensor | None = None
+    slots: Tensor | None = None
 
     @property
     def op(self) -> str:
@@ -336,12 +343,14 @@ NEXT = ("next_weight", "next_bias")  # of the norm behind a sum
 POST_NORM = (*NEXT, "next_eps", "alpha", "beta", "round_norm")
 FUSED_TENSORS = (*MODULATORS, "z", *NEXT)
 # What fused calls hand over in the place of others' fields, behind their own or in front of them.
-BEHIND_MODULATION, BEHIND_GATING, BEFORE_POST_NORM = (
+BEHIND_MODULATION, BEHIND_GATING, BEFORE_POST_NORM, BEHIND_POST_NORM, BEFORE_ROTATION = (
     tuple(getattr(Call, name) for name in names)
     for names in (
         FUSED[FUSED.index("z") :],
         FUSED[FUSED.index("next_weight") :],
         FUSED[: FUSED.index("next_weight")],
+        FUSED[FUSED.index("cos") :],
+        FUSED[: FUSED.index("round_norm")],
     )
 )
 _native_values = attrgetter(*NATIVE)

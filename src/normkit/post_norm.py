@@ -15,7 +15,17 @@ from torch.compiler import is_dynamo_compiling
 
 from normkit._serving.backends import quick
 from normkit._serving.serve import FUNCTIONS, serve
-from normkit._spec import ADD, BEFORE_POST_NORM, LAYER, OPS, POST, Call, Kind, is_layer
+from normkit._spec import (
+    ADD,
+    BEFORE_POST_NORM,
+    BEHIND_POST_NORM,
+    LAYER,
+    OPS,
+    POST,
+    Call,
+    Kind,
+    is_layer,
+)
 
 __all__ = ["norm_add", "norm_add_", "norm_add_norm", "norm_add_norm_"]
 
@@ -81,7 +91,7 @@ def norm_add(
         POST | is_layer(kind) * LAYER, x, residual, weight, bias, eps, weight_offset,
         round_before_weight, True, clamp_inf, round_rstd, round_weight, None, out, None,
     )  # fmt: skip
-    of_sum = (*BEFORE_POST_NORM, None, None, None, alpha, beta, round_norm)
+    of_sum = (*BEFORE_POST_NORM, None, None, None, alpha, beta, round_norm, *BEHIND_POST_NORM)
     made = None if is_dynamo_compiling() else _norm_add(*call, *of_sum)
     return _serve(Call(*call, False, False, *of_sum)) if made is None else made
 
@@ -108,7 +118,7 @@ def norm_add_(
         POST | is_layer(kind) * LAYER, x, residual, weight, bias, eps, weight_offset,
         round_before_weight, True, clamp_inf, round_rstd, round_weight, None, residual, None,
     )  # fmt: skip
-    of_sum = (*BEFORE_POST_NORM, None, None, None, alpha, beta, round_norm)
+    of_sum = (*BEFORE_POST_NORM, None, None, None, alpha, beta, round_norm, *BEHIND_POST_NORM)
     made = None if is_dynamo_compiling() else _norm_add(*call, *of_sum)
     return _serve(Call(*call, False, True, *of_sum)) if made is None else made
 
@@ -174,7 +184,16 @@ def norm_add_norm(
         round_before_weight, True, clamp_inf, round_rstd, round_weight, out_dtype, out,
         residual_out,
     )  # fmt: skip
-    of_sum = (*BEFORE_POST_NORM, next_weight, next_bias, next_eps, alpha, beta, round_norm)
+    of_sum = (
+        *BEFORE_POST_NORM,
+        next_weight,
+        next_bias,
+        next_eps,
+        alpha,
+        beta,
+        round_norm,
+        *BEHIND_POST_NORM,
+    )
     made = None if is_dynamo_compiling() else _norm_add_norm(*call, *of_sum)
     return _serve_both(Call(*call, False, False, *of_sum)) if made is None else made
 
@@ -204,7 +223,16 @@ def norm_add_norm_(
         POST | ADD | is_layer(kind) * LAYER, x, residual, weight, bias, eps, weight_offset,
         round_before_weight, True, clamp_inf, round_rstd, round_weight, None, x, residual,
     )  # fmt: skip
-    of_sum = (*BEFORE_POST_NORM, next_weight, next_bias, next_eps, alpha, beta, round_norm)
+    of_sum = (
+        *BEFORE_POST_NORM,
+        next_weight,
+        next_bias,
+        next_eps,
+        alpha,
+        beta,
+        round_norm,
+        *BEHIND_POST_NORM,
+    )
     made = None if is_dynamo_compiling() else _norm_add_norm(*call, *of_sum)
     return _serve_both(Call(*call, False, True, *of_sum)) if made is None else made
 
