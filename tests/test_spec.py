@@ -19,10 +19,10 @@ from normkit._spec import (
     MODULATORS,
     NATIVE,
     NEXT,
-    OF_SUM,
     OPS,
     OPTIONS,
     PLAIN_OPTIONS,
+    ROTATED,
     Call,
     Field,
     Op,
@@ -54,8 +54,9 @@ def test_signatures_are_those_of_the_table(op: Op, in_place: bool) -> None:
     found = {name: ... if p.default is p.empty else p.default for name, p in parameters.items()}
     assert found == expected_of(op, in_place=in_place)
     positional = [n for n, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
-    in_order = ("x", "residual", *MODULATORS, "z", "weight", "next_weight", "bias", "next_bias")
-    taken = [name for name in (*in_order, "eps", "next_eps") if name in op.fields]
+    operands = ("x", "residual", *MODULATORS, "z", "cos", "sin")
+    affine = ("weight", "next_weight", "bias", "next_bias")
+    taken = [name for name in (*operands, *affine, "eps", "next_eps") if name in op.fields]
     assert positional == taken
 
 
@@ -95,6 +96,7 @@ def test_operators_hand_the_extension_what_a_call_does(
     given |= {name: t for name, t in tensors.items() if name in op.fields}
     given |= {name: torch.rand(8) for name in (*MODULATORS, *NEXT) if name in op.fields}
     given |= {"z": torch.randn(2, 3, 8)} if op.gated else {}
+    given |= dict.fromkeys(("cos", "sin"), torch.rand(4)) if op.rotated else {}
     outputs = {"out": torch.empty_like(x)} if form == "_out" else {}
     outputs |= {"residual_out": torch.empty_like(x)} if outputs and op.adds else {}
     with torch.no_grad(), normkit.use_backend("reference"):  # which no kernel of torch's runs
@@ -190,6 +192,7 @@ def test_kinds_name_every_op_once() -> None:
     for op in OPS.values():
         given = {"x": x} | ({"residual": x} if takes_residual(op) else {})
         given |= {"z": x} if op.gated else {}
+        given |= {"cos": x, "sin": x} if op.rotated else {}
         for kind in ("rms", "layer") if op.layer is None else (None,):
             call = op.call(given | ({} if kind is None else {"kind": kind}))
             assert call.op == op.name
@@ -201,4 +204,4 @@ def test_kinds_name_every_op_once() -> None:
     outside = OPS["l2_norm"].call({"x": x, "eps_outside": True})
     assert outside.op == "l2_norm"
     assert outside.eps_outside
-    assert max(op.bits for op in OPS.values()) < 2 * OF_SUM
+    assert max(op.bits for op in OPS.values()) < 2 * ROTATED

@@ -175,8 +175,8 @@ inline Refusal check_rotation(const Arguments& a) {
     if (!*t) return {t->name, "is None", Refusal::kOption};
     if (const Refusal no = check_device(*t, a.x)) return no;
     const bool fits =
-        t->ndim >= 1 && t->size(1) >= 1 && 2 * t->size(1) <= a.x.size(1) &&
-        (a.positions ? t->ndim == 2 && t->shape[0] > 0 : is_per_token(*t, t->ndim - 1, a.x));
+        t->ndim >= 1 && 2 * t->size(1) <= a.x.size(1) &&
+        (a.positions ? t->ndim == 2 : is_per_token(*t, t->ndim - 1, a.x));
     if (!fits) return {t->name, "does not fit x's shape", Refusal::kShape};
     if (t->size(1) > 1 && t->stride(1) != 1)
       return {t->name, "has a last stride other than 1", Refusal::kStrides};
@@ -438,8 +438,10 @@ inline void lay_out_rotated(const Arguments& a, RowNorm& norm) {
     of_heads[a.x.ndim - 2] = cache.strides[2];
     cache.strides = of_heads;
   }
-  const Tensor* const tensors[] = {&a.x, &a.out, &cos, &sin, &positions, &cache, &slots};
-  RowsOf* const rows[] = {&norm.x, &norm.out, &r.cos, &r.sin, &r.position.at, &c.rows, &c.slot.at};
+  const Tensor* const tensors[] = {&a.x, &a.residual, &a.out, &a.residual_out, &cos,
+                                   &sin, &positions,  &cache, &slots};
+  RowsOf* const rows[] = {&norm.x, &norm.residual, &norm.out, &norm.residual_out, &r.cos,
+                          &r.sin,  &r.position.at, &c.rows,   &c.slot.at};
   lay_out_rows(a.x, tensors, rows, norm);
 }
 
@@ -458,10 +460,7 @@ inline void lay_out(const Arguments& a, RowNorm& norm) {
   norm.rotation.width = 0;
   norm.cache.slots = 0;
   if (a.post) return lay_out_post_norm(a, norm);
-  if (a.rotated || a.cache) {
-    norm.residual.data = norm.residual_out.data = nullptr;
-    return lay_out_rotated(a, norm);
-  }
+  if (a.rotated || a.cache) return lay_out_rotated(a, norm);
   if (a.is_modulated()) {
     norm.modulation.round_each = a.round_each;
     if (a.gate) find_rows(a.gate, a.x, norm.modulation.gate);

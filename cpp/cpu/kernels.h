@@ -40,6 +40,8 @@ struct Block {
   const void* gate[kMaxBlockRows];   // float32; null: none
   const void* scale[kMaxBlockRows];  // 1 + scale, or act(z), as float32 in its stage's layout
   const void* shift[kMaxBlockRows];
+  const char* cos[kMaxBlockRows];  // as they are stored; null: NaN
+  const char* sin[kMaxBlockRows];
   void*
       normalised[kMaxBlockRows];  // the row between norm and modulation, where they are two stages
   const void*
@@ -56,6 +58,18 @@ struct Block {
 using Stage = void (*)(Block&);
 // 1 / sqrt(sum * inverse_n + eps), of no less than `least`.
 using RstdStage = void (*)(Block&, double inverse_n, double eps, double least);
+
+// A row whose first `width` columns are pairs that are rotated: x * cos + partner * sin, where sin
+// has the sign of the column.
+struct RotatedRow {
+  const void* x;
+  int64_t n, width;
+  bool interleaved;
+  const float *cos, *sin;
+  void* partner;  // memory for the pairs with their columns exchanged
+  void* out;
+};
+using RotateRow = void (*)(const RotatedRow&);
 
 // Rows whose part of grad_weight and grad_bias is added in one go.
 constexpr int kBackwardRows = 4;
@@ -111,6 +125,9 @@ struct Kernels {
   // [source, and what xhat is rounded to][product][out][statistic]: apply, with the product rounded
   // before the bias is added.  Null for what is made in two stages, or no kernel's.
   Stage modulate[3][3][3][2];
+
+  // [x][what products are rounded to][out]; rounding to kFloat32 is none.
+  RotateRow rotate[3][3][3];
 
   BackwardStage backward_sums[3][2];   // [item][statistic]: g_mean and gx_mean
   BackwardStage backward_apply[3][2];  // [item][statistic]: grad_x, and what rows add to the sums

@@ -6,6 +6,7 @@
 #include "cursor.h"
 #include "memory.h"
 #include "modulation.h"
+#include "rotation.h"
 #include "stage_choice.h"
 #include "statistics.h"
 #include "threads.h"
@@ -110,23 +111,40 @@ void apply_and_modulate(Block& b, const Stages& s) {
   s.modulate(b);
 }
 
+// The norm goes to memory of this thread, and rotated from there to the output.
+void apply_and_rotate(Block& b, const Stages& s, Rotator& rotator) {
+  for (int r = 0; r < b.rows; ++r) std::swap(b.out[r], b.normalised[r]);
+  s.apply(b);
+  for (int r = 0; r < b.rows; ++r) {
+    std::swap(b.out[r], b.normalised[r]);
+    rotator.rotate(b.normalised[r], b.cos[r], b.sin[r], b.out[r]);
+  }
+}
+
 // The block's first row is `row`.
-void run(Block& b, const Stages& s, const RowNorm& norm, const Kernels& kernels, int64_t row) {
+void run(Block& b, const Stages& s, const RowNorm& norm, const Kernels& kernels, int64_t row,
+         Rotator* rotator = nullptr) {
   prepare(b, s, norm, kernels);
   if (!s.squares) return;
-  if (norm.split.step == Step::kApply) {
-    combine(b, norm, row);
+  if (norm.options.as_is) {
+    std::fill_n(b.mean, b.rows, 0.f);
+    std::fill_n(b.rstd, b.rows, 1.f);
   } else {
-    add_up(b, s);
-    if (norm.split.step == Step::kStatistics) return save_statistics(b, norm, row);
+    if (norm.split.step == Step::kApply) {
+      combine(b, norm, row);
+    } else {
+      add_up(b, s);
+      if (norm.split.step == Step::kStatistics) return save_statistics(b, norm, row);
+    }
+    take_rstd(b, norm, s.rstd);
   }
-  take_rstd(b, norm, s.rstd);
   if (norm.rstd) std::copy_n(b.rstd, b.rows, norm.rstd + row);
   if (norm.mean) std::copy_n(b.mean, b.rows, norm.mean + row);
   if (norm.gating.is_behind_norm()) {
     activate(b, norm, s.modulation_layout, s.scale_has_weight, kernels);
     if (s.has_scale) take_modulation(b);
   }
+  if (rotator) return apply_and_rotate(b, s, *rotator);
   s.modulate ? apply_and_modulate(b, s) : s.apply(b);
 }
 
@@ -146,7 +164,8 @@ struct Job {
   float* affine;  // affine_floats for each part, where weight and bias are not used as stored
   int64_t affine_floats;
   float* wide;  // block_rows rows for each part
-  // modulation_floats for each part: ModulationCursor's, or those of act(z); and normalised rows
+  // modulation_floats for each part: ModulationCursor's, Rotator's, or those of act(z); and
+  // normalised rows
   float* modulation;
   int64_t modulation_floats;
   First* first = nullptr;
@@ -240,9 +259,17 @@ void run_part(void* context, int part) {
   std::optional<Cursor<1>> z_cursor;
   float* const memory = job.modulation ? job.modulation + part * job.modulation_floats : nullptr;
   float* normalised = memory;
+  std::optional<RotationCursor> rotation_cursor;
+  std::optional<Rotator> rotator;
+  std::optional<CacheCursor> cache_cursor;
+  if (norm.cache) cache_cursor.emplace(norm, begin);
   if (norm.gating) {
     const RowsOf* const z[] = {&norm.gating.z};
     z_cursor.emplace(z, norm.outer_dims, norm.outer_size, begin);
+  } else if (norm.rotation) {
+    rotation_cursor.emplace(norm, begin);
+    rotator.emplace(norm, job.stages.rotate, job.kernels, memory);
+    normalised = memory + Rotator::floats(norm);
   } else if (memory) {
     normalised = memory + ModulationCursor::floats(norm, job.plan.block_rows);
     modulation_cursor.emplace(norm, job.stages.modulation_layout, job.plan.block_rows, begin,
@@ -282,6 +309,7 @@ void run_part(void* context, int part) {
       }
       return;
     }
+    if (rotation_cursor) return rotation_cursor->fill(b);
     modulation_cursor->fill(b);
     if (job.stages.has_scale) take_modulation(b);
   };
@@ -299,7 +327,8 @@ void run_part(void* context, int part) {
       normalise_first(*block, *job.first, affine_first, job.kernels, normalised_first, row);
       take_affine(*block, affine);
     }
-    run(*block, job.stages, norm, job.kernels, row);
+    run(*block, job.stages, norm, job.kernels, row, rotator ? &*rotator : nullptr);
+    if (cache_cursor) cache_cursor->store(*block);
     std::swap(block, next);
   }
 }
@@ -317,7 +346,7 @@ Plan plan(const RowNorm& norm) {
   const int64_t traffic = row_bytes(norm) * norm.rows;
   const bool in_place = norm.out.data == norm.x.data || norm.out.data == norm.residual.data;
   Plan p;
-  p.stream = norm.out.data && fills_last_cache(traffic) && !in_place &&
+  p.stream = norm.out.data && fills_last_cache(traffic) && !in_place && !norm.rotation &&
              on_cache_lines(norm.out, norm.outer_dims, norm.n);
   p.fetch = traffic >= kFetchBytes && !norm.residual.data;
   const int64_t block_bytes = p.stream ? kStreamedBlockBytes : kBlockBytes;
@@ -345,10 +374,12 @@ void row_norm(const RowNorm& norm) {
     job.affine_floats = affine_floats(norm);
     job.affine = affine_scratch.reserve(job.plan.threads * job.affine_floats);
   }
-  if (norm.modulation || norm.gating) {
+  if (norm.modulation || norm.gating || norm.rotation) {
     const int64_t rows = job.plan.block_rows * padded(norm.n);
     job.modulation_floats =
-        rows + (norm.gating ? rows : ModulationCursor::floats(norm, job.plan.block_rows));
+        rows + (norm.gating     ? rows
+                : norm.rotation ? Rotator::floats(norm)
+                                : ModulationCursor::floats(norm, job.plan.block_rows));
     job.modulation = modulation_scratch.reserve(job.plan.threads * job.modulation_floats);
   }
   std::optional<First> first;

@@ -41,11 +41,21 @@ struct Stages {
   bool has_scale = false;
   // has_scale, and weight goes into the scale: y = xhat * (weight * act(z)).
   bool scale_has_weight = false;
+  RotateRow rotate = nullptr;  // y from what the norm itself gives, which is of this type
+  DType of_norm = DType::kFloat32;
   bool wide = false;  // the row that is normalised is kept as float32
   bool affine_as_stored = false;
   Layout layout = Layout::kNatural;
   Layout modulation_layout = Layout::kNatural;
 };
+
+inline void choose_rotation(Stages& s, const RowNorm& norm, const Kernels& kernels) {
+  const Rotation& rotation = norm.rotation;
+  if (rotation.round_norm) s.of_norm = norm.x.dtype;
+  const DType product =
+      rotation.round_each ? promoted(s.of_norm, rotation.cos.dtype) : DType::kFloat32;
+  s.rotate = kernels.rotate[int(s.of_norm)][int(product)][int(norm.out.dtype)];
+}
 
 inline void choose_apply(Stages& s, const RowNorm& norm, DType source, const Kernels& kernels) {
   const Modulation& m = norm.modulation;
@@ -59,6 +69,7 @@ inline void choose_apply(Stages& s, const RowNorm& norm, DType source, const Ker
   const DType product = promoted(of_norm, m.scale.dtype);
   const bool rounds_product = m.round_each && m.scale.data && m.shift.data;
   DType rounded = norm.options.round_before_weight ? normalised : DType::kFloat32;
+  if (norm.rotation) choose_rotation(s, norm, kernels);
   s.scale_has_weight = gated && !rounds_norm && norm.weight.data && !norm.bias.data;
   if (modulated && (s.scale_has_weight || !norm.weight.data) && !norm.bias.data) {
     const DType xhat = rounds_norm ? normalised : rounded;
@@ -70,7 +81,7 @@ inline void choose_apply(Stages& s, const RowNorm& norm, DType source, const Ker
     s.layout = s.modulation_layout = layout_of(source, out);
     if (s.has_scale) return;
   }
-  const DType to = modulated ? of_norm : out;
+  const DType to = modulated ? of_norm : norm.rotation ? s.of_norm : out;
   // For statistics there is none, and it need not be prepared.
   s.affine_as_stored = norm.split.step == Step::kStatistics || affine_as_stored(norm, source, to);
   s.apply = kernels.apply[int(source)][int(rounded)][int(to)][s.affine_as_stored][layer];

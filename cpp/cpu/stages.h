@@ -11,6 +11,7 @@
 #include <cstring>
 
 #include "epilogue.h"
+#include "rotate_stage.h"
 
 namespace normkit::cpu {
 namespace {
@@ -326,6 +327,8 @@ constexpr void fill_forward(Kernels& k) {
   fill_source_and_out<T, Float16>(k);
   fill_source_and_out<T, BFloat16>(k);
   fill_modulation<T>(k);
+  fill_rotation<T, T>(k);
+  if constexpr (T::kDType != DType::kFloat32) fill_rotation<T, Float32>(k);
 }
 
 }  // namespace

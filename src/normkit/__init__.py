@@ -35,6 +35,7 @@ from normkit.fusions import (
 from normkit.lengths import l2_norm, l2_norm_
 from normkit.modules import HeadNorm, LayerNorm, RMSNorm
 from normkit.post_norm import norm_add, norm_add_, norm_add_norm, norm_add_norm_
+from normkit.rotary import norm_rope, norm_rope_
 
 if _typing.TYPE_CHECKING:
     from normkit.conversion import convert, revert
@@ -78,6 +79,8 @@ __all__ = [
     "norm_add_",
     "norm_add_norm",
     "norm_add_norm_",
+    "norm_rope",
+    "norm_rope_",
     "recognise",
     "revert",
     "rms_norm",

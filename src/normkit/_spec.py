@@ -95,6 +95,12 @@ def gated(kind: Kind, activation: Activation, norm_before_gate: bool) -> int:
     )
 
 
+def rotated(kind: Kind, interleaved: bool) -> int:
+    """The bits of a rotated norm."""
+    interleaves = is_set("interleaved", interleaved) * INTERLEAVED
+    return ROTATED | PER_HEAD | is_layer(kind) * LAYER | interleaves
+
+
 def heads(kind: Kind) -> int:
     """The bits of a norm of heads."""
     return PER_HEAD | is_layer(kind) * LAYER
@@ -194,7 +200,7 @@ class Call:
     @property
     def op(self) -> str:
         """The name of the function that was called."""
-        return _NAMES[self.kind & ~(SIGMOID | NORM_FIRST)] + "_" * self.in_place
+        return _NAMES[self.kind & ~_SAID_BY_ARGUMENTS] + "_" * self.in_place
 
     @property
     def layer(self) -> bool:
@@ -225,6 +231,22 @@ class Call:
     def post(self) -> bool:
         """Whether x is normalised before it is added to the residual."""
         return bool(self.kind & POST)
+
+    @property
+    def rotated(self) -> bool:
+        """Whether columns of the norm are rotated in pairs."""
+        return bool(self.kind & ROTATED)
+
+    @property
+    def interleaved(self) -> bool:
+        """Whether neighbours are pairs, and not columns half of the rotated ones apart."""
+        return bool(self.kind & INTERLEAVED)
+
+    def table(self) -> tuple[Tensor, Tensor]:
+        """Of a rotated norm, cos and sin."""
+        assert self.cos is not None
+        assert self.sin is not None
+        return self.cos, self.sin
 
     @property
     def fused(self) -> bool:
@@ -306,6 +328,10 @@ class Call:
         """Those that the call reads."""
         return self._given("x", "residual", "weight", "bias", *FUSED_TENSORS)
 
+    def indices(self) -> list[tuple[str, Tensor]]:
+        """The tensors of integers."""
+        return self._given(*INDICES)
+
     def written(self) -> list[tuple[str, Tensor]]:
         """Those that the call writes, under the names that its caller knows."""
         if not self.in_place:
@@ -341,18 +367,21 @@ MODULATORS = MODULATION[:-1]  # the tensors among them
 GATING = ("z", "activation", "norm_before_gate")
 NEXT = ("next_weight", "next_bias")  # of the norm behind a sum
 POST_NORM = (*NEXT, "next_eps", "alpha", "beta", "round_norm")
-FUSED_TENSORS = (*MODULATORS, "z", *NEXT)
-# What fused calls hand over in the place of others' fields, behind their own or in front of them.
-BEHIND_MODULATION, BEHIND_GATING, BEFORE_POST_NORM, BEHIND_POST_NORM, BEFORE_ROTATION = (
-    tuple(getattr(Call, name) for name in names)
-    for names in (
-        FUSED[FUSED.index("z") :],
-        FUSED[FUSED.index("next_weight") :],
-        FUSED[: FUSED.index("next_weight")],
-        FUSED[FUSED.index("cos") :],
-        FUSED[: FUSED.index("round_norm")],
-    )
-)
+ROTATION = ("cos", "sin", "positions", "interleaved", "round_norm", "round_each")
+FUSED_TENSORS = (*MODULATORS, "z", *NEXT, "cos", "sin")
+INDICES = ("positions", "slots")  # tensors of integers
+
+
+def _defaults(begin: str | None, end: str | None) -> tuple[Any, ...]:
+    """What a fused call hands over in the place of others' fields, from one to another."""
+    first = 0 if begin is None else FUSED.index(begin)
+    last = len(FUSED) if end is None else FUSED.index(end)
+    return tuple(getattr(Call, name) for name in FUSED[first:last])
+
+
+BEHIND_MODULATION, BEHIND_GATING = _defaults("z", None), _defaults("next_weight", None)
+BEFORE_POST_NORM, BEHIND_POST_NORM = _defaults(None, "next_weight"), _defaults("cos", None)
+BEFORE_ROTATION, BEHIND_ROTATION = _defaults("z", "round_norm"), _defaults("cache", None)
 _native_values = attrgetter(*NATIVE)
 _fused_values = attrgetter(*FUSED)
 
@@ -382,6 +411,8 @@ FIELDS: Fields = {
     "x": Field("Tensor", ..., "what is normalised, row by row"),
     "residual": Field("Tensor", ..., "added to x first"),
     "z": Field("Tensor", ..., "gated: its activation multiplies the norm, or x before the norm"),
+    "cos": Field("Tensor", ..., "rotated: multiplies each column of a pair"),
+    "sin": Field("Tensor", ..., "rotated: multiplies the other column of a pair"),
     "gate": Field("Tensor?", None, "modulated: multiplies x before it is added; None for no gate"),
     "scale": Field("Tensor?", None, "modulated: 1 + scale multiplies the norm; None for no scale"),
     "shift": Field("Tensor?", None, "modulated: added last; None for no shift"),
@@ -401,10 +432,17 @@ FIELDS: Fields = {
     "kind": Field("str", "rms", '"rms" or "layer"; modulated: "layer" is the default'),
     "activation": Field("str", "silu", 'gated: "silu" or "sigmoid"'),
     "norm_before_gate": Field("bool", True, "gated: multiply the norm; False: x (Mamba-2)"),
+    "positions": Field(
+        "Tensor?", None, "rotated: rows of cos and sin for the tokens; None: all of them"
+    ),
+    "interleaved": Field("bool", False, "rotated: pairs are neighbours, as in GPT-J and Flux"),
     "alpha": Field("float", 1.0, "post-norm: multiplies the residual"),
     "beta": Field("float", 1.0, "post-norm: multiplies the norm before it is added"),
     "round_norm": Field(
-        "bool", True, "post-norm: round the norm to x's dtype, and each product, as torch does"
+        "bool",
+        True,
+        "post-norm: round the norm to x's dtype, and each product, as torch does;"
+        " rotated: round the norm to x's dtype (default False)",
     ),
     "round_sum": Field(
         "bool",
@@ -415,7 +453,8 @@ FIELDS: Fields = {
         "bool",
         False,
         "modulated: round each operation, as torch does (Flux, SD3, Qwen-Image);"
-        " gated: round the norm before it is multiplied (Qwen3-Next)",
+        " gated: round the norm before it is multiplied (Qwen3-Next);"
+        " rotated: the norm and each product, as torch does",
     ),
     "weight_offset": Field("float", 0.0, "added to the weight in float32 (Gemma: 1.0)"),
     "round_before_weight": Field("bool", False, "round xhat to x's dtype first (Llama, Qwen)"),
@@ -434,7 +473,7 @@ FIELDS: Fields = {
 FLAGS = tuple(name for name in OPTIONS if FIELDS[name].type == "bool")
 DEFAULT_OPTIONS = cast(Options, {name: FIELDS[name].default for name in OPTIONS})
 # What only some fusions take.
-_OF_FUSED = {*MODULATION, *GATING, *POST_NORM}
+_OF_FUSED = {*MODULATION, *GATING, *POST_NORM, *ROTATION}
 # What forms that write in place do not take.
 _OF_RESULTS = ("out_dtype", "out", "residual_out", "memory_efficient")
 
@@ -445,12 +484,15 @@ _KIND_FLAGS = {
     "activation": SIGMOID,
     "norm_before_gate": NORM_FIRST,
     "eps_outside": EPS_OUTSIDE,
+    "interleaved": INTERLEAVED,
 }
+_SAID_BY_ARGUMENTS = SIGMOID | NORM_FIRST | INTERLEAVED
 _IS_ON: dict[str, Callable[[Any], bool]] = {
     "kind": is_layer,
     "activation": is_sigmoid,
     "norm_before_gate": partial(is_set, "norm_before_gate"),
     "eps_outside": partial(is_set, "eps_outside"),
+    "interleaved": partial(is_set, "interleaved"),
 }
 
 
@@ -465,11 +507,12 @@ class Op(NamedTuple):
     gated: bool = False
     post: bool = False
     of_sum: bool = False
+    rotated: bool = False
 
     @property
     def fused(self) -> bool:
         """Whether its calls have FUSED arguments."""
-        return self.modulated or self.gated or self.post
+        return self.modulated or self.gated or self.post or self.rotated
 
     @property
     def is_plain(self) -> bool:
@@ -481,6 +524,7 @@ class Op(NamedTuple):
         """The kind of its calls, but for what is said by `flags`."""
         given = self.per_head * PER_HEAD | self.adds * ADD | self.modulated * MODULATED
         given |= self.gated * GATED | self.post * POST | self.of_sum * OF_SUM
+        given |= self.rotated * ROTATED
         return bool(self.layer) * LAYER | given
 
     @property
@@ -544,6 +588,9 @@ def _fields_of(op: Op) -> Fields:
     own = MODULATION * op.modulated + (*GATING, "round_each") * op.gated
     if op.post:
         own += POST_NORM if op.adds else ("alpha", "beta", "round_norm")
+    if op.rotated:
+        own += ROTATION
+        taken["round_norm"] = taken["round_norm"]._replace(default=False)
     return {name: f for name, f in taken.items() if name in own or name not in _OF_FUSED}
 
 
@@ -567,6 +614,7 @@ OPS = {
         Op("norm_add", None, post=True),
         Op("norm_add_norm", None, adds=True, post=True),
         Op("l2_norm", False, of_sum=True),
+        Op("norm_rope", None, per_head=True, rotated=True),
     )
 }
 _NAMES = {

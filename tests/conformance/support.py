@@ -16,6 +16,7 @@ from torch import Tensor
 import normkit
 from normkit import _spec, reference, testing
 from normkit._spec import FLAGS, PLAIN_OPTIONS
+from normkit.reference import rotation
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SIZES = (
@@ -47,6 +48,8 @@ class Inputs(NamedTuple):
     z: Tensor | None = None
     next_weight: Tensor | None = None
     next_bias: Tensor | None = None
+    cos: Tensor | None = None
+    sin: Tensor | None = None
 
 
 class Op(NamedTuple):
@@ -60,6 +63,7 @@ class Op(NamedTuple):
     gated: bool = False
     post: bool = False
     of_sum: bool = False
+    rotated: bool = False
 
     def __str__(self) -> str:
         return f"{self.name}-{self.kind}" if self.selected else self.name
@@ -67,7 +71,7 @@ class Op(NamedTuple):
     @property
     def fused(self) -> bool:
         """Whether more than a sum stands around the norm."""
-        return self.modulated or self.gated or self.post
+        return self.modulated or self.gated or self.post or self.rotated
 
     @property
     def has_next(self) -> bool:
@@ -99,8 +103,8 @@ class Op(NamedTuple):
         if self.has_next:
             return ("x", "residual", "weight", "next_weight", "bias", "next_bias")
         residual = ("residual",) * (self.adds or self.post)
-        z = ("z",) * self.gated
-        return ("x", *residual, *gate, *modulated, *z, "weight", "bias")
+        z, table = ("z",) * self.gated, ("cos", "sin") * self.rotated
+        return ("x", *residual, *gate, *modulated, *z, *table, "weight", "bias")
 
     def affine(self, inputs: Any) -> tuple[Tensor | None, Tensor | None]:
         """Weight and bias, as far as it takes them."""
@@ -112,6 +116,9 @@ class Op(NamedTuple):
     def tensor(self, name: str, inputs: Any) -> Any:
         """One of them; x gates itself where there is no z, so that each row has its own."""
         made = getattr(inputs, name, None)
+        if made is None and name in ("cos", "sin"):
+            angles = torch.arange(inputs.x.shape[-1] // 2, device=inputs.x.device) + 0.5
+            return angles.cos() if name == "cos" else angles.sin()
         return inputs.x if name == "z" and made is None else made
 
 
@@ -137,13 +144,16 @@ EVERY = tuple(
         spec.gated,
         spec.post,
         spec.of_sum,
+        spec.rotated,
     )
     for spec in _spec.OPS.values()
     for kind in kinds_of(spec)
 )
-# The others begin with a norm and end with a sum, or a norm of that: test_post_norm.py is about
-# them, and the tests that take EVERY.
-OPS, POST = (tuple(op for op in EVERY if op.post is post) for post in (False, True))
+# The others begin with a norm and end with a sum, a norm of that, or a rotation: test_post_norm.py
+# and test_rotation.py are about them, and the tests that take EVERY.
+POST = tuple(op for op in EVERY if op.post)
+ROTATED = tuple(op for op in EVERY if op.rotated)
+OPS = tuple(op for op in EVERY if not (op.post or op.rotated))
 RMS, LAYER, HEAD_RMS, HEAD_LAYER, ADD_RMS, ADD_LAYER, ADD_HEAD_RMS, ADD_HEAD_LAYER = OPS[:8]
 # Each of ADDING normalises the sum as the one of PLAIN in its place does.
 PLAIN, ADDING = (tuple(op for op in OPS if op.adds is adds) for adds in (False, True))
@@ -189,6 +199,9 @@ def check(op: Op, result: Result, inputs: Inputs, **options: Any) -> None:
     if op.post:
         _check_post_norm(op, result, inputs, **options)
         return
+    if op.rotated:
+        _check_rotated(op, result, inputs, **options)
+        return
     options.pop("out_dtype", None)
     if op.adds:
         options |= {"residual": inputs.residual, "residual_out": result.residual_out}
@@ -232,6 +245,48 @@ def _check_post_norm(
         testing.assert_accurate(result.y, *given, **options)
 
 
+def _check_rotated(
+    op: Op,
+    result: Result,
+    inputs: Inputs,
+    *,
+    eps: float | None = 1e-6,
+    positions: Tensor | None = None,
+    interleaved: bool = False,
+    round_norm: bool = False,
+    round_each: bool = False,
+    out_dtype: torch.dtype | None = None,
+    **options: Any,
+) -> None:
+    """y within the bound of the two norms in it, and of its own operations."""
+    cos, sin = op.tensor("cos", inputs), op.tensor("sin", inputs)
+    given = inputs.x, inputs.weight, inputs.bias, eps
+    options["kind"] = op.kind
+    of_norm = inputs.x.dtype if round_norm or round_each else torch.float32
+    n = reference.norm(*given, **options, out_dtype=torch.float64, compute_dtype=torch.float64)
+    error = testing.error_bound(*given, **options, out_dtype=of_norm)
+    table = cos.double(), sin.double(), positions
+    y = rotation.rotated(n, *table, interleaved=interleaved)
+    # The sum of the sizes, as |a| * |cos| - (-|b|) * |sin| is one.
+    sizes = cos.double().abs(), sin.double().abs()
+
+    def summed(t: Tensor) -> Tensor:
+        both = (
+            rotation.rotated(t, sizes[0], sign * sizes[1], positions, interleaved=interleaved)
+            for sign in (-1, 1)
+        )
+        return torch.maximum(*both)
+
+    bound = summed(error) + 2.0**-22 * summed(n.abs())
+    if round_each:
+        product = torch.promote_types(inputs.x.dtype, cos.dtype)
+        bound = bound + 2 * half_ulp(summed(n.abs()), product)
+    dtype = result.y.dtype
+    close = (result.y.double() - y).abs() <= bound + half_ulp(y, dtype) * (1 + 2**-9)
+    assert (close | ~y.isfinite()).all(), f"{int((~close).sum())} elements of y are off"
+    assert (result.y.isnan() == y.isnan()).all()
+
+
 def half_ulp(value: Tensor, dtype: torch.dtype) -> Tensor:
     """Half of the step of dtype at a float64 value."""
     info = torch.finfo(dtype)
@@ -257,6 +312,8 @@ def formula(op: Op, inputs: Inputs, **options: Any) -> Result:
     options = {"eps": op.eps, "kind": op.kind} | options
     if op.post:
         return _post_norm_formula(op, inputs, **options)
+    if op.rotated:
+        return Result(rotation.norm_rope(*op.tensors(inputs), **options), None)
     fused = [name for name in op.takes if name in _spec.FUSED_TENSORS]
     options |= {name: op.tensor(name, inputs) for name in fused}
     affine = op.affine(inputs)
@@ -296,7 +353,7 @@ def inputs_for(
     shape = (rows, n) if isinstance(rows, int) else (*rows, n)
     per_head = op.per_head and len(shape) > 1 and shape[-2] > 0
     make = _inputs if math.prod(shape) < 1 << 18 else _inputs.__wrapped__
-    made = make(op.modulated or op.post, shape, dtype, per_head, **rest)
+    made = make(op.modulated or op.post or op.rotated, shape, dtype, per_head, **rest)
     taken = {name: t for name, t in made._asdict().items() if name in (*MADE, *op.takes)}
     return Inputs(**{name: t if t is None else t.clone() for name, t in taken.items()})
 
@@ -315,7 +372,9 @@ def _inputs(
     options = {"seed": rest.get("seed", 0) + 1, "weight_dtype": rest.get("weight_dtype")}
     of_rows = testing.make_inputs((3, shape[-1]), dtype, **options)
     gate, scale, shift = of_rows.x.clamp(-3, 3)
-    inputs = inputs._replace(next_weight=of_rows.weight, next_bias=of_rows.bias)
+    angles = of_rows.x[0, : shape[-1] // 2].float()
+    cos, sin = (t.to(of_rows.weight.dtype) for t in (angles.cos(), angles.sin()))
+    inputs = inputs._replace(next_weight=of_rows.weight, next_bias=of_rows.bias, cos=cos, sin=sin)
     return inputs._replace(gate=gate, scale=scale.to(of_rows.weight.dtype), shift=shift)
 
 

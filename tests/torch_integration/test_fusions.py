@@ -37,6 +37,8 @@ def tensors(name: str, dtype: torch.dtype = torch.float32, *, grad: bool = False
     made = make_inputs((2, 3, 8), dtype)._asdict()
     made |= dict(zip(MODULATORS, make_inputs((3, 2, 8), dtype, seed=1).x, strict=True))
     made |= dict(zip(NEXT, make_inputs((8,), dtype, seed=3)[2:], strict=True))
+    angles = make_inputs((2, 1, 4), seed=4).x[:, 0]
+    made |= {"cos": angles.cos().to(dtype), "sin": angles.sin().to(dtype)}
     made["z"] = make_inputs((2, 3, 8), dtype, seed=2).x
     given = [made[field] for field in OPS[name].fields if field in made]
     return [t.clone().requires_grad_(grad) for t in given]

@@ -45,6 +45,7 @@ def _check_types(call: Call) -> None:
             name == "x"
             or (name == "residual" and call.takes_residual)
             or (name == "z" and call.gated)
+            or (name in ("cos", "sin") and call.rotated)
         )
         if value is None and not needed:
             continue
@@ -63,6 +64,21 @@ def _check_types(call: Call) -> None:
         if is_sum and call.residual is not None and value.dtype != call.residual.dtype:
             expected = call.residual.dtype
             raise TypeError(f"{name}: expected residual's dtype {expected}, got {value.dtype}")
+    if call.rotated:
+        _check_types_of_rotation(call)
+
+
+def _check_types_of_rotation(call: Call) -> None:
+    cos, sin = call.table()
+    if sin.dtype != cos.dtype:
+        raise TypeError(f"sin: expected cos's dtype {cos.dtype}, got {sin.dtype}")
+    positions = call.positions
+    if positions is None:
+        return
+    if not isinstance(positions, Tensor):
+        raise TypeError(f"positions: expected a torch.Tensor, got {_type_name(positions)}")
+    if positions.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"positions: expected int32 or int64, got {positions.dtype}")
 
 
 def _type_name(value: object) -> str:
@@ -231,6 +247,8 @@ def _check_shapes(call: Call) -> None:
         if tuple(t.shape) != shape[-2:] or len(shape) < 2:
             fitting = f"{shape[-2:]} or ({n},)" if len(shape) > 1 else f"({n},)"
             raise ValueError(f"{name}: expected shape {fitting}, got {tuple(t.shape)}")
+    if call.rotated:
+        _check_shapes_of_rotation(call)
     for name in MODULATORS:
         t = getattr(call, name)
         if t is not None and not is_per_row(t.shape, shape):
@@ -238,6 +256,32 @@ def _check_shapes(call: Call) -> None:
                 f"{name}: expected x's first dimensions, or ones in their place, and its last,"
                 f" {shape}, got {tuple(t.shape)}"
             )
+
+
+def _check_shapes_of_rotation(call: Call) -> None:
+    shape, cos, sin = (tuple(t.shape) for t in (call.x, *call.table()))
+    if sin != cos:
+        raise ValueError(f"sin: expected cos's shape {cos}, got {sin}")
+    tokens = shape[:-2]
+    if len(cos) < 1 or 2 * cos[-1] > shape[-1]:
+        raise ValueError(
+            f"cos: expected at most {shape[-1] // 2} columns, half of x's {shape[-1]}, got {cos}"
+        )
+    if call.positions is None:
+        if not is_per_token(cos[:-1], tokens):
+            raise ValueError(f"cos: expected rows for x's tokens {tokens}, got shape {cos}")
+        return
+    if len(cos) != 2:
+        raise ValueError(f"cos: expected a table (positions, columns), got shape {cos}")
+    if not is_per_token(call.positions.shape, tokens):
+        given = tuple(call.positions.shape)
+        raise ValueError(f"positions: expected x's tokens {tokens}, got shape {given}")
+
+
+def is_per_token(of: Sequence[int], tokens: Sequence[int]) -> bool:
+    """Whether a tensor of this shape can be expanded to x's dimensions ahead of the heads."""
+    pairs = zip(reversed(of), reversed(tokens), strict=False)
+    return len(of) <= len(tokens) and all(size in (1, wanted) for size, wanted in pairs)
 
 
 def is_per_row(of: Sequence[int], x: Sequence[int]) -> bool:
@@ -248,7 +292,7 @@ def is_per_row(of: Sequence[int], x: Sequence[int]) -> bool:
 
 
 def _check_places(call: Call) -> None:
-    for name, t in call.tensors():
+    for name, t in call.tensors() + call.indices():
         if t.layout != torch.strided:
             raise ValueError(f"{name}: expected a dense (strided) tensor, got {t.layout}")
         if t.device != call.x.device:
@@ -362,7 +406,7 @@ def _check_memory(call: Call) -> None:
             # The sum is written before weight and bias are read, and rows of x share the others.
             of_norm = other_name in ("weight", "bias", *NEXT)
             early = of_norm and (t is call.residual_out or call.post)
-            if early or other_name in MODULATORS:
+            if early or other_name in (*MODULATORS, "cos", "sin"):
                 check_apart(name, t, other_name, other)
             elif not same and _collide(t, other):
                 raise ValueError(

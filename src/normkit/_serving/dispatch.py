@@ -20,7 +20,18 @@ from normkit._serving.backends import Native, backends, falls_back, natives, wan
 from normkit._serving.checks import check
 from normkit._serving.formula import OF_STATISTICS, Formula
 from normkit._serving.refusal import Refusal
-from normkit._spec import GATING, MODULATION, MODULATORS, OF_SUM, Call, Gradients, Result, Saved
+from normkit._spec import (
+    GATING,
+    MODULATION,
+    MODULATORS,
+    OF_SUM,
+    ROTATION,
+    Call,
+    Gradients,
+    Result,
+    Saved,
+)
+from normkit.reference import rotation
 
 Made = TypeVar("Made")
 
@@ -328,6 +339,19 @@ def run_by_reference(call: Call) -> Result:
     out_dtype = call.out_dtype if call.out is None else call.out.dtype
     if call.post:
         return _post_norm_by_reference(call, out_dtype)
+    if call.rotated:
+        y = rotation.norm_rope(
+            call.x,
+            *call.table(),
+            call.weight,
+            call.bias,
+            call.eps,
+            kind=call.statistic,
+            out_dtype=out_dtype,
+            **call.named(ROTATION[2:]),
+            **call.plain_options(),
+        )
+        return packed(y) if call.out is None else call.out.copy_(y)
     if call.residual is None:
         y = reference.norm(
             call.x,

@@ -7,6 +7,10 @@ from dataclasses import dataclass, replace
 from operator import attrgetter, itemgetter
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from normkit import reference
 from normkit._spec import (
     EPS_OUTSIDE,
     LAYER,
@@ -83,3 +87,41 @@ class Formula:
     def statistic(self) -> Statistic:
         """The norm in words."""
         return statistic_of(self.layer, self.of_sum)
+
+    def statistics(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Rstd and mean of x by itself, by operations that torch can differentiate."""
+        given = self.options
+        return reference.statistics(
+            x,
+            None,
+            self.eps,
+            kind=self.statistic,
+            clamp_inf=given["clamp_inf"],
+            round_rstd=given["round_rstd"],
+        )
+
+    def norm_again(
+        self,
+        source: Tensor,
+        rstd: Tensor,
+        mean: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        *,
+        normalised: torch.dtype,
+        rounds: bool,
+    ) -> Tensor:
+        """The norm of `source`, which was of dtype `normalised`; rounds: to that."""
+        given = self.options
+        return reference.from_statistics(
+            source,
+            rstd,
+            mean,
+            weight,
+            bias,
+            weight_offset=given["weight_offset"],
+            round_weight=given["round_weight"],
+            clamp_inf=given["clamp_inf"],
+            xhat_dtype=normalised if given["round_before_weight"] else None,
+            dtype=normalised if rounds else None,
+        )

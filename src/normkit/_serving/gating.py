@@ -128,30 +128,10 @@ def _of_norm(
 
 def _norm_again(kept: Kept, options: Options) -> Tensor:
     """What act(z) multiplied."""
-    formula = options.formula
-    given = formula.options
-    rstd, mean = kept.rstd, kept.mean
-    if torch.is_grad_enabled():
-        rstd, mean = reference.statistics(
-            kept.x,
-            None,
-            formula.eps,
-            kind=formula.statistic,
-            clamp_inf=given["clamp_inf"],
-            round_rstd=given["round_rstd"],
-        )
-    return reference.from_statistics(
-        kept.x,
-        rstd,
-        mean,
-        kept.weight,
-        kept.bias,
-        weight_offset=given["weight_offset"],
-        round_weight=given["round_weight"],
-        clamp_inf=given["clamp_inf"],
-        xhat_dtype=kept.x.dtype if given["round_before_weight"] else None,
-        dtype=kept.x.dtype if options.round_each else None,
-    )
+    formula, x = options.formula, kept.x
+    given = formula.statistics(x) if torch.is_grad_enabled() else (kept.rstd, kept.mean)
+    affine = kept.weight, kept.bias
+    return formula.norm_again(x, *given, *affine, normalised=x.dtype, rounds=options.round_each)
 
 
 def _sigmoid(z: Tensor, compute: torch.dtype) -> Tensor:

@@ -184,22 +184,11 @@ def of_row_alone(formula: Formula, *, clamped: bool) -> Formula:
 
 def _norm_again(kept: Kept, source: Tensor, formula: Formula, round_each: bool) -> Tensor:
     """What 1 + scale multiplied."""
-    options = formula.options
     dtype = kept.x.dtype
-    if kept.residual is not None and options["round_sum"]:
+    if kept.residual is not None and formula.options["round_sum"]:
         dtype = kept.residual.dtype
-    return reference.from_statistics(
-        source,
-        kept.rstd,
-        kept.mean,
-        kept.weight,
-        kept.bias,
-        weight_offset=options["weight_offset"],
-        round_weight=options["round_weight"],
-        clamp_inf=options["clamp_inf"],
-        xhat_dtype=dtype if options["round_before_weight"] else None,
-        dtype=dtype if round_each else None,
-    )
+    tensors = source, kept.rstd, kept.mean, kept.weight, kept.bias
+    return formula.norm_again(*tensors, normalised=dtype, rounds=round_each)
 
 
 def _summed(t: Tensor, like: Tensor | None) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from normkit._serving import dispatch, gating, modulation, post_norm
+from normkit._serving import dispatch, gating, modulation, post_norm, rotation
 from normkit._serving.backends import quick, quick_saving, wanted_backend
 from normkit._serving.checks import check
 from normkit._serving.definition import KERNEL, Definition, refusal
@@ -251,9 +251,13 @@ def _outputs(op: Op) -> tuple[str, ...]:
 
 def _fusion_of(op: Op) -> object | None:
     """The module that keeps what gradients of a fused norm need, and makes them."""
-    if op.modulated:
-        return modulation
-    return gating if op.gated else post_norm if op.post else None
+    fusions = (
+        (op.modulated, modulation),
+        (op.gated, gating),
+        (op.post, post_norm),
+        (op.rotated, rotation),
+    )
+    return next((module for is_it, module in fusions if is_it), None)
 
 
 def _register_functional(op: Op) -> None:

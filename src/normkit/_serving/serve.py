@@ -26,7 +26,7 @@ from normkit._serving.dispatch import Explanation, run_by_reference
 from normkit._serving.inline import chosen as is_inlined
 from normkit._serving.inline import run as run_inlined
 from normkit._serving.operators import call_operator
-from normkit._spec import FUSED_TENSORS, OPS, Call, Result
+from normkit._spec import FUSED_TENSORS, INDICES, OPS, Call, Result
 from normkit.reference import is_transformed
 
 # Devices on which torch's autocast has its layer norm (True) or rms norm (False) return float32.
@@ -214,7 +214,9 @@ def autocasts(call: Call) -> bool:
 def _is_plain(call: Call) -> bool:
     """Whether kernels may read the tensors, and autograd needs no help of the dispatcher."""
     given = (call.x, call.residual, call.weight, call.bias, call.out, call.residual_out)
-    for t in (*given, *(getattr(call, name) for name in FUSED_TENSORS)) if call.fused else given:
+    if call.fused:
+        given += tuple(getattr(call, name) for name in (*FUSED_TENSORS, *INDICES))
+    for t in given:
         # A nested tensor of the older kind is a plain Tensor without a shape.
         if t is not None and (type(t) not in PLAIN or t.is_nested):
             return False
