@@ -18,6 +18,9 @@ struct Backend {
   const char* name;
   std::string (*describe)(const RowNorm& norm, int device);
   void (*run)(const RowNorm& norm, int device, void* stream);
+  // Several that write nothing that another reads or writes, in one launch.  Null where there is no
+  // such thing as a launch.
+  void (*run_together)(const RowNorm* const* norms, int count, int device, void* stream);
   // Bytes of workspace that run_backward() needs.
   int64_t (*backward_workspace)(const RowNormBackward& norm, int device);
   void (*run_backward)(const RowNormBackward& norm, int device, void* stream, void* workspace);
@@ -29,9 +32,14 @@ struct Backend {
 
 #ifdef NORMKIT_EMULATED
 // The CUDA kernels on the CPU: a build for the tests.
-inline constexpr Backend kEmulated{
-    "emu",   cuda::describe, cuda::row_norm, cuda::backward_workspace, cuda::row_norm_backward,
-    nullptr, false};
+inline constexpr Backend kEmulated{"emu",
+                                   cuda::describe,
+                                   cuda::row_norm,
+                                   cuda::row_norms,
+                                   cuda::backward_workspace,
+                                   cuda::row_norm_backward,
+                                   nullptr,
+                                   false};
 
 inline Refusal find_backend(DLDevice device, const Backend*& backend) {
   if (device.device_type != kDLCPU) return {"x", "is not on the CPU", Refusal::kDevice};
@@ -50,11 +58,13 @@ inline void run_backward_on(const RowNormBackward& norm, int, void*, void*) {
 }  // namespace cpu
 
 inline constexpr Backend kCpu{
-    "cpu", cpu::describe_on, cpu::run_on, cpu::no_workspace, cpu::run_backward_on, nullptr, false};
+    "cpu", cpu::describe_on, cpu::run_on, nullptr, cpu::no_workspace, cpu::run_backward_on, nullptr,
+    false};
 #ifdef NORMKIT_HAS_CUDA
 inline constexpr Backend kCuda{"cuda",
                                cuda::describe,
                                cuda::row_norm,
+                               cuda::row_norms,
                                cuda::backward_workspace,
                                cuda::row_norm_backward,
                                cuda::let_wait,

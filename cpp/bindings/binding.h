@@ -148,6 +148,7 @@ inline void add_methods(nb::module_& m, PyMethodDef* methods) {
 void add_norm(nb::module_& m);
 void add_norm_backward(nb::module_& m);
 void add_norm_tp(nb::module_& m);
+void add_norms(nb::module_& m);
 void add_parts(nb::module_& m);
 void add_operators(nb::module_& m);
 

@@ -3,6 +3,8 @@
 // something is wrong, and runs what is valid elsewhere.  So every message stands in one place, and
 // this one is quick.
 #pragma once
+#include <algorithm>
+
 #include "tensor.h"
 
 namespace normkit {
@@ -174,9 +176,8 @@ inline Refusal check_rotation(const Arguments& a) {
   for (const Tensor* t : {&a.cos, &a.sin}) {
     if (!*t) return {t->name, "is None", Refusal::kOption};
     if (const Refusal no = check_device(*t, a.x)) return no;
-    const bool fits =
-        t->ndim >= 1 && 2 * t->size(1) <= a.x.size(1) &&
-        (a.positions ? t->ndim == 2 : is_per_token(*t, t->ndim - 1, a.x));
+    const bool fits = t->ndim >= 1 && 2 * t->size(1) <= a.x.size(1) &&
+                      (a.positions ? t->ndim == 2 : is_per_token(*t, t->ndim - 1, a.x));
     if (!fits) return {t->name, "does not fit x's shape", Refusal::kShape};
     if (t->size(1) > 1 && t->stride(1) != 1)
       return {t->name, "has a last stride other than 1", Refusal::kStrides};
@@ -187,6 +188,19 @@ inline Refusal check_rotation(const Arguments& a) {
   if (a.positions && !is_per_token(a.positions, a.positions.ndim, a.x))
     return {"positions", "does not fit x's shape", Refusal::kShape};
   return {};
+}
+
+// Whether rows of three outer dimensions, in any order of strides, may share memory.
+inline bool rows_may_meet(const Tensor& t) {
+  int order[] = {0, 1, 2};
+  std::sort(order, order + 3, [&](int a, int b) { return t.strides[a] < t.strides[b]; });
+  int64_t inside = t.size(1);
+  for (int d : order) {
+    if (t.shape[d] <= 1) continue;
+    if (t.strides[d] < inside) return true;
+    inside += (t.shape[d] - 1) * t.strides[d];
+  }
+  return false;
 }
 
 // (pages, slots of a page, heads, head_dim), at any strides but the last.
@@ -201,6 +215,9 @@ inline Refusal check_cache(const Arguments& a) {
     return {"cache", "does not fit x's shape", Refusal::kShape};
   if (c.size(1) > 1 && c.stride(1) != 1)
     return {"cache", "has a last stride other than 1", Refusal::kMemory};
+  if (rows_may_meet(c)) return {"cache", "may overlap itself", Refusal::kMemory};
+  if (c.dtype != (a.out ? a.out.dtype : a.out_dtype_of()))
+    return {"cache", "is not of y's dtype", Refusal::kDtype};
   bool fits = a.slots.ndim == a.x.ndim - 2;
   for (int d = 0; fits && d < a.slots.ndim; ++d) fits = a.slots.shape[d] == a.x.shape[d];
   if (!fits) return {"slots", "does not fit x's shape", Refusal::kShape};

@@ -141,6 +141,7 @@ NB_MODULE(_C, m) {
   add_norm(m);
   add_norm_backward(m);
   add_norm_tp(m);
+  add_norms(m);
   add_parts(m);
 
   m.def("cuda_devices", &cuda_devices,

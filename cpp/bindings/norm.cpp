@@ -114,7 +114,8 @@ Refusal Prepared::check(Caller caller) {
 
 Refusal Prepared::make_outputs() {
   writes_out = bool(a.out), writes_residual_out = bool(a.residual_out);
-  if (!a.out)
+  const bool is_only_kept = a.options.as_is && a.cache;
+  if (!a.out && !is_only_kept)
     if (const Refusal no = make_output(a.x, a.out_dtype_of(), made, a.out)) return no;
   if (a.adds && !a.residual_out)
     if (const Refusal no = make_output(a.residual, a.residual.dtype, made_residual, a.residual_out))

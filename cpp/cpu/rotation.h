@@ -99,12 +99,13 @@ class Rotator {
   bool has_factors_ = false;
 };
 
-// Walks the rows of a call, and copies what has been stored to the slots of a cache.
+// Walks the rows of a call, and copies what has been stored, or x where nothing is, to the slots of
+// a cache.
 class CacheCursor {
  public:
   CacheCursor(const RowNorm& norm, int64_t begin)
       : cache_(norm.cache),
-        bytes_(norm.n * item_size(norm.out.dtype)),
+        bytes_(norm.n * item_size(norm.cache.rows.dtype)),
         cursor_({&norm.cache.rows, &norm.cache.slot.at}, norm.outer_dims, norm.outer_size, begin) {}
 
   void store(const Block& b) {
@@ -113,7 +114,7 @@ class CacheCursor {
       if (slot < 0 || slot >= cache_.slots) continue;
       char* const row = cursor_.at(0) + slot / cache_.page_slots * cache_.page_stride +
                         slot % cache_.page_slots * cache_.slot_stride;
-      std::memcpy(row, b.out[r], bytes_);
+      std::memcpy(row, b.out[r] ? b.out[r] : b.x[r], bytes_);
     }
   }
 

@@ -94,7 +94,7 @@ inline void choose_apply(Stages& s, const RowNorm& norm, DType source, const Ker
           : kernels.apply[int(of_norm)][int(DType::kFloat32)][int(out)][0][int(Statistic::kRms)];
 }
 
-// Those of a sum that is all: there is nothing to prepare.
+// Those of a call without a norm at its end: there is nothing to prepare.
 inline Stages without_norm(Stages s) {
   s.clamp_sum = nullptr;
   s.wide = false;
@@ -134,7 +134,7 @@ inline Stages stages_of(const RowNorm& norm, const Kernels& kernels) {
       s.wide = true;
     }
   }
-  if (norm.before && !norm.out.data) return without_norm(s);
+  if ((norm.before || norm.cache) && !norm.out.data) return without_norm(s);
   const DType source = s.wide ? DType::kFloat32 : normalised;
   const bool layer = norm.statistic == Statistic::kLayer;
   if (layer) s.sum = kernels.sum[int(source)];

@@ -36,6 +36,7 @@ from normkit.lengths import l2_norm, l2_norm_
 from normkit.modules import HeadNorm, LayerNorm, RMSNorm
 from normkit.post_norm import norm_add, norm_add_, norm_add_norm, norm_add_norm_
 from normkit.rotary import norm_rope, norm_rope_
+from normkit.several import norms, qk_norm_rope
 
 if _typing.TYPE_CHECKING:
     from normkit.conversion import convert, revert
@@ -81,6 +82,8 @@ __all__ = [
     "norm_add_norm_",
     "norm_rope",
     "norm_rope_",
+    "norms",
+    "qk_norm_rope",
     "recognise",
     "revert",
     "rms_norm",

@@ -242,6 +242,11 @@ class Call:
         """Whether neighbours are pairs, and not columns half of the rotated ones apart."""
         return bool(self.kind & INTERLEAVED)
 
+    @property
+    def as_is(self) -> bool:
+        """Whether x only goes to a cache."""
+        return bool(self.kind & AS_IS)
+
     def table(self) -> tuple[Tensor, Tensor]:
         """Of a rotated norm, cos and sin."""
         assert self.cos is not None
@@ -306,6 +311,11 @@ class Call:
         values: tuple[object, ...] = _native_values(self)
         return values + _fused_values(self) if self.kind & FUSED_KINDS else values
 
+    def fused_native(self) -> tuple[object, ...]:
+        """The arguments of the extension with FUSED ones, whatever the kind."""
+        values: tuple[object, ...] = _native_values(self) + _fused_values(self)
+        return values
+
     def options(self) -> Options:
         """All of OPTIONS."""
         options: Options = self.named(OPTIONS)
@@ -335,8 +345,8 @@ class Call:
     def written(self) -> list[tuple[str, Tensor]]:
         """Those that the call writes, under the names that its caller knows."""
         if not self.in_place:
-            return self._given("out", "residual_out")
-        return self._given(*("x",) * (self.adds or not self.post), "residual")
+            return self._given("out", "residual_out", "cache")
+        return self._given(*("x",) * (self.adds or not self.post), "residual", "cache")
 
     def _given(self, *names: str) -> list[tuple[str, Tensor]]:
         return [(name, t) for name in names if (t := getattr(self, name)) is not None]
@@ -486,7 +496,7 @@ _KIND_FLAGS = {
     "eps_outside": EPS_OUTSIDE,
     "interleaved": INTERLEAVED,
 }
-_SAID_BY_ARGUMENTS = SIGMOID | NORM_FIRST | INTERLEAVED
+_SAID_BY_ARGUMENTS = SIGMOID | NORM_FIRST | INTERLEAVED | AS_IS
 _IS_ON: dict[str, Callable[[Any], bool]] = {
     "kind": is_layer,
     "activation": is_sigmoid,

@@ -33,6 +33,10 @@ def _refuse_part(*_: object) -> Refusal:
     return Refusal("it", "has no kernels for rows that are split over ranks", "backend")
 
 
+def _refuse_several(*_: object) -> Refusal:
+    return Refusal("it", "has no launch of several norms", "backend")
+
+
 class Native(NamedTuple):
     """The entries of a backend, with the names, arguments and results of `_C`'s."""
 
@@ -40,6 +44,7 @@ class Native(NamedTuple):
     norm_saving: Callable[..., Saved | Refusal]
     plan: Callable[..., tuple[str, str] | Refusal]
     norm_backward: Callable[..., Gradients | Refusal]
+    norms: Callable[..., list[Tensor | None] | Refusal] = _refuse_several
     part_statistics: Callable[..., Tensor | Refusal] = _refuse_part
     part_apply: Callable[..., PartSaved | Refusal] = _refuse_part
     part_backward_statistics: Callable[..., Tensor | Refusal] = _refuse_part
@@ -82,10 +87,13 @@ quick: Callable[..., Result | None]
 quick_saving: Callable[..., Saved | None]
 # Likewise of several calls, one on each of several devices.
 quick_tp: Callable[..., list[Tensor] | None]
+# Likewise of several calls, in one launch.
+quick_norms: Callable[..., list[Tensor | None] | None]
 if _missing or ALWAYS_DISPATCH:
-    quick = quick_saving = quick_tp = _refuse_quickly
+    quick = quick_saving = quick_tp = quick_norms = _refuse_quickly
 else:
     quick, quick_saving, quick_tp = _C.try_norm, _C.try_norm_saving, _C.norm_tp
+    quick_norms = _C.try_norms
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import combinations
 from typing import Any, cast
 
 import torch
@@ -66,19 +67,36 @@ def _check_types(call: Call) -> None:
             raise TypeError(f"{name}: expected residual's dtype {expected}, got {value.dtype}")
     if call.rotated:
         _check_types_of_rotation(call)
+    _check_indices("positions", call.positions)
+    if call.cache is not None:
+        _check_types_of_cache(call)
 
 
 def _check_types_of_rotation(call: Call) -> None:
     cos, sin = call.table()
     if sin.dtype != cos.dtype:
         raise TypeError(f"sin: expected cos's dtype {cos.dtype}, got {sin.dtype}")
-    positions = call.positions
-    if positions is None:
+
+
+def _check_types_of_cache(call: Call) -> None:
+    cache: object = call.cache
+    if not isinstance(cache, Tensor):
+        raise TypeError(f"cache: expected a torch.Tensor, got {_type_name(cache)}")
+    expected = call.out_dtype or (call.x if call.out is None else call.out).dtype
+    if cache.dtype != expected:
+        raise TypeError(f"cache: expected y's dtype {expected}, got {cache.dtype}")
+    if call.slots is None:
+        raise TypeError("slots: expected a torch.Tensor, got NoneType")
+    _check_indices("slots", call.slots)
+
+
+def _check_indices(name: str, indices: object) -> None:
+    if indices is None:
         return
-    if not isinstance(positions, Tensor):
-        raise TypeError(f"positions: expected a torch.Tensor, got {_type_name(positions)}")
-    if positions.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"positions: expected int32 or int64, got {positions.dtype}")
+    if not isinstance(indices, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {_type_name(indices)}")
+    if indices.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}: expected int32 or int64, got {indices.dtype}")
 
 
 def _type_name(value: object) -> str:
@@ -249,6 +267,8 @@ def _check_shapes(call: Call) -> None:
             raise ValueError(f"{name}: expected shape {fitting}, got {tuple(t.shape)}")
     if call.rotated:
         _check_shapes_of_rotation(call)
+    if call.cache is not None and call.slots is not None:
+        _check_shapes_of_cache(call, call.cache, call.slots)
     for name in MODULATORS:
         t = getattr(call, name)
         if t is not None and not is_per_row(t.shape, shape):
@@ -276,6 +296,17 @@ def _check_shapes_of_rotation(call: Call) -> None:
     if not is_per_token(call.positions.shape, tokens):
         given = tuple(call.positions.shape)
         raise ValueError(f"positions: expected x's tokens {tokens}, got shape {given}")
+
+
+def _check_shapes_of_cache(call: Call, cache: Tensor, slots: Tensor) -> None:
+    shape, of_slots = tuple(call.x.shape), tuple(slots.shape)
+    if cache.ndim != 4 or tuple(cache.shape[2:]) != shape[-2:]:
+        heads = ", ".join(map(str, shape[-2:]))
+        raise ValueError(
+            f"cache: expected shape (pages, page_size, {heads}), got {tuple(cache.shape)}"
+        )
+    if of_slots != shape[:-2]:
+        raise ValueError(f"slots: expected x's tokens {shape[:-2]}, got shape {of_slots}")
 
 
 def is_per_token(of: Sequence[int], tokens: Sequence[int]) -> bool:
@@ -406,14 +437,14 @@ def _check_memory(call: Call) -> None:
             # The sum is written before weight and bias are read, and rows of x share the others.
             of_norm = other_name in ("weight", "bias", *NEXT)
             early = of_norm and (t is call.residual_out or call.post)
-            if early or other_name in (*MODULATORS, "cos", "sin"):
+            if early or t is call.cache or other_name in (*MODULATORS, "cos", "sin"):
                 check_apart(name, t, other_name, other)
             elif not same and _collide(t, other):
                 raise ValueError(
                     f"{name}: expected {other_name}'s memory or none of it, got a partial overlap"
                 )
-    if len(written) == 2:
-        check_apart(*written[0], *written[1])
+    for (name, t), (other_name, other) in combinations(written, 2):
+        check_apart(name, t, other_name, other)
 
 
 def check_apart(name: str, written: Tensor, other_name: str, other: Tensor) -> None:

@@ -1,0 +1,57 @@
+"""Several calls at once: in one launch where a backend can, else one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.compiler import is_dynamo_compiling
+
+from normkit._serving import backends
+from normkit._serving.backends import falls_back, wanted_backend
+from normkit._serving.checks import check
+from normkit._serving.dispatch import native_for
+from normkit._serving.refusal import Refusal
+from normkit._serving.serve import serve
+from normkit._spec import Call
+
+
+def run_several(calls: Sequence[Call]) -> list[Tensor]:
+    """The results of calls that read nothing which another of them writes."""
+    made = None
+    if not is_dynamo_compiling():
+        made = backends.quick_norms(tuple(call.fused_native() for call in calls))
+        if made is None:
+            calls = [check(call) for call in calls]
+            made = _by_name(calls)
+    if made is None:
+        return [_alone(call) for call in calls]
+    return [call.x if y is None else y for call, y in zip(calls, made, strict=True)]
+
+
+def _by_name(calls: Sequence[Call]) -> list[Tensor | None] | None:
+    """By a backend that was asked for by name; None where it leaves them to be run alone."""
+    backend = wanted_backend()
+    if falls_back(backend) or not calls or any(call.needs_gradient() for call in calls):
+        return None
+    made = native_for(calls[0].x, backend).norms(tuple(call.fused_native() for call in calls))
+    return None if isinstance(made, Refusal) else made
+
+
+def _alone(call: Call) -> Tensor:
+    norm = replace(call, cache=None, slots=None)
+    y = call.x if call.as_is else cast(Tensor, serve(norm))
+    if call.cache is not None and call.slots is not None:
+        _write_cache(y, call.cache, call.slots)
+    return y
+
+
+def _write_cache(y: Tensor, cache: Tensor, slots: Tensor) -> None:
+    page_size = cache.shape[1]
+    inside = (slots >= 0) & (slots < cache.shape[0] * page_size)
+    at = slots[inside].long()
+    with torch.no_grad():
+        cache[at // page_size, at % page_size] = y[inside]
