@@ -73,6 +73,7 @@ THIRD_PARTY = {
     # For the type checker only.
     "typing_extensions": {
         *("compat.lorax", "integrations._torch", "modules", "parallel.devices", "parallel.shards"),
+        "several",
     },
     "triton": {"_serving.triton_kernels"},  # comes with torch where it is used
     "kernels": {"integrations.hf_kernels"},
