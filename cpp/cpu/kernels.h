@@ -59,14 +59,14 @@ using Stage = void (*)(Block&);
 // 1 / sqrt(sum * inverse_n + eps), of no less than `least`.
 using RstdStage = void (*)(Block&, double inverse_n, double eps, double least);
 
-// A row whose first `width` columns are pairs that are rotated: x * cos + partner * sin, where sin
-// has the sign of the column.
+// A row whose first `width` columns are pairs that are rotated.  cos and sin are of each pair or,
+// where these are interleaved, of each column, with sin as the first of a pair subtracts it.
 struct RotatedRow {
   const void* x;
   int64_t n, width;
   bool interleaved;
   const float *cos, *sin;
-  void* partner;  // memory for the pairs with their columns exchanged
+  void* swapped;  // memory for pairs with their columns exchanged
   void* out;
 };
 using RotateRow = void (*)(const RotatedRow&);

@@ -56,37 +56,43 @@ class Rotator {
     const int64_t width = padded(rotation_.width);
     cos_ = buffer;
     sin_ = cos_ + width;
-    half_ = sin_ + width;
-    partner_ = half_ + width;
+    swapped_ = sin_ + width;
   }
-  static int64_t floats(const RowNorm& norm) { return 4 * padded(norm.rotation.width); }
+  static int64_t floats(const RowNorm& norm) { return 3 * padded(norm.rotation.width); }
 
   void rotate(const void* x, const char* cos, const char* sin, void* out) {
     // Heads of one token follow each other.
     if (!has_factors_ || cos != of_cos_ || sin != of_sin_) take_factors(cos, sin);
-    stage_({x, n_, rotation_.width, rotation_.interleaved, cos_, sin_, partner_, out});
+    stage_({x, n_, rotation_.width, rotation_.interleaved, cos_, sin_, swapped_, out});
   }
 
  private:
   void take_factors(const char* cos, const char* sin) {
-    spread(rotation_.cos, cos, 1.f, cos_);
-    spread(rotation_.sin, sin, -1.f, sin_);
+    widen(rotation_.cos, cos, cos_);
+    widen(rotation_.sin, sin, sin_);
+    if (rotation_.interleaved) {
+      repeat(cos_, 1.f);
+      repeat(sin_, -1.f);
+    }
     of_cos_ = cos;
     of_sin_ = sin;
     has_factors_ = true;
   }
 
-  // What multiplies each column: that of the first of a pair times `sign`, and that of the second.
-  void spread(const RowsOf& rows, const char* row, float sign, float* factors) {
+  void widen(const RowsOf& rows, const char* row, float* out) const {
     const int64_t half = rotation_.width / 2;
     if (row)
-      kernels_.affine[int(rows.dtype)][int(Layout::kNatural)](row, half, -0.f, false, half_);
+      kernels_.affine[int(rows.dtype)][int(Layout::kNatural)](row, half, -0.f, false, out);
     else
-      std::fill_n(half_, half, std::numeric_limits<float>::quiet_NaN());
-    const int64_t step = rotation_.interleaved ? 2 : 1, second = rotation_.interleaved ? 1 : half;
-    for (int64_t i = 0; i < half; ++i) {
-      factors[step * i] = sign * half_[i];
-      factors[step * i + second] = half_[i];
+      std::fill_n(out, half, std::numeric_limits<float>::quiet_NaN());
+  }
+
+  // That of a pair becomes that of both its columns, of the first one times `sign`.
+  void repeat(float* factors, float sign) const {
+    for (int64_t i = rotation_.width / 2 - 1; i >= 0; --i) {
+      const float factor = factors[i];
+      factors[2 * i] = sign * factor;
+      factors[2 * i + 1] = factor;
     }
   }
 
@@ -94,7 +100,7 @@ class Rotator {
   RotateRow stage_;
   const Kernels& kernels_;
   int64_t n_;
-  float *cos_, *sin_, *half_, *partner_;
+  float *cos_, *sin_, *swapped_;
   const char *of_cos_ = nullptr, *of_sin_ = nullptr;
   bool has_factors_ = false;
 };
