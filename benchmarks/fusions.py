@@ -73,6 +73,7 @@ FUSIONS = {
         "",
         "round_norm=False",
     ),
+    "rope": Fusion("norm_rope(q, cos, sin, of_head{})", "roped(q, cos, sin, of_head)", "out=q_out"),
 }
 
 
@@ -114,8 +115,20 @@ def sandwich(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tenso
     return F.rms_norm(h, h.shape[-1:], weight, 1e-6), h
 
 
-UNFUSED = {f.__name__: f for f in (modulated, summed, gated, gated_first, post, sandwich)}
-FUNCTIONS = ("modulated_norm", "add_modulated_norm", "gated_norm", "norm_add", "norm_add_norm")
+def roped(q: Tensor, cos: Tensor, sin: Tensor, of_head: Tensor) -> Tensor:
+    """q_norm and the rotary embedding, as Qwen3 and Gemma 3 have them."""
+    n = F.rms_norm(q, q.shape[-1:], of_head, 1e-6)
+    cos, sin = (torch.cat((t, t), -1).unsqueeze(-2) for t in (cos, sin))
+    first, second = n.chunk(2, -1)
+    return n * cos + torch.cat((-second, first), -1) * sin
+
+
+UNFUSED = {f.__name__: f for f in (modulated, summed, gated, gated_first, post, sandwich, roped)}
+FUNCTIONS = (
+    *("modulated_norm", "add_modulated_norm", "gated_norm", "norm_add", "norm_add_norm"),
+    "norm_rope",
+)
+HEAD_DIM = 128
 
 
 def names_for(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
@@ -130,6 +143,10 @@ def names_for(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
     names |= {name: made(batch, 1, n) for name in ("gate", "scale", "shift")}
     names |= {"weight": made(n), "y": torch.empty_like(names["x"])}
     names |= {"h": torch.empty_like(names["x"]), **UNFUSED}
+    heads = (*shape[:-1], n // HEAD_DIM, HEAD_DIM)
+    names |= {"q": names["x"].view(heads), "q_out": names["y"].view(heads)}
+    names |= {name: made(shape[1], HEAD_DIM // 2) for name in ("cos", "sin")}
+    names["of_head"] = made(HEAD_DIM)
     names |= {"compiled_" + name: torch.compile(f, dynamic=False) for name, f in UNFUSED.items()}
     return names | {name: getattr(normkit, name) for name in FUNCTIONS}
 

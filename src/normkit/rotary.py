@@ -75,7 +75,7 @@ def norm_rope(
     Returns:
         y, of x's shape, rounded to out_dtype.
 
-    Semantics: q_norm, k_norm and `apply_rotary_pos_emb` of Qwen3, Gemma 3 and OLMo 2 in Hugging
+    Semantics: q_norm, k_norm and `apply_rotary_pos_emb` of Qwen3, Gemma 3 and GLM-4.5 in Hugging
     Face transformers (Su et al. 2021, arXiv:2104.09864), whose cos and sin repeat their columns:
     the first half of them is what is asked for here.
 

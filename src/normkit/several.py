@@ -68,8 +68,8 @@ def norms(
         TypeError: an argument is of the wrong type or dtype, or xs is a tensor.
         ValueError: a shape, stride, option or overlap is wrong, or a list is too short or too long.
 
-    Semantics: q_a_layernorm and kv_a_layernorm of DeepSeek-V3 in Hugging Face transformers, on two
-    slices of one projection.
+    Semantics: q_a_layernorm and kv_a_layernorm of DeepSeek-V3 in Hugging Face transformers, of what
+    engines compute as two slices of one projection.
 
     Example:
         >>> import normkit, torch
@@ -165,7 +165,7 @@ def qk_norm_rope(
         ValueError: a shape, stride, option or overlap is wrong.
         RuntimeError: a gradient is needed of what goes to a cache.
 
-    Semantics: the attention of Qwen3, Gemma 3 and OLMo 2 in front of its scores, with the paged
+    Semantics: the attention of Qwen3, Gemma 3 and GLM-4.5 in front of its scores, with the paged
     cache of vLLM, whose slot_mapping has -1 for what is not kept.
 
     Example:
