@@ -23,7 +23,7 @@ from normkit.functional import (
     rms_norm,
     rms_norm_,
 )
-from normkit.fused_modules import GatedRMSNorm
+from normkit.fused_modules import GatedRMSNorm, ModulatedNorm
 from normkit.fusions import (
     add_modulated_norm,
     add_modulated_norm_,
@@ -51,6 +51,7 @@ __all__ = [
     "GatedRMSNorm",
     "HeadNorm",
     "LayerNorm",
+    "ModulatedNorm",
     "RMSNorm",
     "Recognition",
     "add_head_norm",

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import Parameter, init
 
 from normkit._serving.checks import check_ending, check_eps, check_size, in_groups
-from normkit._spec import Activation, gated
+from normkit._spec import Activation, Kind, gated, is_layer
 from normkit.functional import head_norm, rms_norm
-from normkit.fusions import gated_norm
+from normkit.fusions import add_modulated_norm, gated_norm, modulated_norm
 
 
 class GatedRMSNorm(torch.nn.Module):
@@ -109,3 +111,104 @@ class GatedRMSNorm(torch.nn.Module):
         given = ((name, getattr(self, name)) for name in defaults)
         shown += [f"{name}={value!r}" for name, value in given if value != defaults[name]]
         return ", ".join(shown)
+
+
+class ModulatedNorm(torch.nn.Module):
+    """`modulated_norm`, and behind a sum `add_modulated_norm`: the norm of AdaLN layers.
+
+    Its parameters are `weight` and `bias` of shape (hidden_size,), ones and zeros at first, and
+    None unless they are asked for, as in most models of diffusers.
+
+    Args:
+        hidden_size: the last dimension of x.
+        eps: added to the statistic; None: the computing dtype's epsilon.
+        kind: "layer" or "rms".
+        elementwise_affine: whether there is a weight.
+        bias: whether there is a bias.
+        round_each: as in `modulated_norm`; True for Flux, SD3 and Qwen-Image.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Raises:
+        TypeError: hidden_size is no int, or eps no number.
+        ValueError: a value is out of range.
+
+    Example:
+        >>> import normkit, torch
+        >>> norm = normkit.ModulatedNorm(64)
+        >>> x, residual = torch.randn(2, 2, 5, 64)
+        >>> scale, shift, gate = torch.randn(2, 3 * 64).chunk(3, -1)
+        >>> y, residual = norm(x, scale, shift, residual=residual, gate=gate)
+        >>> y.shape
+        torch.Size([2, 5, 64])
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        eps: float | None = 1e-6,
+        *,
+        kind: Kind = "layer",
+        elementwise_affine: bool = False,
+        bias: bool = False,
+        round_each: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_size("hidden_size", hidden_size)
+        is_layer(kind)  # raises what is wrong with it
+        self.hidden_size, self.kind, self.round_each = hidden_size, kind, round_each
+        self.eps = check_eps(eps)
+        for name, wanted in (("weight", elementwise_affine), ("bias", bias)):
+            parameter = torch.empty(hidden_size, device=device, dtype=dtype) if wanted else None
+            self.register_parameter(name, None if parameter is None else Parameter(parameter))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Make the weight ones and the bias zeros."""
+        if self.weight is not None:
+            init.ones_(self.weight)
+        if self.bias is not None:
+            init.zeros_(self.bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        *,
+        residual: Tensor | None = None,
+        gate: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Normalise x, or residual + gate * x, and scale and shift it.
+
+        Args:
+            x: (..., hidden_size).
+            scale: as in `modulated_norm`.
+            shift: likewise.
+            residual: of x's shape; None: x is normalised.
+            gate: as in `add_modulated_norm`, with a residual.
+
+        Returns:
+            y, of x's shape and dtype; with a residual (y, the sum).
+
+        Raises:
+            ValueError: a gate is given without a residual, or a shape does not fit.
+        """
+        check_ending("x", x, (self.hidden_size,))
+        modulation = scale, shift, self.weight, self.bias, self.eps
+        options: Any = {"kind": self.kind, "round_each": self.round_each}
+        if residual is not None:
+            return add_modulated_norm(x, residual, gate, *modulation, **options)
+        if gate is not None:
+            raise ValueError("gate: expected None without a residual, got a tensor")
+        return modulated_norm(x, *modulation, **options)
+
+    def extra_repr(self) -> str:
+        """Show the options, those that are not the defaults."""
+        shown = [f"{self.hidden_size}", f"eps={self.eps}"]
+        shown += [f"kind={self.kind!r}"] * (self.kind != "layer")
+        shown += ["elementwise_affine=True"] * (self.weight is not None)
+        shown += ["bias=True"] * (self.bias is not None)
+        return ", ".join(shown + ["round_each=True"] * self.round_each)
