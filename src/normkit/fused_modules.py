@@ -143,6 +143,9 @@ class ModulatedNorm(torch.nn.Module):
         torch.Size([2, 5, 64])
     """
 
+    weight: Parameter | None
+    bias: Parameter | None
+
     def __init__(
         self,
         hidden_size: int,
