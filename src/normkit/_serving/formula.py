@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter, itemgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,19 @@ from normkit._spec import (
     Statistic,
     statistic_of,
 )
+
+if TYPE_CHECKING:
+    from typing import Protocol
+
+    class Context(Protocol):
+        """What autograd keeps of a call of a fused norm."""
+
+        saved_tensors: Any
+        backend: str
+        options: Any  # what the fusion keeps beside the tensors
+
+        def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+
 
 _option_values = attrgetter(*OPTIONS)
 # The options that change rstd or mean.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,15 +16,8 @@ from normkit._serving.formula import Formula
 from normkit._serving.modulation import differentiable, of_row_alone
 from normkit._spec import Activation, Call, Gradients
 
-
-class Context(Protocol):
-    """What autograd keeps of a call."""
-
-    saved_tensors: Any
-    backend: str
-    options: Options
-
-    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+if TYPE_CHECKING:
+    from normkit._serving.formula import Context
 
 
 class Options(NamedTuple):

@@ -6,7 +6,7 @@ Of a call only its inputs and the sum are kept; the statistics of each norm are 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,15 +21,8 @@ from normkit._spec import Call, Gradients
 # In the order of their gradients.
 INPUTS = ("x", "residual", "weight", "bias", "next_weight", "next_bias")
 
-
-class Context(Protocol):
-    """What autograd keeps of a call."""
-
-    saved_tensors: Any
-    backend: str
-    options: Options
-
-    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+if TYPE_CHECKING:
+    from normkit._serving.formula import Context
 
 
 class Options(NamedTuple):
