@@ -150,11 +150,14 @@ def count(case: Case, plan: Planned, kernel: KernelLaunch, program: Program) -> 
 def compile_kernels(kernels: Iterable[KernelLaunch], arch: int) -> dict[str, Program]:
     """Those alone, by symbol, by two compilers side by side."""
     names = {kernel.symbol: kernel.declaration for kernel in kernels}
-    includes = "".join(f'#include "{path}"\n' for path in sorted(CUDA.glob("*.cuh")))
+    headers = sorted(path for path in CUDA.glob("*.cuh") if path.name != "hip.cuh")
+    includes = "".join(f'#include "{path}"\n' for path in headers)
 
     def compiled(symbols: list[str]) -> dict[str, Program]:
         # What the sources of the build instantiate, from the same headers.
-        asked_for = "".join(f"template __global__ {names[symbol]};\n" for symbol in symbols)
+        # What is no template is there already.
+        templates = [names[symbol] for symbol in symbols if "<" in names[symbol]]
+        asked_for = "".join(f"template __global__ {name};\n" for name in templates)
         return compile_text(includes + asked_for, arch) if symbols else {}
 
     with ThreadPoolExecutor(2) as pool:
