@@ -1,5 +1,6 @@
 // What a forward kernel is told.
 #pragma once
+#include "../cpp/plan.h"
 #include "rows.cuh"
 #include "split.cuh"
 
@@ -46,6 +47,33 @@ struct PostNormArgs : RowNormArgs {
 };
 
 using PostNormKernel = void (*)(PostNormArgs);
+
+// Two of them are the columns that a lane of a batch takes at a time once its row has statistics.
+constexpr int kRun = kLongPack / 2;
+
+// Whether those are all that a lane has of a row, which it then reads once, and how its sums are
+// added: as a pack has them, or as two halves of a row.
+enum class Kept : uint8_t { kNone, kPacks, kHalves };
+
+// A norm of a batch, in the words of Rotation and Cache.
+struct BatchedNormArgs : RowNormArgs {
+  LaunchRows cos, sin, position, cache, slot;
+  int64_t width, positions, cos_stride, sin_stride;
+  int64_t units, units_of_pairs;  // of two runs each: those of the pairs come first
+  int64_t slots, page_slots, page_stride, slot_stride;
+  bool interleaved, round_norm, round_each, wide_position, wide_slot;
+  DType product;  // what round_each rounds products to
+  Kept kept;
+};
+
+constexpr int kMostNorms = 4;  // of a launch
+
+struct BatchArgs {
+  BatchedNormArgs norm[kMostNorms];
+  uint32_t first_block[kMostNorms];  // of each; of a norm that is not there, more than any
+};
+
+using BatchKernel = void (*)(BatchArgs);
 
 __device__ __forceinline__ float mean_of(const RowNormArgs& a, float sum) {
   return a.inverse_columns != 0.f ? sum * a.inverse_columns : sum / a.columns;

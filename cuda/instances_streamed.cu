@@ -1,4 +1,5 @@
 #include "post_norm.cuh"
+#include "rotation.cuh"
 #include "row_norm_backward.cuh"
 #include "streamed_row_norm.cuh"
 
@@ -18,6 +19,8 @@ Kernel streamed_kernel_of(Statistic statistic, bool adds, Step step, bool fused)
 }
 
 PostNormKernel post_norm_kernel_of() { return post_norm_kernel; }
+
+BatchKernel batch_kernel_of() { return norm_batch_kernel; }
 
 BackwardKernel split_backward_kernel(Step step) {
   if (step == Step::kStatistics)

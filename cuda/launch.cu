@@ -13,6 +13,7 @@ Kernel kernel_of(Statistic statistic, bool adds, const Plan& plan);  // instance
 Kernel streamed_kernel_of(Statistic statistic, bool adds, Step step,
                           bool fused);  // instances_streamed.cu
 PostNormKernel post_norm_kernel_of();   // likewise
+BatchKernel batch_kernel_of();          // likewise
 
 namespace {
 
@@ -26,13 +27,18 @@ bool all_of(const RowNorm& norm, const F& f) {
          holds(norm.weight) && holds(norm.bias);
 }
 
+// Whether its rows are more than normalised, or not even that: for the kernel of batches alone.
+bool takes_batch_kernel(const RowNorm& norm) {
+  return norm.rotation || norm.cache || norm.options.as_is;
+}
+
 // Whether it is a call of one of the kernels that can do all, and that no other call pays for.
 bool takes_rare_kernel(const RowNorm& norm) {
   const NormOptions& o = norm.options;
   const bool rounds =
       o.round_weight && o.weight_offset != 0.f && norm.weight.dtype != DType::kFloat32;
-  return norm.split.step == Step::kWhole &&
-         (norm.modulation || norm.gating || norm.before || o.eps_outside || rounds);
+  return norm.split.step == Step::kWhole && (norm.modulation || norm.gating || norm.before ||
+                                             takes_batch_kernel(norm) || o.eps_outside || rounds);
 }
 
 Access access_of(const RowNorm& norm) {
@@ -118,6 +124,57 @@ PostNormArgs post_norm_args_of(const RowNorm& norm, const Plan& plan) {
           norm.out.data != nullptr};
 }
 
+// Halves can be added where they are all of a row, and a warp's lanes have a unit each.
+Kept kept_of(const RowNorm& norm, const Plan& plan) {
+  const Rotation& r = norm.rotation;
+  if (plan.turns != 1) return Kept::kNone;
+  if (!r || r.interleaved) return r.width % kLongPack ? Kept::kNone : Kept::kPacks;
+  const bool all = r.width == norm.n && norm.n == plan.lanes * kLongPack;
+  return all && plan.lanes <= 32 ? Kept::kHalves : Kept::kNone;
+}
+
+BatchedNormArgs batched_args_of(const RowNorm& norm, const Plan& plan) {
+  BatchedNormArgs a{};
+  static_cast<RowNormArgs&>(a) = args_of(norm, plan);
+  if (const Rotation& r = norm.rotation) {
+    a.cos = launch_rows(norm, r.cos, kRun);
+    a.sin = launch_rows(norm, r.sin, kRun);
+    if (r.position) {
+      a.position = launch_rows(norm, r.position.at, 1);
+      a.cos.wide = a.cos.wide && aligned(r.cos_stride, r.cos.dtype, kRun);
+      a.sin.wide = a.sin.wide && aligned(r.sin_stride, r.sin.dtype, kRun);
+    }
+    a.width = r.width;
+    a.positions = r.positions;
+    a.cos_stride = r.cos_stride;
+    a.sin_stride = r.sin_stride;
+    a.interleaved = r.interleaved;
+    a.round_norm = r.round_norm;
+    a.round_each = r.round_each;
+    a.wide_position = r.position.wide;
+    a.product = promoted(norm.x.dtype, r.cos.dtype);
+  }
+  if (const Cache& c = norm.cache) {
+    a.cache = launch_rows(norm, c.rows, kRun);
+    a.cache.wide = a.cache.wide && aligned(c.page_stride, c.rows.dtype, kRun) &&
+                   aligned(c.slot_stride, c.rows.dtype, kRun);
+    a.slot = launch_rows(norm, c.slot.at, 1);
+    a.slots = c.slots;
+    a.page_slots = c.page_slots;
+    a.page_stride = c.page_stride;
+    a.slot_stride = c.slot_stride;
+    a.wide_slot = c.slot.wide;
+  }
+  a.units_of_pairs = divide_up(a.width, kLongPack);
+  a.units = a.units_of_pairs + divide_up(norm.n - a.width, kLongPack);
+  a.kept = kept_of(norm, plan);
+  if (a.width % kLongPack) {  // runs begin anywhere
+    a.x.wide = a.out.wide = a.cache.wide = false;
+    a.weight.wide = a.bias.wide = false;
+  }
+  return a;
+}
+
 template <class Args>
 struct LaunchOf {
   Loaded<Args> kernel;
@@ -178,12 +235,49 @@ void start(LaunchOf<Args>& launch, void* stream) {
     throw std::runtime_error(std::string("the kernel could not be launched: ") + error);
 }
 
+// Norms that share a launch, whose blocks are as large as the largest of them asks for; the others
+// take more rows a block.
+class Batch {
+ public:
+  Batch(const Device& on, int index, void* stream) : on_(on), index_(index), stream_(stream) {}
+
+  void add(const RowNorm& norm) {
+    const Plan plan = cuda::plan(norm.n, norm.x.dtype, Access::kAny, true, false, norm.rows, on_);
+    launch_.args.norm[count_] = batched_args_of(norm, plan);
+    threads_ = std::max(threads_, plan.lanes * plan.groups);
+    if (++count_ == kMostNorms) flush();
+  }
+
+  void flush() {
+    if (count_ == 0) return;
+    uint32_t blocks = 0;
+    for (int i = 0; i < kMostNorms; ++i) {
+      BatchedNormArgs& a = launch_.args.norm[i];
+      launch_.args.first_block[i] = i < count_ ? blocks : UINT32_MAX;
+      a.groups = threads_ >> a.log2_lanes;
+      if (i < count_) blocks += static_cast<uint32_t>(divide_up(a.rows, a.groups));
+    }
+    launch_.kernel = loaded(batch_kernel_of(), index_);
+    launch_.config = {dim3(blocks), dim3(threads_), 0, 1, on_.programmatic, nullptr};
+    start(launch_, stream_);
+    count_ = threads_ = 0;
+  }
+
+ private:
+  const Device& on_;
+  int index_;
+  void* stream_;
+  LaunchOf<BatchArgs> launch_{};
+  int count_ = 0, threads_ = 0;
+};
+
 }  // namespace
 
 std::string describe(const RowNorm& norm, int index) {
   if (is_plain_norm(norm)) return describe(as_plain_norm(norm), index);
   const Device& on = device(index);
-  const Plan p = plan_of(norm, on);
+  Plan p = plan_of(norm, on);
+  if (takes_batch_kernel(norm) && kept_of(norm, p) != Kept::kNone) p.packs = 1;
   const auto text = [](int64_t value) { return std::to_string(value); };
   std::string plan;
   if (p.packs == 0)
@@ -221,6 +315,7 @@ void row_norm(const RowNorm& norm, int index, void* stream) {
     point(launch->args, norm);
     return start(*launch, stream);
   }
+  if (takes_batch_kernel(norm)) return row_norms(&norm, 1, index, stream);
   const Plan plan = plan_of(norm, on);
   if (norm.before)
     return for_launches(norm, [&](const RowNorm& part) {
@@ -232,6 +327,14 @@ void row_norm(const RowNorm& norm, int index, void* stream) {
     Launch launch = launch_of(part, plan, on, index);
     start(launch, stream);
   });
+}
+
+void row_norms(const RowNorm* norms, int count, int index, void* stream) {
+  const DeviceGuard guard(index);
+  Batch batch(device(index), index, stream);
+  for (const RowNorm* norm = norms; norm != norms + count; ++norm)
+    if (norm->rows > 0) for_launches(*norm, [&](const RowNorm& part) { batch.add(part); });
+  batch.flush();
 }
 
 }  // namespace normkit::cuda

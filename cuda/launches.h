@@ -100,6 +100,10 @@ inline float launch_offset(float weight_offset) {
 template <class F>
 void for_rows(RowNorm& norm, const F& f) {
   for (RowsOf* t : {&norm.x, &norm.residual, &norm.out, &norm.residual_out, &norm.gating.z}) f(*t);
+  if (Rotation& r = norm.rotation)
+    for (RowsOf* t : {&r.cos, &r.sin, &r.position.at}) f(*t);
+  if (Cache& c = norm.cache)
+    for (RowsOf* t : {&c.rows, &c.slot.at}) f(*t);
 }
 template <class F>
 void for_rows(RowNormBackward& norm, const F& f) {

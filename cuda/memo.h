@@ -44,13 +44,13 @@ inline uint8_t seen_of(const void* address) {
                               (address ? kAlignment : 0));
 }
 
-// Of a call that is one launch, and neither modulated nor gated, nor with a norm in front of its
-// sum.  Structs are taken apart by the number of their fields: one that is added does not compile
-// until it has found its place here.
+// Of a call that is one launch of a kernel that keeps its rows in registers, or could.  Structs are
+// taken apart by the number of their fields: one that is added does not compile until it has found
+// its place here.
 inline LaunchKey key_of(const RowNorm& norm, const Device& device, int index) {
   const auto& [statistic, first_row, rows, n, outer_dims, outer_size, x, residual, out,
-               residual_out, weight, bias, modulation, gating, before, options, rstd, mean, split] =
-      norm;
+               residual_out, weight, bias, modulation, gating, before, rotation, cache, options,
+               rstd, mean, split] = norm;
   const auto& [step, statistics, gathered, parts, plane] = split;
   const auto& [processors, clusters, programmatic] = device;
   LaunchKey key{};
@@ -64,11 +64,11 @@ inline LaunchKey key_of(const RowNorm& norm, const Device& device, int index) {
   key.rows = rows;
   key.n = n;
   const auto& [eps, weight_offset, round_before_weight, round_sum, clamp_inf, round_rstd, of_sum,
-               eps_outside, round_weight] = options;
+               eps_outside, round_weight, as_is] = options;
   const float numbers[] = {eps, weight_offset};
   std::memcpy(&key.options[0], numbers, sizeof(numbers));
   key.options[1] = bytes_of(round_before_weight, round_sum, clamp_inf, round_rstd, of_sum,
-                            eps_outside, round_weight);
+                            eps_outside, round_weight, as_is);
   const RowsOf* const tensors[] = {&x, &residual, &out, &residual_out};
   for (int d = 0; d < outer_dims; ++d) {
     key.size[d] = outer_size[d];

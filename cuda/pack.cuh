@@ -147,14 +147,29 @@ struct Uniform {
   static __device__ __forceinline__ float rounded(DType, float v) { return widen(narrow<T>(v)); }
 };
 
+// Columns of the two runs that make a pack.
+struct OfRuns {
+  int64_t run[2];
+};
+
+__device__ __forceinline__ int64_t column_of(const OfRuns& columns, int run) {
+  return columns.run[run];
+}
+template <class Index>
+__device__ __forceinline__ Index column_of(Index column, int) {
+  return column;
+}
+
 // Each tensor of its own dtype, in packs of one number of columns; whole packs where its memory
-// allows, and element by element at a row's end or where it does not.
-template <int kColumns>
+// allows, and element by element at a row's end or where it does not.  A pack may be of two runs,
+// which are in different places of the row: then column and end are OfRuns.
+template <int kColumns, int kRuns = 1>
 struct Any {
   static constexpr int kSize = kColumns;
+  static constexpr int kRun = kSize / kRuns;
   static constexpr bool kWhole = false;
   using Pack = Floats<kSize>;
-  using Narrow = std::conditional_t<kSize == 4, uint2, uint4>;  // a pack of 16 bits
+  using Narrow = std::conditional_t<kRun == 4, uint2, uint4>;  // a run of 16 bits
 
   template <class Index>
   static __device__ __forceinline__ Pack load(const RowAt& row, Index column, Index end) {
@@ -170,7 +185,7 @@ struct Any {
   template <class Index>
   static __device__ __forceinline__ void store(const RowAt& row, Index column, Index end,
                                                const Floats<kSize>& f) {
-    if (column >= end) return;
+    if (kRuns == 1 && column_of(column, 0) >= column_of(end, 0)) return;
     if (row.dtype == DType::kFloat32) return store_items<uint4>(row, column, end, f.v);
     uint16_t item[kSize];
     if (row.dtype == DType::kFloat16)
@@ -185,37 +200,51 @@ struct Any {
 
  private:
   template <class Unit, class Index, class Item>
-  static __device__ __forceinline__ void load_items(const RowAt& row, Index column, Index end,
-                                                    Item (&item)[kSize]) {
+  static __device__ __forceinline__ void load_run(const RowAt& row, Index column, Index end,
+                                                  Item* item) {
     const Item* from = reinterpret_cast<const Item*>(row.data) + column;
-    if (row.wide && column + kSize <= end) {
+    if (row.wide && column + kRun <= end) {
 #pragma unroll
-      for (int i = 0; i < kSize * int(sizeof(Item)) / int(sizeof(Unit)); ++i) {
+      for (int i = 0; i < kRun * int(sizeof(Item)) / int(sizeof(Unit)); ++i) {
         const Unit bits = reinterpret_cast<const Unit*>(from)[i];
         memcpy(reinterpret_cast<char*>(item) + i * sizeof bits, &bits, sizeof bits);
       }
     } else {
 #pragma unroll
-      for (int i = 0; i < kSize; ++i)
+      for (int i = 0; i < kRun; ++i)
         if (column + i < end) item[i] = from[i];
     }
   }
   template <class Unit, class Index, class Item>
-  static __device__ __forceinline__ void store_items(const RowAt& row, Index column, Index end,
-                                                     const Item (&item)[kSize]) {
+  static __device__ __forceinline__ void store_run(const RowAt& row, Index column, Index end,
+                                                   const Item* item) {
     Item* to = reinterpret_cast<Item*>(row.data) + column;
-    if (row.wide && column + kSize <= end) {
+    if (row.wide && column + kRun <= end) {
 #pragma unroll
-      for (int i = 0; i < kSize * int(sizeof(Item)) / int(sizeof(Unit)); ++i) {
+      for (int i = 0; i < kRun * int(sizeof(Item)) / int(sizeof(Unit)); ++i) {
         Unit bits;
         memcpy(&bits, reinterpret_cast<const char*>(item) + i * sizeof bits, sizeof bits);
         reinterpret_cast<Unit*>(to)[i] = bits;
       }
     } else {
 #pragma unroll
-      for (int i = 0; i < kSize; ++i)
+      for (int i = 0; i < kRun; ++i)
         if (column + i < end) to[i] = item[i];
     }
+  }
+  template <class Unit, class Index, class Item>
+  static __device__ __forceinline__ void load_items(const RowAt& row, Index column, Index end,
+                                                    Item (&item)[kSize]) {
+#pragma unroll
+    for (int run = 0; run < kRuns; ++run)
+      load_run<Unit>(row, column_of(column, run), column_of(end, run), item + run * kRun);
+  }
+  template <class Unit, class Index, class Item>
+  static __device__ __forceinline__ void store_items(const RowAt& row, Index column, Index end,
+                                                     const Item (&item)[kSize]) {
+#pragma unroll
+    for (int run = 0; run < kRuns; ++run)
+      store_run<Unit>(row, column_of(column, run), column_of(end, run), item + run * kRun);
   }
   template <class Index>
   static __device__ __forceinline__ Pack load_narrow(const RowAt& row, Index column, Index end) {

@@ -25,20 +25,13 @@ __global__ void __launch_bounds__(kMostLanes, 1) post_norm_kernel(PostNormArgs a
   const RowAt x_row = place.of(a.x, a.dims), residual_row = place.of(a.residual, a.dims);
   wait_for_previous_kernel();
 
-  const auto normalise = [&](Values& v, float mean, float rstd, DType dtype,
-                             const LaunchAffine& weight, float offset, const LaunchAffine& bias,
-                             int64_t column) {
+  const auto normalise_at = [&](Values& v, float mean, float rstd, DType dtype,
+                                const LaunchAffine& weight, float offset, const LaunchAffine& bias,
+                                int64_t column) {
     Values w = filled<kSize>(1.f), b = filled<kSize>(-0.f);  // v + -0 is v
     if (weight.data) w = Access::load(place.of(weight), column, end);
     if (bias.data) b = Access::load(place.of(bias), column, end);
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) v.v[i] = (v.v[i] - mean) * rstd;
-    branch_if(a.options.round_before_weight, [&] { round_all(dtype, v); });
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) w.v[i] += offset;
-    if (a.options.round_weight) round_all(weight.dtype, w);
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) v.v[i] = fmaf(v.v[i], w.v[i], b.v[i]);
+    normalise(a.options, dtype, mean, rstd, weight.dtype, offset, w, b, v);
   };
   const auto rstd_of_row = [&](float squares, float eps, DType dtype) {
     const float rstd = inverse_square_root(mean_of(a, squares) + eps);
@@ -61,8 +54,8 @@ __global__ void __launch_bounds__(kMostLanes, 1) post_norm_kernel(PostNormArgs a
   // The sum as residual_out gets it.
   const auto sum_at = [&](int64_t column) {
     Values v = x_at(column);
-    normalise(v, first_mean, first_rstd, a.x.dtype, a.first_weight, a.first_offset, a.first_bias,
-              column);
+    normalise_at(v, first_mean, first_rstd, a.x.dtype, a.first_weight, a.first_offset, a.first_bias,
+                 column);
     if (a.round_norm) round_all(a.x.dtype, v);
     Values residual = Access::load(residual_row, column, end);
     if (a.scales) {
@@ -102,7 +95,8 @@ __global__ void __launch_bounds__(kMostLanes, 1) post_norm_kernel(PostNormArgs a
     Access::store(place.of(a.residual_out, a.dims), column, end, v);
     if (!a.has_next) continue;
     clamp_infinities(a, a.residual.dtype, v);
-    normalise(v, mean, rstd, a.residual.dtype, a.weight, a.options.weight_offset, a.bias, column);
+    normalise_at(v, mean, rstd, a.residual.dtype, a.weight, a.options.weight_offset, a.bias,
+                 column);
     Access::store(place.of(a.out, a.dims), column, end, v);
   }
 }

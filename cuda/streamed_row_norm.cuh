@@ -28,6 +28,22 @@ __device__ __forceinline__ void round_all(DType dtype, Floats<kSize>& v) {
   for (int i = 0; i < kSize; ++i) v.v[i] = round_to(dtype, v.v[i]);
 }
 
+// The norm of v, once its row has statistics.
+template <int kSize>
+__device__ __forceinline__ void normalise(const NormOptions& options, DType dtype, float mean,
+                                          float rstd, DType weight_dtype, float offset,
+                                          Floats<kSize> weight, const Floats<kSize>& bias,
+                                          Floats<kSize>& v) {
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) v.v[i] = (v.v[i] - mean) * rstd;
+  branch_if(options.round_before_weight, [&] { round_all(dtype, v); });
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) weight.v[i] += offset;
+  if (options.round_weight) round_all(weight_dtype, weight);
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) v.v[i] = fmaf(v.v[i], weight.v[i], bias.v[i]);
+}
+
 // Times act(z).
 template <int kSize>
 __device__ __forceinline__ void multiply_by_activation(const GatingArgs& g, const Floats<kSize>& z,

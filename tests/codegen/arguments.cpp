@@ -128,6 +128,12 @@ void forward(Call& call) {
   const int64_t groups = call.integer("heads", 1);
   call.affine("weight", norm.n, groups, norm.weight);
   call.affine("bias", norm.n, groups, norm.bias);
+  Rotation& rotation = norm.rotation;
+  rotation.width = call.integer("width", 0);
+  rotation.interleaved = call.integer("interleaved", 0) != 0;
+  const int64_t of_tokens[] = {rotation.width / 2, 0};
+  call.rows("cos", of_tokens, norm.outer_dims, rotation.cos);
+  call.rows("sin", of_tokens, norm.outer_dims, rotation.sin);
   call.all_taken();
   std::printf("plan\t%s\n", cuda::describe(norm, 0).c_str());
   cuda::row_norm(norm, 0, nullptr);

@@ -37,7 +37,7 @@ class Case(NamedTuple):
     bias: bool = False
     layer: bool = False
     rows: int = MANY
-    more: tuple[tuple[str, int], ...] = ()  # other numbers of the call
+    more: tuple[tuple[str, int | str], ...] = ()  # of the call, in its words
     backward: bool = False
 
     @property
@@ -53,6 +53,7 @@ class Case(NamedTuple):
         return {"round_sum": 1, **call, "out": self.out or self.x}
 
 
+ROTATED = (("heads_of_qkv", 32), ("width", 128), ("cos", FP32), ("sin", FP32))
 ALL_OPTIONS = (("round_before_weight", 1), ("round_rstd", 1), ("clamp_inf", 1))
 CASES = (
     Case("rms 8192", 90, 8192),
@@ -89,6 +90,8 @@ CASES = (
     Case("rms 8192, float32 out", 127, 8192, out=FP32),
     Case("add_rms float32 8192, bfloat16 residual", 150, 8192, FP32, residual=BF16),
     Case("rms 4097", 782, 4097),
+    Case("heads 128, rotated", 655, 128, more=ROTATED),
+    Case("heads 128, rotated pairs", 670, 128, more=(*ROTATED, ("interleaved", 1))),
     # What few calls ask for.
     Case("rms 8192, bias and options", 130, 8192, bias=True, more=ALL_OPTIONS),
     Case("rms 4096, bias and options", 156, 4096, bias=True, more=ALL_OPTIONS),

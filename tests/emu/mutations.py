@@ -52,10 +52,8 @@ FORWARD = (
         "a whole pack is loaded where the row ends inside it",
         ADDRESS,
         PACK,
-        "item)[kSize]) {\n"
         "    const Item* from = reinterpret_cast<const Item*>(row.data) + column;\n"
-        "    if (row.wide && column + kSize <= end) {",
-        "item)[kSize]) {\n"
+        "    if (row.wide && column + kRun <= end) {",
         "    const Item* from = reinterpret_cast<const Item*>(row.data) + column;\n"
         "    if (row.wide && column < end) {",
     ),

@@ -1,6 +1,6 @@
 // Every plan that cpp/plan.h can return, run on the emulation against double: what the sanitizers
 // look at, and what the mutants have to get past.  Usage: sweep SEED [SHARE OF
-// [forward|backward|parts|modulated]]
+// [forward|backward|parts|modulated|gated|post_norm|rotation]]
 #include "sweep.hpp"
 
 #include <sys/mman.h>
@@ -383,11 +383,9 @@ int main(int argc, char** argv) {
     const char* name;
     uint64_t (*sweep)(uint64_t seed, uint64_t share, uint64_t of);
   };
-  const Other others[] = {{"backward", sweep_backward},
-                          {"parts", sweep_parts},
-                          {"modulated", sweep_modulated},
-                          {"gated", sweep_gated},
-                          {"post_norm", sweep_post_norm}};
+  const Other others[] = {{"backward", sweep_backward},   {"parts", sweep_parts},
+                          {"modulated", sweep_modulated}, {"gated", sweep_gated},
+                          {"post_norm", sweep_post_norm}, {"rotation", sweep_rotation}};
   std::printf("%llu cases", static_cast<unsigned long long>(forward.count));
   for (const Other& other : others)
     if (wanted(other.name))

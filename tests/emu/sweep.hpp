@@ -113,5 +113,6 @@ uint64_t sweep_parts(uint64_t seed, uint64_t share, uint64_t of);
 uint64_t sweep_modulated(uint64_t seed, uint64_t share, uint64_t of);
 uint64_t sweep_gated(uint64_t seed, uint64_t share, uint64_t of);
 uint64_t sweep_post_norm(uint64_t seed, uint64_t share, uint64_t of);
+uint64_t sweep_rotation(uint64_t seed, uint64_t share, uint64_t of);
 
 }  // namespace sweep

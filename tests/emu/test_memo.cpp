@@ -94,6 +94,8 @@ class Free {
     all(norm.modulation);  // whose launches are not kept
     all(norm.gating);      // likewise
     all(norm.before);
+    all(norm.rotation);
+    all(norm.cache);
     gap(norm.outer_dims, norm.outer_size);
     beyond(norm.outer_size);
     for (const RowsOf* t : {&norm.x, &norm.residual, &norm.out, &norm.residual_out}) {
@@ -105,7 +107,7 @@ class Free {
       somewhere(t->data);
       gap(t->dtype, t->stride);
     }
-    gap(norm.options.round_weight, norm.rstd);
+    gap(norm.options.as_is, norm.rstd);
     for (float* const* p : {&norm.rstd, &norm.mean, &norm.split.statistics}) somewhere(*p);
     somewhere(norm.split.gathered);
     gap(norm.split.step, norm.split.statistics);
