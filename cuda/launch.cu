@@ -315,7 +315,10 @@ void row_norm(const RowNorm& norm, int index, void* stream) {
     point(launch->args, norm);
     return start(*launch, stream);
   }
-  if (takes_batch_kernel(norm)) return row_norms(&norm, 1, index, stream);
+  if (takes_batch_kernel(norm)) {
+    const RowNorm* const alone = &norm;
+    return row_norms(&alone, 1, index, stream);
+  }
   const Plan plan = plan_of(norm, on);
   if (norm.before)
     return for_launches(norm, [&](const RowNorm& part) {
@@ -329,11 +332,11 @@ void row_norm(const RowNorm& norm, int index, void* stream) {
   });
 }
 
-void row_norms(const RowNorm* norms, int count, int index, void* stream) {
+void row_norms(const RowNorm* const* norms, int count, int index, void* stream) {
   const DeviceGuard guard(index);
   Batch batch(device(index), index, stream);
-  for (const RowNorm* norm = norms; norm != norms + count; ++norm)
-    if (norm->rows > 0) for_launches(*norm, [&](const RowNorm& part) { batch.add(part); });
+  for (const RowNorm* const* norm = norms; norm != norms + count; ++norm)
+    if ((*norm)->rows > 0) for_launches(**norm, [&](const RowNorm& part) { batch.add(part); });
   batch.flush();
 }
 

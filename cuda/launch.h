@@ -14,9 +14,9 @@ std::string describe(const RowNorm& norm, int device);
 void row_norm(const RowNorm& norm, int device, void* stream);
 
 // The same for several norms of which none reads what another writes, in as few launches as there
-// can be.  Those norms are neither split, modulated nor gated, add nothing, and save nothing for
-// the backward pass; and they have the bits that they would have by themselves.
-void row_norms(const RowNorm* norms, int count, int device, void* stream);
+// can be.  Those norms are neither split, modulated nor gated, and add nothing; and they have the
+// bits that they would have by themselves.
+void row_norms(const RowNorm* const* norms, int count, int device, void* stream);
 
 // The same for the backward pass, which wants some bytes of memory of the device to work with, 16
 // of them aligned, and shares nothing in it with another call.

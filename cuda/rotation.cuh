@@ -146,6 +146,7 @@ __global__ void __launch_bounds__(kMostLanes, 1) norm_batch_kernel(BatchArgs bat
   }
   let_next_kernel_start();
   if (!live) return;
+  if (lane == 0) save<Statistic::kLayer>(a, row, mean, rstd);
 
 #pragma unroll 1
   for (int64_t number = lane; number < a.units; number += lanes) {

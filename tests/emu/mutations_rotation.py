@@ -18,6 +18,14 @@ _OF_ROTATION = (
         "v.v[i] = by_cos.v[i] + by_sin.v[j];\n    v.v[j] = by_cos.v[j] - by_sin.v[i];",
     ),
     mutant(
+        "rotation-not-kept",
+        "rows keep the statistics of the group in front of them",
+        PLAIN,
+        KERNEL,
+        "save<Statistic::kLayer>(a, row, mean, rstd)",
+        "save<Statistic::kLayer>(a, row ? row - 1 : 0, mean, rstd)",
+    ),
+    mutant(
         "rotation-fused",
         "a product is added without a rounding of its own",
         PLAIN,

@@ -80,6 +80,7 @@ struct Problem {
   Case c;
   Rows x, out, weight, bias, cos, sin, cache;
   Integers positions, slots;
+  std::vector<float> rstd, mean;  // as they are kept for the backward pass
 
   Problem(const Case& of, std::mt19937_64& random)
       : c(of),
@@ -91,7 +92,9 @@ struct Problem {
         sin(made(c.cos, angles(), c.width / 2, 0, random)),
         cache(made(c.cache, of_cache(), c.n, 0, random)),
         positions(some_positions(random), c.wide_positions),
-        slots(some_slots(random), c.wide_slots) {
+        slots(some_slots(random), c.wide_slots),
+        rstd(c.rows(), -1.f),
+        mean(c.rows(), -1.f) {
     if (c.options.clamp_inf && c.x == DType::kFloat16 && c.rows())
       write(c.x, x.at(c.rows() / 2, c.n / 2), 1e30f);
   }
@@ -158,6 +161,8 @@ struct Problem {
     if (c.bias) norm.bias = map(bias);
     if (c.angles) lay_out_rotation(norm.rotation);
     if (c.paged) lay_out_cache(norm.cache);
+    if (!c.options.as_is) norm.rstd = rstd.data();
+    if (!c.options.as_is && c.statistic == Statistic::kLayer) norm.mean = mean.data();
   }
 
  private:
@@ -311,6 +316,15 @@ void expect(const char* what, Problem& got, Problem& want) {
   }
 }
 
+void expect_kept(const char* what, const Problem& got, const Problem& want) {
+  for (int64_t r = 0; r < got.c.rows(); ++r) {
+    if (!same(got.rstd[r], want.rstd[r]))
+      report(name(got.c), (std::string(what) + "rstd").c_str(), r, 0, got.rstd[r], want.rstd[r]);
+    if (!same(got.mean[r], want.mean[r]))
+      report(name(got.c), (std::string(what) + "mean").c_str(), r, 0, got.mean[r], want.mean[r]);
+  }
+}
+
 void run(const std::vector<Case>& cases, uint64_t seed) {
   std::mt19937_64 random(seed);
   emu::seed(seed);
@@ -319,13 +333,17 @@ void run(const std::vector<Case>& cases, uint64_t seed) {
   std::vector<Problem> alone = together, right = together;
   std::vector<RowNorm> norms(cases.size());
   for (size_t i = 0; i < cases.size(); ++i) together[i].lay_out_norm(norms[i]);
-  cuda::row_norms(norms.data(), static_cast<int>(norms.size()), 0, nullptr);
+  std::vector<const RowNorm*> batch;
+  for (const RowNorm& norm : norms) batch.push_back(&norm);
+  cuda::row_norms(batch.data(), static_cast<int>(batch.size()), 0, nullptr);
   for (size_t i = 0; i < cases.size(); ++i) {
     solve(right[i]);
     expect("in a batch, ", together[i], right[i]);
+    expect_kept("in a batch, ", together[i], right[i]);
     alone[i].lay_out_norm(norms[i]);
     cuda::row_norm(norms[i], 0, nullptr);
     expect("alone, ", alone[i], right[i]);
+    expect_kept("alone, ", alone[i], right[i]);
   }
 }
 
