@@ -38,3 +38,10 @@ def extension() -> Any:
 def emulate_device(processors: int = 4, *, clusters: bool = True) -> None:
     """Say what device is emulated; few processors make few rows many."""
     ctypes.CDLL(extension().__file__).normkit_emulate_device(processors, int(clusters))
+
+
+def launches() -> int:
+    """How many kernels have run."""
+    count = ctypes.CDLL(extension().__file__).normkit_emulated_launches
+    count.restype = ctypes.c_uint64
+    return int(count())

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import emulation
 import normkit
 from conformance.support import DTYPES, Guarded, assert_same_bits
 from normkit import testing
@@ -18,6 +19,7 @@ from normkit._serving import backends
 
 F32, F16, BF16 = DTYPES
 HEADS, WIDTH, HALF, PAGE = (4, 2, 2), 24, 12, 3
+needs_emulation = pytest.mark.skipif(emulation.extension() is None, reason="no emulation is built")
 
 
 class Several:
@@ -129,12 +131,44 @@ def test_slices_of_one_tensor_are_normalised_where_they_are(several: Several) ->
 
 
 def test_what_one_norm_writes_and_another_reads_is_done_in_their_order(several: Several) -> None:
-    x = testing.make_inputs((300, 64), F32).x
+    x = testing.make_inputs((60, 64), F32).x
     first, second = torch.empty_like(x), torch.empty_like(x)
     made = several("norms", [x, first], outs=[first, second], kind="layer", eps=0.3)
     once = normkit.layer_norm(x, eps=0.3)
     torch.testing.assert_close(made[0], once)
     torch.testing.assert_close(made[1], normkit.layer_norm(once, eps=0.3))
+
+
+@needs_emulation
+def test_norms_are_one_launch_where_none_reads_what_another_writes() -> None:
+    projection, table = packed(BF16, (2, 3)), angles((2, 3))
+    q, k, v = projection.split(HEADS, -2)
+    k_cache, v_cache = (cache.tensor for cache in caches(BF16, True))
+    slots = torch.arange(6).view(2, 3)
+    to_caches = {"k_cache": k_cache, "v_cache": v_cache, "slots": slots}
+    both = testing.make_inputs((4, 2, PAGE, HEADS[1], WIDTH), BF16).x
+    one_memory = {"k_cache": both[:, 0], "v_cache": both[:, 1], "slots": slots}
+    wide = torch.randn(8, 100)
+    first, second = torch.empty(2, 8, 100)
+    on_its_own = [[wide, first], [first, second]]
+    for launches, function, args, options in (
+        (1, "norms", ([wide[:, :70], wide[:, 70:]],), {"outs": [wide[:, :70], wide[:, 70:]]}),
+        (1, "norms", ([q, k, v],), {"outs": [q, k, v]}),
+        (1, "norms", ([q.transpose(1, 2), k],), {"outs": [q.transpose(1, 2), k]}),
+        (1, "qk_norm_rope", (q, k, *table), {"outs": (q, k)}),
+        (1, "qk_norm_rope", (q, k, *table), {"v": v, "norm_v": True, **to_caches}),
+        (1, "qk_norm_rope", (q, k, *table), {"v": v, "outs": (q, k), **to_caches}),
+        (1, "qk_norm_rope", (q, k, *table), {"v": v, "outs": (q, k), **one_memory}),
+        (2, "norms", ([torch.randn(2, 8) for _ in range(5)],), {}),
+        (2, "norms", (on_its_own[0],), {"outs": on_its_own[1]}),
+        (2, "norms", ([wide, wide],), {"outs": [first, first]}),
+        (2, "norms", ([wide[:, :71], wide[:, 70:]],), {"outs": [wide[:, :71], second[:, 70:]]}),
+        (2, "norms", ([wide, wide[4:]],), {"outs": [wide, second[4:]]}),
+    ):  # fmt: skip
+        before = emulation.launches()
+        with normkit.use_backend("emu"):
+            getattr(normkit, function)(*args, **options)
+        assert emulation.launches() - before == launches, (function, options)
 
 
 def test_more_norms_than_a_launch_has_room_for(backend: Any, several: Several) -> None:

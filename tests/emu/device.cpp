@@ -1,6 +1,8 @@
 // The emulated device.
 #include "../../cuda/device.h"
 
+#include "emu.hpp"
+
 namespace {
 
 // Few enough processors that a handful of rows fills them, and both kinds of plan are met.
@@ -12,6 +14,10 @@ extern "C" __attribute__((visibility("default"))) void normkit_emulate_device(in
                                                                               int clusters) {
   emulated.processors = processors;
   emulated.clusters = clusters != 0;
+}
+
+extern "C" __attribute__((visibility("default"))) uint64_t normkit_emulated_launches() {
+  return emu::launches();
 }
 
 namespace normkit::cuda {

@@ -25,6 +25,7 @@ struct Shared {
 };
 
 std::mutex one_launch;
+std::uint64_t launched = 0;
 std::deque<Set> sets;
 void (*body)(const void*) = nullptr;
 const void* context = nullptr;
@@ -173,9 +174,12 @@ void seed(std::uint64_t value) {
   for (int i = 0; i < 8; ++i) random64();
 }
 
+std::uint64_t launches() { return launched; }
+
 const char* run(const LaunchShape& shape, void (*kernel)(const void*), const void* arguments) {
   if (const char* error = refuse(shape)) return error;
   const std::lock_guard<std::mutex> lock(one_launch);
+  ++launched;
   body = kernel;
   context = arguments;
   threads = shape.block.x * shape.block.y * shape.block.z;

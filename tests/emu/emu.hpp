@@ -53,6 +53,9 @@ const char* launch(const LaunchShape& shape, void (*kernel)(Parameters...),
   return run(shape, body, &call);
 }
 
+// How many kernels have run.
+std::uint64_t launches();
+
 // What follows is called by kernels.  Misuse ends the process, with a message on stderr.
 
 void sync_threads(const char* file, int line);
