@@ -441,7 +441,8 @@ uint64_t sweep_rotation(uint64_t seed, uint64_t share, uint64_t of) {
   const DType dtypes[] = {DType::kFloat32, DType::kFloat16, DType::kBFloat16};
   for (const DType x : dtypes)
     for (const DType cos : dtypes)
-      for (const int64_t n : {1, 2, 7, 20, 64, 80, 128, 192, 200, 576, 1024, 4100, 20000}) {
+      for (const int64_t n :
+           {1, 2, 7, 20, 64, 80, 128, 192, 200, 256, 512, 576, 1024, 2048, 4100, 20000}) {
         sweep.add(x, cos, n, 2);
         if (n < 300) sweep.add(x, cos, n, 50);  // in several launches
         if (n < 300) sweep.add(x, cos, n, 7);
