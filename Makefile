@@ -61,6 +61,7 @@ emu-plain: build/emu/.built
 	build/emu/test_driver
 	build/emu/test_cpu_affine
 	build/emu/test_cpu_bits
+	build/emu/test_cpu_columns
 	build/emu/test_threads
 	build/emu/test_threads build/emu/libomp.so
 
@@ -71,6 +72,7 @@ emu-asan: build/emu-asan/.built
 	build/emu-asan/test_driver
 	build/emu-asan/test_cpu_affine
 	build/emu-asan/test_cpu_bits
+	build/emu-asan/test_cpu_columns
 	build/emu-asan/test_threads build/emu-asan/libomp.so
 
 # TSan wants its addresses where they always were.
@@ -95,7 +97,7 @@ mutants: $(VENV)/.test
 emu_cmake = $(VENV)/bin/cmake -S tests/emu -B $(@D) -GNinja -DPython_EXECUTABLE=$(abspath $(python)) \
   -Dnanobind_ROOT="$$($(python) -m nanobind --cmake_dir)" -DSKBUILD_SABI_VERSION=3.10
 
-cpu_programs := test_cpu_affine test_cpu_bits test_threads
+cpu_programs := test_cpu_affine test_cpu_bits test_cpu_columns test_threads
 
 build/emu/.built: $(VENV)/.test $(emu_sources)
 	$(emu_cmake)

@@ -20,6 +20,11 @@ struct RowsOf {
   char* data;
   DType dtype;
   int64_t stride[kMaxOuterDims];  // bytes
+  // Bytes from a column to the next; 0 where they are dense.  Of x and `out` of a norm with nothing
+  // else around it: x[i, :] of (n, rows), as the channels of an image.
+  int64_t column_stride = 0;
+
+  bool has_strided_columns() const { return column_stride != 0; }
 };
 
 // A weight or a bias: row r of x takes its row r / inner % groups.  One for each head, where heads

@@ -111,6 +111,31 @@ constexpr Plan streamed_plan(int64_t n, bool kept_elsewhere) {
   return {Access::kAny, 0, static_cast<int>(turns), 1, lanes, groups, 1};
 }
 
+// Whether rows of so many columns stay in registers, where they can be reached in whole packs: only
+// then is the order of their sums one that any number of lanes can keep to.
+constexpr bool stays_in_registers(int64_t n, const Device& device) {
+  return n <= kMostColumns * (device.clusters ? kMaxCluster : 1);
+}
+
+// A row with strided columns, which is streamed.  As many rows to a block as fill the memory that
+// is moved at a time, and lanes for a few packs each.
+constexpr Plan strided_plan(int64_t n, const Device& device) {
+  constexpr int64_t kMostTurns = 32, kSideBySide = 32;
+  if (!stays_in_registers(n, device)) return streamed_plan(n, false);
+  const int64_t packs = divide_up(n, kLongPack);
+  const int64_t lanes = at_least(at_most(power_of_two_from(divide_up(packs, 4)), 16),
+                                 power_of_two_from(packs) / kMostTurns);
+  const int64_t turns = power_of_two_from(divide_up(packs, lanes));
+  const int64_t groups = at_most(kSideBySide, kMostLanes / lanes);
+  return {Access::kAny,
+          0,
+          static_cast<int>(turns),
+          1,
+          static_cast<int>(lanes),
+          static_cast<int>(groups),
+          1};
+}
+
 // one_map: all rows have the same weight and bias.
 constexpr Plan plan(int64_t n, DType x, Access access, bool one_map, bool adds, int64_t rows,
                     const Device& device) {
@@ -118,7 +143,7 @@ constexpr Plan plan(int64_t n, DType x, Access access, bool one_map, bool adds, 
   const int cluster = blocks_per_row(packs, device);
   const int64_t share = divide_up(packs, cluster);
   const int64_t most_packs = access == Access::kMixed ? kMostPacks<true> : kMostPacks<false>;
-  const bool is_kept = n <= kMostColumns * (device.clusters ? kMaxCluster : 1);
+  const bool is_kept = stays_in_registers(n, device);
   if (!is_kept || access == Access::kAny || share > most_packs * kMostLanes)
     return streamed_plan(n, is_kept);
   Plan plan{access, 0, 0, 1, 0, 1, cluster};

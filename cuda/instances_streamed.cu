@@ -2,6 +2,7 @@
 #include "rotation.cuh"
 #include "row_norm_backward.cuh"
 #include "streamed_row_norm.cuh"
+#include "strided_row_norm.cuh"
 
 namespace normkit::cuda {
 
@@ -21,6 +22,8 @@ Kernel streamed_kernel_of(Statistic statistic, bool adds, Step step, bool fused)
 PostNormKernel post_norm_kernel_of() { return post_norm_kernel; }
 
 BatchKernel batch_kernel_of() { return norm_batch_kernel; }
+
+StridedKernel strided_kernel_of() { return strided_row_norm_kernel; }
 
 BackwardKernel split_backward_kernel(Step step) {
   if (step == Step::kStatistics)

@@ -5,6 +5,7 @@
 #include "launch.h"
 #include "launches.h"
 #include "memo.h"
+#include "strided_args.cuh"
 
 namespace normkit::cuda {
 
@@ -41,6 +42,10 @@ bool takes_rare_kernel(const RowNorm& norm) {
                                              takes_batch_kernel(norm) || o.eps_outside || rounds);
 }
 
+bool has_strided_columns(const RowNorm& norm) {
+  return norm.x.has_strided_columns() || norm.out.has_strided_columns();
+}
+
 Access access_of(const RowNorm& norm) {
   if (takes_rare_kernel(norm)) return Access::kAny;  // one for all
   const int64_t pack = pack_size(norm);
@@ -57,6 +62,7 @@ Access access_of(const RowNorm& norm) {
 
 Plan plan_of(const RowNorm& norm, const Device& device) {
   if (norm.split.step != Step::kWhole) return split_plan(norm.n);
+  if (has_strided_columns(norm)) return strided_plan(norm.n, device);
   return plan(norm.n, norm.x.dtype, access_of(norm), heads_of(norm) == 1,
               norm.residual.data != nullptr, norm.rows, device);
 }
@@ -172,6 +178,12 @@ BatchedNormArgs batched_args_of(const RowNorm& norm, const Plan& plan) {
     a.x.wide = a.out.wide = a.cache.wide = false;
     a.weight.wide = a.bias.wide = false;
   }
+  return a;
+}
+
+StridedArgs strided_args_of(const RowNorm& norm, const Plan& plan) {
+  StridedArgs a{args_of(norm, plan), norm.x.column_stride, norm.out.column_stride, 0};
+  while (1 << a.log2_groups < plan.groups) ++a.log2_groups;
   return a;
 }
 
@@ -298,6 +310,7 @@ std::string describe(const RowNorm& norm, int index) {
     case Access::kAny:
       plan += ", any dtypes and alignment";
   }
+  if (has_strided_columns(norm)) plan += ", strided columns of rows side by side";
   if (on.programmatic) plan += ", programmatic launch";
   return plan;
 }
@@ -307,6 +320,14 @@ void row_norm(const RowNorm& norm, int index, void* stream) {
   if (is_plain_norm(norm)) return row_norm(as_plain_norm(norm), index, stream);
   const DeviceGuard guard(index);
   const Device& on = device(index);
+  if (has_strided_columns(norm)) {
+    const Plan plan = plan_of(norm, on);
+    return for_launches(norm, [&](const RowNorm& part) {
+      LaunchOf<StridedArgs> launch{loaded(strided_kernel_of(), index), config_of(part, plan, on),
+                                   strided_args_of(part, plan)};
+      start(launch, stream);
+    });
+  }
   if (is_one_launch(norm) && !takes_rare_kernel(norm)) {
     thread_local Memo<Launch> memo;
     const LaunchKey key = key_of(norm, on, index);

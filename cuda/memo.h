@@ -73,7 +73,7 @@ inline LaunchKey key_of(const RowNorm& norm, const Device& device, int index) {
   for (int d = 0; d < outer_dims; ++d) {
     key.size[d] = outer_size[d];
     for (int t = 0; t < 4; ++t) {
-      const auto& [data, dtype, stride] = *tensors[t];
+      const auto& [data, dtype, stride, column_stride] = *tensors[t];
       key.stride[t][d] = data ? stride[d] : 0;
     }
   }

@@ -58,12 +58,11 @@ __device__ __forceinline__ void multiply_by_activation(const GatingArgs& g, cons
 
 // The sum of values_of(column), or of squares about a mean, over all columns of a row: in the order
 // of rows that stay in registers, where rows of this length may (a.turns).
-template <bool kSquares, int kQuads, class Values>
+template <bool kSquares, class Values, class Storage>
 __device__ __forceinline__ float sum_of_streamed_row(const RowNormArgs& a, int lane, int lanes,
                                                      int64_t end, float mean,
-                                                     const Values& values_of,
-                                                     SumStorage<kQuads>& storage) {
-  constexpr int kSize = 4 * kQuads;
+                                                     const Values& values_of, Storage& storage) {
+  constexpr int kSize = kLongPack, kQuads = kSize / 4;
   TreeSums<kQuads> tree;
   LongSums<kQuads> any_length;
   int64_t column = lane * kSize;

@@ -3,9 +3,7 @@
 // something is wrong, and runs what is valid elsewhere.  So every message stands in one place, and
 // this one is quick.
 #pragma once
-#include <algorithm>
-
-#include "tensor.h"
+#include "overlap.h"
 
 namespace normkit {
 
@@ -26,17 +24,12 @@ struct Arguments {
 
   bool is_modulated() const { return gate || scale || shift; }
   bool is_fused() const { return is_modulated() || z || post || cos || cache; }
+  // Columns of x and out may have a stride: nothing else stands around the norm.
+  bool is_plain() const { return !is_fused() && !adds && !residual && !options.as_is; }
   // y is the sum, of residual's dtype.
   bool is_sum() const { return post && !adds; }
   DType out_dtype_of() const { return is_sum() ? residual.dtype : out_dtype.value_or(x.dtype); }
 };
-
-inline bool same_shape(const Tensor& a, const Tensor& b) {
-  if (a.ndim != b.ndim) return false;
-  for (int d = 0; d < a.ndim; ++d)
-    if (a.shape[d] != b.shape[d]) return false;
-  return true;
-}
 
 inline bool is_dense(const Tensor& t) {
   int64_t dense = 1;
@@ -58,12 +51,13 @@ inline bool is_packed(const Tensor& t) {
   return true;
 }
 
-// of_strides: kStrides for an input, of which a copy can be made.
+// of_strides: kStrides for an input, of which a copy can be made.  may_step: columns may be further
+// apart than an element, if they do not share memory.
 [[gnu::always_inline]] inline Refusal check_rows(const Tensor& t, const Tensor& x,
-                                                 Refusal::Kind of_strides) {
+                                                 Refusal::Kind of_strides, bool may_step = false) {
   if (!t) return {};
   if (!same_shape(t, x)) return {t.name, "does not have x's shape", Refusal::kShape};
-  if (t.size(1) > 1 && t.stride(1) != 1)
+  if (has_strided_columns(t) && !(may_step && t.stride(1) > 1))
     return {t.name, "has a last stride other than 1", of_strides};
   return {};
 }
@@ -190,19 +184,6 @@ inline Refusal check_rotation(const Arguments& a) {
   return {};
 }
 
-// Whether rows of three outer dimensions, in any order of strides, may share memory.
-inline bool rows_may_meet(const Tensor& t) {
-  int order[] = {0, 1, 2};
-  std::sort(order, order + 3, [&](int a, int b) { return t.strides[a] < t.strides[b]; });
-  int64_t inside = t.size(1);
-  for (int d : order) {
-    if (t.shape[d] <= 1) continue;
-    if (t.strides[d] < inside) return true;
-    inside += (t.shape[d] - 1) * t.strides[d];
-  }
-  return false;
-}
-
 // (pages, slots of a page, heads, head_dim), at any strides but the last.
 inline Refusal check_cache(const Arguments& a) {
   const Tensor& c = a.cache;
@@ -213,43 +194,14 @@ inline Refusal check_cache(const Arguments& a) {
     if (const Refusal no = check_device(*t, a.x)) return no;
   if (c.ndim != 4 || a.x.ndim < 2 || c.size(1) != a.x.size(1) || c.size(2) != a.x.size(2))
     return {"cache", "does not fit x's shape", Refusal::kShape};
-  if (c.size(1) > 1 && c.stride(1) != 1)
-    return {"cache", "has a last stride other than 1", Refusal::kMemory};
-  if (rows_may_meet(c)) return {"cache", "may overlap itself", Refusal::kMemory};
+  if (has_strided_columns(c)) return {"cache", "has a last stride other than 1", Refusal::kMemory};
+  if (!elements_are_apart(c)) return {"cache", "may overlap itself", Refusal::kMemory};
   if (c.dtype != (a.out ? a.out.dtype : a.out_dtype_of()))
     return {"cache", "is not of y's dtype", Refusal::kDtype};
   bool fits = a.slots.ndim == a.x.ndim - 2;
   for (int d = 0; fits && d < a.slots.ndim; ++d) fits = a.slots.shape[d] == a.x.shape[d];
   if (!fits) return {"slots", "does not fit x's shape", Refusal::kShape};
   return {};
-}
-
-// Whether the memory from the first to the last element of one crosses that of the other.
-inline bool share_memory(const Tensor& a, const Tensor& b) {
-  return a && b && a.data < b.data + b.extent() && b.data < a.data + a.extent();
-}
-
-// Whether memory is shared in a way that is not plainly harmless: one tensor over itself, or none
-// at all.
-inline bool may_overlap(const Tensor& written, const Tensor& other) {
-  if (!share_memory(written, other)) return false;
-  if (written.data != other.data || written.dtype != other.dtype || !same_shape(written, other))
-    return true;
-  for (int d = 0; d < written.ndim; ++d)
-    if (written.shape[d] > 1 && written.strides[d] != other.strides[d]) return true;
-  return false;
-}
-
-// Whether the rows are laid out from the innermost dimension outwards, each stride beyond what lies
-// inside it.
-inline bool rows_are_apart(const Tensor& t) {
-  int64_t inside = t.size(1);
-  for (int d = t.ndim - 2; d >= 0; --d) {
-    if (t.shape[d] <= 1) continue;
-    if (t.strides[d] < inside) return false;
-    inside = (t.shape[d] - 1) * t.strides[d] + inside;
-  }
-  return true;
 }
 
 inline Refusal check_memory(const Arguments& a) {
@@ -312,10 +264,11 @@ inline Refusal check(const Arguments& a, bool memory_checked) {
     if (const Refusal no = check_rotation(a)) return no;
   if (a.cache)
     if (const Refusal no = check_cache(a)) return no;
+  const bool may_step = a.is_plain();
   for (const Tensor* t : {&a.x, &a.residual})
-    if (const Refusal no = check_rows(*t, a.x, Refusal::kStrides)) return no;
+    if (const Refusal no = check_rows(*t, a.x, Refusal::kStrides, may_step)) return no;
   for (const Tensor* t : {&a.out, &a.residual_out})
-    if (const Refusal no = check_rows(*t, a.x, Refusal::kMemory)) return no;
+    if (const Refusal no = check_rows(*t, a.x, Refusal::kMemory, may_step)) return no;
   for (const Tensor* t : {&a.weight, &a.bias})
     if (const Refusal no = check_affine(*t, a.x, a.per_head)) return no;
   const NormOptions& options = a.options;
@@ -356,6 +309,10 @@ inline void lay_out_rows(const Tensor& x, const Tensor* const (&tensors)[kTensor
       rows[t]->stride[at] = *tensors[t] ? tensors[t]->strides[d] * item_size(rows[t]->dtype) : 0;
     if (job.rows == 0) return;
   }
+}
+
+inline int64_t column_stride_of(const Tensor& t) {
+  return has_strided_columns(t) ? t.stride(1) * item_size(t.dtype) : 0;
 }
 
 inline Affine affine_of(const Tensor& t) {
@@ -488,6 +445,8 @@ inline void lay_out(const Arguments& a, RowNorm& norm) {
   const Tensor* const tensors[] = {&a.x, &a.residual, &a.out, &a.residual_out};
   RowsOf* const rows[] = {&norm.x, &norm.residual, &norm.out, &norm.residual_out};
   lay_out_rows(a.x, tensors, rows, norm);
+  norm.x.column_stride = column_stride_of(a.x);
+  norm.out.column_stride = a.out ? column_stride_of(a.out) : 0;
 }
 
 }  // namespace normkit

@@ -90,6 +90,7 @@ void bind_torch(nb::handle torch, nb::handle refusal) {
   bound.uint8 = keep("uint8");
   bound.is_autocast_enabled = torch_function(torch, "is_autocast_enabled");
   bound.is_tracing = torch_function(torch, "_C._is_tracing");
+  bound.is_neg = torch_function(torch, "is_neg");
   bound.modes =
       torch_globals(torch, "utils._python_dispatch", "_is_in_torch_dispatch_mode", bound.in_a_mode);
   bound.cuda = nb::str("cuda").release().ptr();

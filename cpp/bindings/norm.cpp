@@ -96,6 +96,11 @@ Refusal check_recorders(const Arguments& a, Caller caller) {
   return {};
 }
 
+// Of a tensor whose columns are strided; another is refused where it could be.
+bool is_negated(const Tensor& t) {
+  return t && t.ndim > 0 && has_strided_columns(t) && ask(torch_objects.is_neg, t.object);
+}
+
 }  // namespace
 
 Refusal Prepared::check(Caller caller) {
@@ -106,6 +111,8 @@ Refusal Prepared::check(Caller caller) {
   // or more, unless its rows are single elements.
   if (quick && a.x.ndim > 0 && a.x.size(1) == 1)
     return {"x", "may be negated lazily", Refusal::kStrides};
+  if (is_negated(a.x)) return {"x", "is negated lazily", Refusal::kStrides};
+  if (is_negated(a.out)) return {"out", "is negated lazily", Refusal::kMemory};
   if (quick && modes_are_on()) return {"a dispatch mode", "is on", Refusal::kRecorder};
   if (quick && autocasts(a, *backend)) return {"autocast", "is on", Refusal::kRecorder};
   if (const Refusal no = normkit::check(a, !quick)) return no;

@@ -30,10 +30,12 @@ bool meet(const Tensor& a, const Tensor& b) {
   return true;
 }
 
-// Whether one writes what another reads or writes, or they are for different devices: they have to
-// run one after the other.
+// Whether one writes what another reads or writes, or they are for different devices or kernels:
+// they have to run one after the other.
 bool take_turns(const std::vector<Prepared*>& calls) {
-  for (const Prepared* one : calls)
+  for (const Prepared* one : calls) {
+    if (has_strided_columns(one->a.x) || (one->a.out && has_strided_columns(one->a.out)))
+      return true;
     for (const Prepared* other : calls) {
       if (one == other) continue;
       if (one->backend != other->backend || one->device != other->device) return true;
@@ -45,6 +47,7 @@ bool take_turns(const std::vector<Prepared*>& calls) {
       for (const Indices* t : {&b.positions, &b.slots})
         if (share_memory(one->a.out, *t) || share_memory(one->a.cache, *t)) return true;
     }
+  }
   return false;
 }
 

@@ -48,6 +48,7 @@ nb::object part_statistics(PyObject* const* args) {
   const Backend* backend = nullptr;
   if (const Refusal no = find_backend(a.x.device, backend)) return refuse(no);
   if (const Refusal no = check(a, true)) return refuse(no);
+  if (const Refusal no = check_rows(a.x, a.x, Refusal::kStrides)) return refuse(no);
 
   RowNorm job;
   lay_out(a, job);
@@ -65,6 +66,7 @@ nb::object part_apply(PyObject* const* args) {
   const Backend* backend = nullptr;
   if (const Refusal no = find_backend(a.x.device, backend)) return refuse(no);
   if (const Refusal no = check(a, true)) return refuse(no);
+  if (const Refusal no = check_rows(a.x, a.x, Refusal::kStrides)) return refuse(no);
   if (const Refusal no = check_gathered(a.gathered, a.x, a.statistic)) return refuse(no);
 
   nb::object y, rstd, mean = nb::none();

@@ -49,6 +49,7 @@ struct Torch {
   Function is_inference_mode_enabled;
   Function is_autocast_enabled;
   Function is_tracing;
+  Function is_neg;
   Function increment_version;
   PyObject* requires_grad = nullptr;    // the property of torch.Tensor
   PyObject* version = nullptr;          // likewise, of _version

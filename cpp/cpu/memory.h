@@ -55,10 +55,11 @@ inline int64_t last_cache_bytes() {
 // whom we cannot know.  At half of it they gain nothing on the one and lose on the other.
 inline bool fills_last_cache(int64_t traffic) { return traffic >= last_cache_bytes(); }
 
-// Whether every row begins and ends with a cache line, as stores around the caches need it.
+// Whether every row is dense, and begins and ends with a cache line, as stores around the caches
+// need it.
 inline bool on_cache_lines(const RowsOf& rows, int outer_dims, int64_t n) {
-  bool all =
-      reinterpret_cast<uintptr_t>(rows.data) % 64 == 0 && n * item_size(rows.dtype) % 64 == 0;
+  bool all = !rows.has_strided_columns() && reinterpret_cast<uintptr_t>(rows.data) % 64 == 0 &&
+             n * item_size(rows.dtype) % 64 == 0;
   for (int d = 0; d < outer_dims; ++d) all = all && rows.stride[d] % 64 == 0;
   return all;
 }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <optional>
 
+#include "columns.h"
 #include "cursor.h"
 #include "memory.h"
 #include "modulation.h"
@@ -29,6 +30,7 @@ thread_local Scratch affine_scratch;
 thread_local Scratch wide_scratch;
 thread_local Scratch modulation_scratch;
 thread_local Scratch before_scratch;
+thread_local Scratch columns_scratch;
 
 // ---------------------------------------------------------------- one call
 
@@ -168,6 +170,8 @@ struct Job {
   // normalised rows
   float* modulation;
   int64_t modulation_floats;
+  float* columns = nullptr;  // columns_floats for each part, where columns are strided
+  int64_t columns_floats = 0;
   First* first = nullptr;
 };
 
@@ -313,6 +317,10 @@ void run_part(void* context, int part) {
     modulation_cursor->fill(b);
     if (job.stages.has_scale) take_modulation(b);
   };
+  std::optional<StridedColumns> columns;
+  if (job.columns)
+    columns.emplace(norm, job.plan.block_rows,
+                    reinterpret_cast<char*>(job.columns + part * job.columns_floats));
   Block blocks_in_flight[2];
   Block* block = &blocks_in_flight[0];
   Block* next = &blocks_in_flight[1];
@@ -327,7 +335,9 @@ void run_part(void* context, int part) {
       normalise_first(*block, *job.first, affine_first, job.kernels, normalised_first, row);
       take_affine(*block, affine);
     }
+    if (columns) columns->take(*block);
     run(*block, job.stages, norm, job.kernels, row, rotator ? &*rotator : nullptr);
+    if (columns) columns->give(*block);
     if (cache_cursor) cache_cursor->store(*block);
     std::swap(block, next);
   }
@@ -348,10 +358,11 @@ Plan plan(const RowNorm& norm) {
   Plan p;
   p.stream = norm.out.data && fills_last_cache(traffic) && !in_place && !norm.rotation &&
              on_cache_lines(norm.out, norm.outer_dims, norm.n);
-  p.fetch = traffic >= kFetchBytes && !norm.residual.data;
+  p.fetch = traffic >= kFetchBytes && !norm.residual.data && !norm.x.has_strided_columns();
   const int64_t block_bytes = p.stream ? kStreamedBlockBytes : kBlockBytes;
   p.block_rows =
       std::clamp<int64_t>(block_bytes / (norm.n * item_size(norm.x.dtype)), 1, kMaxBlockRows);
+  if (has_strided_columns(norm)) p.block_rows = rows_of_strided_block(norm, traffic);
   const int64_t blocks = (norm.rows + p.block_rows - 1) / p.block_rows;
   p.threads = is_overwritten(norm) ? 1 : threads_for(traffic, blocks);
   return p;
@@ -363,6 +374,7 @@ std::string describe(const RowNorm& norm) {
                      (p.threads == 1 ? " thread, " : " threads, ") + std::to_string(p.block_rows) +
                      (p.block_rows == 1 ? " row" : " rows") + " at a time";
   if (p.stream) text += ", stores around the caches";
+  if (has_strided_columns(norm)) text += ", strided columns transposed on the way";
   return text;
 }
 
@@ -382,6 +394,10 @@ void row_norm(const RowNorm& norm) {
                                 : ModulationCursor::floats(norm, job.plan.block_rows));
     job.modulation = modulation_scratch.reserve(job.plan.threads * job.modulation_floats);
   }
+  if (has_strided_columns(norm)) {
+    job.columns_floats = StridedColumns::bytes(norm, job.plan.block_rows) / sizeof(float);
+    job.columns = columns_scratch.reserve(job.plan.threads * job.columns_floats);
+  }
   std::optional<First> first;
   if (norm.before) {
     first.emplace(First{norm_before_sum(norm), {}, nullptr, 0});
@@ -397,6 +413,7 @@ void row_norm(const RowNorm& norm) {
   if (job.wide) wide_scratch.trim();
   if (job.modulation) modulation_scratch.trim();
   if (job.first) before_scratch.trim();
+  if (job.columns) columns_scratch.trim();
 }
 
 }  // namespace normkit::cpu

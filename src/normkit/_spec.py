@@ -274,6 +274,11 @@ class Call:
         return bool(self.kind & (ADD | POST))
 
     @property
+    def takes_strides(self) -> bool:
+        """Whether columns of x and of what is written may be further apart than an element."""
+        return not self.fused and not self.takes_residual
+
+    @property
     def second_eps(self) -> float | None:
         """The eps of the norm behind the sum."""
         return self.eps if self.next_eps is None else self.next_eps

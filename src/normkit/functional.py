@@ -61,7 +61,8 @@ def rms_norm(
 
     Args:
         x: (..., n) in float32, float16 or bfloat16 (float64 takes the reference path).  Outer
-            strides are free; an x whose last stride is not 1 is copied once.
+            strides are free, and so is the last one where it is positive: a permuted image
+            (batch, channels, ...) is normalised over its channels without a copy.
         weight: (n,) in any of the three dtypes, whatever x is; None for no weight.
         bias: (n,) in any of the three dtypes; None for no bias.
         eps: added to the mean of squares; None for the machine epsilon of the computing dtype, as
@@ -77,8 +78,8 @@ def rms_norm(
         round_weight: round weight + weight_offset to weight's dtype before it multiplies, as models
             do that add 1 to a weight of 16 bits (Nemotron, VideoPrism).
         out_dtype: dtype of the result; None for out's, or x's without an out.
-        out: written and returned, if given: x's shape, last stride 1; may be x itself but not
-            overlap it in part.  None: a new tensor, packed whatever x's strides are.
+        out: written and returned, if given: x's shape, any strides of elements apart; may be x
+            itself but not overlap it in part.  None: a new tensor, packed whatever x's strides are.
         memory_efficient: where a gradient is needed, keep y for it instead of what was normalised,
             and undo the affine map: for a y that is kept anyway.  The gradients carry y's rounding,
             and a weight of 0 (with its offset) gets none.  Not with round_before_weight or
@@ -121,7 +122,7 @@ def rms_norm_(
     round_rstd: bool = False,
     round_weight: bool = False,
 ) -> Tensor:
-    """`rms_norm` in place: x, whose last stride has to be 1, is overwritten and returned.
+    """`rms_norm` in place: x, whose elements must not share memory, is overwritten and returned.
 
     Example:
         >>> import normkit, torch
@@ -184,7 +185,7 @@ def layer_norm_(
     round_rstd: bool = False,
     round_weight: bool = False,
 ) -> Tensor:
-    """`layer_norm` in place: x, whose last stride has to be 1, is overwritten and returned."""
+    """`layer_norm` in place: x is overwritten and returned, as `rms_norm_` does it."""
     call = (
         LAYER, x, None, weight, bias, eps, weight_offset, round_before_weight, True, clamp_inf,
         round_rstd, round_weight, None, x, None,
@@ -248,7 +249,7 @@ def head_norm_(
     round_rstd: bool = False,
     round_weight: bool = False,
 ) -> Tensor:
-    """`head_norm` in place: x, whose last stride has to be 1, is overwritten and returned."""
+    """`head_norm` in place: x is overwritten and returned, as `rms_norm_` does it."""
     call = (
         heads(kind), x, None, weight, bias, eps, weight_offset, round_before_weight, True,
         clamp_inf, round_rstd, round_weight, None, x, None,

@@ -71,7 +71,7 @@ def l2_norm_(
     eps_outside: bool = False,
     clamp_inf: bool = False,
 ) -> Tensor:
-    """`l2_norm` in place: x, whose last stride has to be 1, is overwritten and returned."""
+    """`l2_norm` in place: x is overwritten and returned, as `rms_norm_` does it."""
     call = (
         length(eps_outside), x, None, None, None, eps, 0.0, False, True, clamp_inf, False,
         False, None, x, None,

@@ -39,7 +39,7 @@ ARCHS = ("sm_75", "sm_80", "sm_90", "sm_100", "sm_120")
 WHOLE = "sm_90"
 EVERYWHERE = ("instances_bfloat16.cu", "instances_backward_bfloat16.cu")
 STEPS = ("whole", "statistics", "apply")  # in the order of Step
-FUSED, POST_NORM, BATCH = "fused", "post_norm", "batch"
+FUSED, POST_NORM, BATCH, STRIDED = "fused", "post_norm", "batch", "strided"
 
 # What CMakeLists.txt asks for, and what a Release build adds.
 FLAGS = ("-O3", "-DNDEBUG", "-Xcompiler=-fPIC,-fvisibility=hidden", "-fmad=false", "-std=c++17")
@@ -162,6 +162,7 @@ def named_streamed_instances() -> set[Instance]:
     for step in (FUSED, POST_NORM):  # of both statistics
         whole.add(Instance("layer", True, "streamed", step=step))
     whole.add(Instance("layer", False, "streamed", step=BATCH))
+    whole.add(Instance("layer", False, "streamed", step=STRIDED))
     return whole | {
         Instance("layer", False, "streamed", backward=backward, step=step)
         for backward in (False, True)
@@ -191,6 +192,8 @@ def instance_of(mangled: str) -> Instance | None:
         return Instance("layer", True, "streamed", step=POST_NORM)
     if "norm_batch_kernel" in mangled:
         return Instance("layer", False, "streamed", step=BATCH)
+    if "strided_row_norm_kernel" in mangled:
+        return Instance("layer", False, "streamed", step=STRIDED)
     if match := _MANGLED_BACKWARD.search(mangled):
         statistic = ("rms", "layer")[int(match["statistic"])] if match["statistic"] else ""
         kind = {"fold": "fold", "long_columns": "columns", "long_row_backward": "streamed"}

@@ -18,6 +18,7 @@ from compiled_kernels import (
     MOST_PACKS,
     POST_NORM,
     ROOT,
+    STRIDED,
     WHOLE,
     Kernel,
     compile_all,
@@ -119,8 +120,8 @@ def budget(kernel: Kernel) -> int:
     i = kernel.instance
     if i.backward:
         return BACKWARD_BUDGETS.get((i.access, i.packs), MOST)
-    # More tensors; of 65 to 128 registers the blocks are as many.
-    if i.step in (FUSED, POST_NORM, BATCH):
+    # More tensors, or strides; of 65 to 128 registers the blocks are as many.
+    if i.step in (FUSED, POST_NORM, BATCH, STRIDED):
         return STREAMED_BUDGET + 48
     if i.access == "streamed":
         return STREAMED_BUDGET + 8 * i.adds

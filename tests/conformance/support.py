@@ -169,6 +169,10 @@ BARE = tuple(op for op in OPS if not (op.fused or op.of_sum))
 BARE_PLAIN, BARE_ADDING = (tuple(op for op in BARE if op.adds is adds) for adds in (False, True))
 
 
+# Those whose x and output may have columns further apart than an element.
+STRIDED = tuple(op for op in OPS if not (op.adds or op.fused))
+
+
 class Result(NamedTuple):
     y: Tensor
     residual_out: Tensor | None

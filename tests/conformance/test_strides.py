@@ -18,6 +18,7 @@ from conformance.support import (
     HEAD_LAYER,
     HEAD_RMS,
     OPS,
+    STRIDED,
     Guarded,
     Inputs,
     Op,
@@ -180,6 +181,7 @@ def test_more_than_65535_rows_and_heads(backend: Any, op: Op) -> None:
 
 @pytest.mark.parametrize("op", EVERY, ids=str)
 def test_an_input_whose_last_stride_is_not_1_is_copied(backend: Any, op: Op) -> None:
+    """But for an x of the ops of test_columns.py, which kernels read as it lies."""
     for dtype, n in itertools.product(DTYPES, (5, 70)):
         plain = inputs_for(op, (3, 2), n, dtype)
         for name in {"x", "residual", "weight", "bias"}.intersection(op.takes):
@@ -202,17 +204,12 @@ def _assert_explained(backend: Any, op: Op, inputs: Inputs, name: str) -> None:
         return
     with normkit.use_backend(backend.name):
         reason = normkit.explain(op.name, *op.tensors(inputs), **op.selected).reason
+    if name == "x" and op in STRIDED and backend.name != "triton":
+        assert "copied" not in reason
+        return
     assert "copied" in reason
     copied = f"{name}, z" if op.gated and inputs.x is op.tensor(name, inputs) else name
     assert reason.endswith(f": {copied}")
-
-
-def test_a_permuted_image_is_normalised_over_its_channels(backend: Any) -> None:
-    image = torch.randn(2, 48, 5, 7).to(torch.bfloat16)
-    inputs = make_inputs((48,), torch.bfloat16)
-    moved = inputs._replace(x=image.permute(0, 2, 3, 1))
-    plain = inputs._replace(x=moved.x.contiguous())
-    assert_same_results(run_and_check(backend, OPS[1], moved), run(backend, OPS[1], plain))
 
 
 @pytest.mark.parametrize("op", [HEAD_RMS, HEAD_LAYER], ids=str)

@@ -29,9 +29,10 @@ from mutations_parts import PARTS
 from mutations_post_norm import POST_NORM
 from mutations_rare import RARE
 from mutations_rotation import ROTATION
+from mutations_strided import STRIDED
 
 ROOT = Path(__file__).resolve().parents[2]
-MUTANTS = (*OF_WHOLE_ROWS, *PARTS, *MODULATED, *GATED, *POST_NORM, *ROTATION, *RARE)
+MUTANTS = (*OF_WHOLE_ROWS, *PARTS, *MODULATED, *GATED, *POST_NORM, *ROTATION, *RARE, *STRIDED)
 # What the sweep runs: all of it, or a part where a sanitizer makes it slow.
 SHARE = {PLAIN: ("0", "1"), ADDRESS: ("0", "8"), THREAD: ("0", "12")}
 TIME_LIMIT = 300  # seconds for a sweep; an endless loop is no catch

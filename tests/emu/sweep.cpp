@@ -385,7 +385,8 @@ int main(int argc, char** argv) {
   };
   const Other others[] = {{"backward", sweep_backward},   {"parts", sweep_parts},
                           {"modulated", sweep_modulated}, {"gated", sweep_gated},
-                          {"post_norm", sweep_post_norm}, {"rotation", sweep_rotation}};
+                          {"post_norm", sweep_post_norm}, {"rotation", sweep_rotation},
+                          {"strided", sweep_strided}};
   std::printf("%llu cases", static_cast<unsigned long long>(forward.count));
   for (const Other& other : others)
     if (wanted(other.name))

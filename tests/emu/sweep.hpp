@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <random>
 #include <string>
 #include <vector>
@@ -114,5 +115,6 @@ uint64_t sweep_modulated(uint64_t seed, uint64_t share, uint64_t of);
 uint64_t sweep_gated(uint64_t seed, uint64_t share, uint64_t of);
 uint64_t sweep_post_norm(uint64_t seed, uint64_t share, uint64_t of);
 uint64_t sweep_rotation(uint64_t seed, uint64_t share, uint64_t of);
+uint64_t sweep_strided(uint64_t seed, uint64_t share, uint64_t of);
 
 }  // namespace sweep

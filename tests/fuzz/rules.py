@@ -166,7 +166,7 @@ def _written(call: Call, norm: Norm, verdict: Verdict) -> None:
             continue
         if t.is_neg():
             verdict.refuse(shown, VALUE, "written, and negated lazily")
-        if t.ndim and t.shape[-1] > 1 and t.stride(-1) != 1:
+        if norm.adds and t.ndim and t.shape[-1] > 1 and t.stride(-1) != 1:
             verdict.refuse(shown, VALUE, "written, and its last stride is not 1")
         if t.is_inference() and call.mode != "inference":
             verdict.refuse(shown, RUNTIME, "an inference tensor")
@@ -216,7 +216,7 @@ def _apart(
     if end <= other_begin or other_end <= begin:
         return
     same_layout = written.dtype == other.dtype and _layout(written) == _layout(other)
-    if may_be_same and begin == other_begin and same_layout:
+    if may_be_same and begin == other_begin and same_layout and _longer(written) == _longer(other):
         # The same memory in another shape: neither promised nor ruled out.
         if written.shape != other.shape:
             verdict.refuse(names, VALUE, "the same memory, another shape", surely=False)
@@ -232,9 +232,14 @@ def _range(t: Tensor) -> tuple[int, int]:
     return t.data_ptr(), t.data_ptr() + span(tuple(t.shape), t.stride()) * t.element_size()
 
 
+def _longer(t: Tensor) -> list[tuple[int, int]]:
+    """Strides and sizes of a tensor's dimensions longer than 1."""
+    return [(stride, size) for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1]
+
+
 def _layout(t: Tensor) -> list[tuple[int, int]]:
-    """Sizes and strides of a tensor's dimensions longer than 1, but for their order outside."""
-    dims = [(stride, size) for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1]
+    """The same, but for their order outside."""
+    dims = _longer(t)
     if t.ndim and t.shape[-1] > 1:
         return [*sorted(dims[:-1]), dims[-1]]
     return [*sorted(dims), (1, 1)]

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -331,7 +331,7 @@ def _check_places(call: Call) -> None:
     for name, t in call.written():
         if not torch.compiler.is_compiling():
             _check_writable(name, t)
-        if t.shape[-1] > 1 and t.stride(-1) != 1:
+        if not call.takes_strides and t.shape[-1] > 1 and t.stride(-1) != 1:
             raise ValueError(
                 f"{name}: expected a last stride of 1 in what is written, got {t.stride(-1)}"
             )
@@ -369,35 +369,50 @@ def _bytes(t: Tensor) -> tuple[int, int]:
     return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
 
 
-def _rows(t: Tensor) -> list[tuple[int, int]]:
-    """(stride in bytes, size) of the outer dimensions longer than 1, the widest stride first."""
-    item = t.element_size()
-    outer = zip(t.stride()[:-1], t.shape[:-1], strict=True)
-    return sorted(((stride * item, size) for stride, size in outer if size > 1), reverse=True)
+class _Layout(NamedTuple):
+    """Where the runs of a tensor's memory lie: its rows, or its elements if columns are apart."""
+
+    dims: list[tuple[int, int]]  # (stride in bytes, size) of those longer than 1, the widest first
+    run: int  # bytes of each
 
 
-def _steps_alike(t: Tensor, other: Tensor) -> bool:
-    return t.shape[-1] == 1 or t.stride(-1) == other.stride(-1)
+def _layout(t: Tensor) -> _Layout:
+    item, n = t.element_size(), t.shape[-1]
+    is_dense = n == 1 or t.stride(-1) == 1
+    dims = zip(t.stride(), t.shape[:-1] if is_dense else t.shape, strict=False)
+    apart = sorted(((stride * item, size) for stride, size in dims if size > 1), reverse=True)
+    return _Layout(apart, n * item if is_dense else item)
 
 
 def _covers_itself(t: Tensor) -> bool:
-    inside = t.shape[-1] * t.element_size()
-    for stride, size in reversed(_rows(t)):
+    dims, inside = _layout(t)
+    for stride, size in reversed(dims):
         if stride < inside:
             return True
         inside += (size - 1) * stride
     return False
 
 
-def _hits(distance: int, rows: list[tuple[int, int]], row_bytes: int) -> bool:
-    """Whether two rows of one layout, its copies `distance` bytes apart, share a byte."""
-    if not rows:
-        return abs(distance) < row_bytes
-    (stride, size), inner = rows[0], rows[1:]
+def _hits(distance: int, layout: _Layout) -> bool:
+    """Whether two runs of one layout, its copies `distance` bytes apart, share a byte."""
+    dims, run = layout
+    if not dims:
+        return abs(distance) < run
+    (stride, size), inner = dims[0], _Layout(dims[1:], run)
     nearest = distance // stride
     return any(
-        abs(k) < size and _hits(distance - k * stride, inner, row_bytes)
-        for k in (nearest, nearest + 1)
+        abs(k) < size and _hits(distance - k * stride, inner) for k in (nearest, nearest + 1)
+    )
+
+
+def _is_same(t: Tensor, other: Tensor) -> bool:
+    """Whether every element of one is that element of the other."""
+    strides = zip(t.shape, t.stride(), other.stride(), strict=False)
+    return (
+        t.data_ptr() == other.data_ptr()
+        and t.dtype == other.dtype
+        and t.shape == other.shape
+        and all(size == 1 or stride == its for size, stride, its in strides)
     )
 
 
@@ -406,16 +421,10 @@ def _collide(written: Tensor, other: Tensor) -> bool:
     other_begin, other_end = _bytes(other)
     if end <= other_begin or other_end <= begin:
         return False
-    layout = _rows(written)
-    if (
-        written.dtype != other.dtype
-        or written.shape[-1] != other.shape[-1]
-        or layout != _rows(other)
-        or not _steps_alike(written, other)
-    ):
+    layout = _layout(written)
+    if written.dtype != other.dtype or layout != _layout(other):
         return True
-    row_bytes = written.shape[-1] * written.element_size()
-    return _hits(other_begin - begin, layout, row_bytes)
+    return _hits(other_begin - begin, layout)
 
 
 def _check_memory(call: Call) -> None:
@@ -427,19 +436,12 @@ def _check_memory(call: Call) -> None:
         if _covers_itself(t):
             raise ValueError(f"{name}: expected rows of their own, got rows that share memory")
         for other_name, other in call.inputs():
-            same = (
-                t.data_ptr() == other.data_ptr()
-                and t.dtype == other.dtype
-                and t.shape == other.shape
-                and _rows(t) == _rows(other)
-                and _steps_alike(t, other)
-            )
             # The sum is written before weight and bias are read, and rows of x share the others.
             of_norm = other_name in ("weight", "bias", *NEXT)
             early = of_norm and (t is call.residual_out or call.post)
             if early or t is call.cache or other_name in (*MODULATORS, "cos", "sin"):
                 check_apart(name, t, other_name, other)
-            elif not same and _collide(t, other):
+            elif not _is_same(t, other) and _collide(t, other):
                 raise ValueError(
                     f"{name}: expected {other_name}'s memory or none of it, got a partial overlap"
                 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeGuard, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -224,11 +224,20 @@ def explain_call(call: Call) -> Explanation:
         why_not = backward_refusal(backend, call.clamp_inf)
         too = ", gradients too" + ", each norm by itself, which is taken again" * call.post
         reason += f"; the gradients by plain torch: {why_not}" if why_not else too
-    copies = as_kernels_read(call)
-    copied = [name for name, t in call.inputs() if getattr(copies, name) is not t]
+    copied = _copied(call)
     if copied:
         reason += f"; copied first, for strides that kernels take: {', '.join(copied)}"
     return Explanation(backend, plan, reason)
+
+
+def _copied(call: Call) -> list[str]:
+    """The inputs of which kernels get copies."""
+    with torch.no_grad():
+        made = _first_answer(call, native_for(call.x, wanted_backend()).plan)
+    if not _asks_for_copies(made):
+        return []
+    copies = as_kernels_read(call, made.argument)
+    return [name for name, t in call.inputs() if getattr(copies, name) is not t]
 
 
 def check_backend(call: Call) -> None:
@@ -262,17 +271,31 @@ def answer(made: Made | Refusal, backend: str, what: str) -> Made | Refusal:
 
 def _ask(call: Call, native: Callable[..., Made | Refusal]) -> Made | Refusal:
     """What a backend's entry gives; an error if a backend was asked for by name and refuses."""
-    if not _hides_signs(call.x):
-        made = native(*call.native())
-        if not (isinstance(made, Refusal) and made.kind == "strides"):
-            return answer(made, wanted_backend(), f"serve this {call.op}")
-    made = native(*as_kernels_read(call).native())
+    made = _first_answer(call, native)
+    if _asks_for_copies(made):
+        made = native(*as_kernels_read(call, made.argument).native())
     return answer(made, wanted_backend(), f"serve this {call.op}")
 
 
-def as_kernels_read(call: Call) -> Call:
-    """The call of inputs with a last stride of 1, and with their signs in memory."""
+def _first_answer(call: Call, native: Callable[..., Made | Refusal]) -> Made | Refusal:
+    """What a backend's entry gives for the tensors themselves."""
+    if _hides_signs(call.x):
+        return Refusal("x", "may be negated lazily", "strides")
+    return native(*call.native())
+
+
+def _asks_for_copies(made: object) -> TypeGuard[Refusal]:
+    return isinstance(made, Refusal) and made.kind == "strides"
+
+
+def as_kernels_read(call: Call, refused: str) -> Call:
+    """The call of inputs with a last stride of 1, and with their signs in memory.
+
+    Where x may have other strides it stays as it is, unless it is what was refused.
+    """
     copies: dict[str, Any] = {name: as_kernels_read_it(t) for name, t in call.inputs()}
+    if call.takes_strides and refused != "x":
+        copies["x"] = call.x
     modulators = [(name, copies[name]) for name in MODULATORS if name in copies]
     alike = len({dims for _, t in modulators if (dims := _dims_of_rows(t))}) <= 1
     for name, t in modulators:

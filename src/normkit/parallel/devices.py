@@ -44,8 +44,8 @@ def rms_norm_tp(
         weights: for each of xs its weight (n,), on its device, or None; None for no weights.
         biases: likewise.
         eps: as in `normkit.rms_norm`, like all that follow.
-        outs: for each of xs where its result goes: of its shape, last stride 1; xs themselves, to
-            normalise in place; None for new tensors.
+        outs: for each of xs where its result goes: of its shape; xs themselves, to normalise
+            in place; None for new tensors.
         context: the devices and their streams.
         out_dtype: dtype of the results; None for outs', or xs'.
         **options: the other options of `normkit.rms_norm`, such as weight_offset.
