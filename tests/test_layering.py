@@ -40,7 +40,7 @@ LAYERS = [
     {"_serving.several"},
     {"functional", "fusions", "lengths", "modules", "post_norm", "rotary", "several"},
     {"_bench", "fused_modules", "loading", "recognition._probe"},
-    {"recognition._forms", "recognition._gating"},
+    {"recognition._forms", "recognition._gating", "recognition._layout"},
     {"recognition"},
     {"_originals", "conversion._plan", "conversion._rewriting"},
     {"conversion._classes"},

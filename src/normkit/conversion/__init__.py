@@ -223,6 +223,7 @@ def _measured(module: nn.Module) -> _Outcome:
         dtypes=tuple(dtypes),
         groups=form.groups,
         gate=form.gate,
+        channels_first=form.channels_first,
     )
     return entry, converted
 

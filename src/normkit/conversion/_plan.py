@@ -61,6 +61,7 @@ class Plan:
         gating: with a gate, the bits of such a call.
         round_each: as in `Recognition`, by the dtypes of x, of the parameters and of the gate.
         gateless: the dtypes for which it is the norm alone where the gate is None.
+        channels_first: whether x is an image (batch, n, height, width).
     """
 
     specs: Mapping[Dtypes, NormSpec]
@@ -78,6 +79,7 @@ class Plan:
         default_factory=dict
     )
     gateless: Collection[Dtypes] = ()
+    channels_first: bool = False
 
     def run(
         self,
@@ -107,6 +109,9 @@ class Plan:
                 return None
             dtype = bias.dtype
         spec = self.specs.get((x.dtype, dtype))
+        if self.channels_first and spec is not None:
+            is_alone = residual is None and not modulation and x.ndim == 4
+            return self._of_channels(x, weight, bias, spec) if is_alone else None
         if spec is None or (self.width is not None and x.shape[-1:] != (self.width,)):
             return None
         if modulation and (self.heads or spec.out_dtype not in (None, x.dtype)):
@@ -143,6 +148,26 @@ class Plan:
             return y
         return y.permute([order.index(d) for d in range(x.ndim)])
 
+    def _of_channels(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: NormSpec
+    ) -> Any:
+        """Give y for an image, which the kernels read as it lies, and write where y lies so."""
+        if self.width is not None and x.shape[1] != self.width:
+            return None
+        rows, out = x.permute(0, 2, 3, 1), None
+        stays_first = self.layout == "as x" and x.is_contiguous()
+        if stays_first and not _needs_gradient(x, weight, bias):
+            out = torch.empty_like(x, dtype=spec.out_dtype).permute(0, 2, 3, 1)
+        elif self.layout == "as x" and not (
+            stays_first or x.is_contiguous(memory_format=torch.channels_last)
+        ):
+            return None
+        made = self._norm(rows, weight, bias, spec, out=out)
+        if made is None:
+            return None
+        y = made.permute(0, 3, 1, 2)
+        return y.contiguous() if stays_first else y
+
     def _is_expected(self, parameter: Tensor | None) -> TypeGuard[Tensor]:
         return type(parameter) in PLAIN and cast(Tensor, parameter).shape == self.shape
 
@@ -175,6 +200,7 @@ class Plan:
         spec: NormSpec,
         residual: Tensor | None = None,
         fused: Sequence[Any] = (),
+        out: Tensor | None = None,
     ) -> Any:
         """Run the call, with FUSED arguments or none."""
         if self.shape is not None and len(self.shape) != 1 + self.heads:  # (1, n), (n, 1, 1)
@@ -190,7 +216,7 @@ class Plan:
         call = (
             kind | ADD * (residual is not None), x, residual, weight, bias, spec.eps,
             spec.weight_offset, spec.round_before_weight, True, False, spec.round_rstd,
-            spec.round_weight, spec.out_dtype, None, None,
+            spec.round_weight, spec.out_dtype, out, None,
         )  # fmt: skip
         y: Any = quick(*call, *fused, *BEHIND_GATING) if fused else quick(*call)
         if y is None:
@@ -207,6 +233,10 @@ def _lies_in_order(z: Tensor) -> bool:
     """Whether a product with a contiguous tensor is contiguous, whichever comes first."""
     strides = [stride for size, stride in zip(z.shape, z.stride(), strict=True) if size != 1]
     return strides == sorted(strides, reverse=True) and strides[-1:] in ([], [1])
+
+
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def tensor_of(module: nn.Module, name: str) -> Tensor | None:
@@ -277,6 +307,7 @@ def plan_of(module: nn.Module) -> tuple[Plan, Recognition]:
         gating=gated("rms", form.activation, form.norm_before_gate) if form.gate else 0,
         round_each=round_each,
         gateless=frozenset(gateless),
+        channels_first=form.channels_first,
     )
     return plan, found
 
@@ -290,7 +321,8 @@ def _check(found: Recognition, module: nn.Module) -> None:
     form = found.form
     reasons: tuple[tuple[bool, str], ...] = (
         (bool(found.reason), found.reason),
-        (form.channels_first, "its rows are not the last dimension of x"),
+        (form.channels_first and (form.groups > 1 or form.heads > 0 or form.gate != ""),
+         "more than a norm of the channels of an image"),
         (form.groups > 1 and form.heads > 0, "a statistic for each of several parts of a head"),
         (found.writes_x, "writes into x"),
         (found.layout == "", "y does not lie in memory as x does"),

@@ -35,6 +35,7 @@ class Entry:
         groups: parts of a row, each with a statistic of its own.
         gate: where a gate multiplies and through what, "before-silu", "after-silu" or
             "after-sigmoid"; "" for none.
+        channels_first: whether x is an image (batch, n, height, width).
     """
 
     path: str
@@ -45,6 +46,7 @@ class Entry:
     dtypes: tuple[torch.dtype, ...] = ()
     groups: int = 1
     gate: str = ""
+    channels_first: bool = False
 
     def summary(self) -> str:
         """What it computes, or why it was left, in words."""
@@ -52,6 +54,7 @@ class Entry:
             return self.reason
         words = [described(self.spec)]
         words += [f"in {self.groups} groups"] if self.groups > 1 else []
+        words += ["channels first"] * self.channels_first
         if self.gate:
             place, _, activation = self.gate.partition("-")
             words.append(f"{activation} of a gate {place} it")
@@ -71,6 +74,7 @@ class Entry:
             "dtypes": [short(dtype) for dtype in self.dtypes],
             "groups": self.groups,
             "gate": self.gate,
+            "channels_first": self.channels_first,
         }
 
 

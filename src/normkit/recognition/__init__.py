@@ -13,6 +13,7 @@ from torch import nn
 from normkit.recognition._forms import measured_form
 from normkit.recognition._gating import Gating, measured_gating
 from normkit.recognition._identity import identity
+from normkit.recognition._layout import measured_layout
 from normkit.recognition._probe import (
     Probe,
     Unknown,
@@ -135,7 +136,7 @@ def _over_dtypes(module: nn.Module, n: int, form: Form, function: Function) -> R
         reason=reason,
         function=function,
         form=form,
-        layout="" if reason else probe.layout(),
+        layout="" if reason else measured_layout(probe),
         writes_x=not reason and probe.writes_x(),
         round_each=gating.round_each,
         gateless=frozenset(gating.gateless),

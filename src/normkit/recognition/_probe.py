@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from normkit._spec import FLOATS, FLOATS_TEXT, Kind, NormSpec
 from normkit.functional import head_norm
 from normkit.recognition._identity import OF_EVERY_MODULE
-from normkit.recognition._result import Form, Function, Layout
+from normkit.recognition._result import Form, Function
 from normkit.recognition._screen import gate_of, parameters_of
 from normkit.reference import offset_weight
 
@@ -97,15 +97,17 @@ class Probe:
         if y.dtype not in FLOATS or y.layout != torch.strided or y.device.type != "cpu":
             raise Unknown(f"y is not of {FLOATS_TEXT} as x is")
         if form.channels_first:
-            y = y.squeeze(-2).transpose(1, 2)
+            y = y.movedim(1, -1)
         like_rows: Tensor = y.reshape(rows.shape)
         return like_rows / BIG_GATE if scaled and form.gate == "after-silu" else like_rows
 
     def in_x(self, rows: Tensor, outer: tuple[int, ...] = (2, -1)) -> Tensor:
         """A new x of these outer sizes: some norms write into it."""
+        if self.form.channels_first:  # images, of height 1 where nobody says another
+            outer = outer if len(outer) == 3 else (outer[0], 1, outer[1])
         x = rows.reshape(*outer, *rows.shape[1:])
         if self.form.channels_first:
-            x = x.transpose(1, 2).unsqueeze(-2)
+            x = x.movedim(-1, 1)
         return x.clone(memory_format=torch.contiguous_format)
 
     def call(self, x: Tensor, gate: float | Tensor | None) -> Any:
@@ -141,20 +143,6 @@ class Probe:
         before = x.clone()
         self.call(x, BIG_GATE)
         return not torch.equal(x, before)
-
-    def layout(self) -> Layout:
-        """How y lies in memory where the first two dimensions of x are transposed."""
-        x = self.in_x(self.rows(self.dtype or torch.float32, 1e-6))
-        transposed = x.transpose(0, 1).contiguous().transpose(0, 1)
-        if not self.call(x, BIG_GATE).is_contiguous():
-            return ""
-        try:
-            strides = self.call(transposed, BIG_GATE).stride()
-        except Unknown:  # as of a view that cannot be
-            return ""
-        if strides == transposed.stride():
-            return "as x"
-        return "packed" if strides == x.stride() else ""
 
 
 def _shallow(module: nn.Module) -> nn.Module:
@@ -313,7 +301,9 @@ def measured_function(probe: Probe, eps: float) -> Function:
 
 def _check_of_any_shape(probe: Probe, x: Tensor, function: Function) -> None:
     """Raise if x with other outer sizes, of those that it takes, is normalised otherwise."""
-    for outer in () if probe.form.channels_first else ((-1,), (-1, 1), (1, -1), (2, 1, -1)):
+    images = ((1, 2, -1), (2, -1, 1), (-1, 1, 2))
+    others = ((-1,), (-1, 1), (1, -1), (2, 1, -1))
+    for outer in images if probe.form.channels_first else others:
         try:
             y = probe.run(x, outer=outer)
         except Unknown:

@@ -75,7 +75,8 @@ class Recognition:
             is known, and the names of its parameters; None for no norm.
         form: how rows lie in x.
         layout: how y lies in memory where the outer dimensions of x do not lie in order: "as x",
-            "packed", or "" for neither or not known.
+            "packed", or "" for neither or not known.  Of channels-first images, "packed" is
+            channels-last for every x, and "as x" holds for contiguous and for channels-last ones.
         writes_x: whether a call changes its x.
         round_each: of a norm with a gate, for the dtypes of x and of the gate in which it is known,
             whether the norm is rounded to x's dtype before the gate multiplies it; the rounding of
