@@ -102,6 +102,7 @@ class Free {
       somewhere(t->data);
       gap(t->dtype, t->stride);
       beyond(t->stride);
+      all(t->column_stride);  // launches of strided columns are not kept
     }
     for (const Affine* t : {&norm.weight, &norm.bias}) {
       somewhere(t->data);
