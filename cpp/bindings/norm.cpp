@@ -135,13 +135,19 @@ Refusal Prepared::make_outputs() {
 // Autograd learns of the writes by version counters, as it does from torch's own in-place
 // operators.
 void Prepared::count_writes() const {
-  nb::object written;
-  if (writes_out && writes_residual_out)
-    written = nb::make_tuple(nb::handle(a.out.object), nb::handle(a.residual_out.object));
-  else if (writes_out || writes_residual_out)
-    written = nb::make_tuple(nb::handle((writes_out ? a.out : a.residual_out).object));
-  if (written.is_valid()) call(torch_objects.increment_version, written.ptr());
-  if (a.cache) call(torch_objects.increment_version, a.cache.object);
+  PyObject* written[3];
+  Py_ssize_t count = 0;
+  if (writes_out) written[count++] = a.out.object;
+  if (writes_residual_out) written[count++] = a.residual_out.object;
+  if (a.cache) written[count++] = a.cache.object;
+  if (count == 0) return;
+  nb::object all = nb::steal(PyTuple_New(count));
+  if (!all.is_valid()) throw nb::python_error();
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    Py_INCREF(written[i]);
+    PyTuple_SetItem(all.ptr(), i, written[i]);
+  }
+  call(torch_objects.increment_version, all.ptr());
 }
 
 namespace {

@@ -397,6 +397,9 @@ def _defaults(begin: str | None, end: str | None) -> tuple[Any, ...]:
 BEHIND_MODULATION, BEHIND_GATING = _defaults("z", None), _defaults("next_weight", None)
 BEFORE_POST_NORM, BEHIND_POST_NORM = _defaults(None, "next_weight"), _defaults("cos", None)
 BEFORE_ROTATION, BEHIND_ROTATION = _defaults("z", "round_norm"), _defaults("cache", None)
+BEFORE_CACHE, NOTHING = _defaults(None, "cache"), _defaults(None, None)
+# And a norm without weights and options, behind its x.
+BEHIND_X = tuple(getattr(Call, name) for name in NATIVE[2:])
 _native_values = attrgetter(*NATIVE)
 _fused_values = attrgetter(*FUSED)
 
@@ -649,4 +652,4 @@ def all_options(function: str, given: PlainOptions) -> Options:
     for name in given:
         if name not in PLAIN_OPTIONS:
             raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
-    return {**DEFAULT_OPTIONS, **given}
+    return {**DEFAULT_OPTIONS, **given} if given else DEFAULT_OPTIONS

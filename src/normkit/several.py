@@ -7,7 +7,7 @@ On CUDA they are one launch where none reads what another one writes.  The optio
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,9 +15,13 @@ from torch import Tensor
 from normkit._serving.several import run_several
 from normkit._spec import (
     AS_IS,
+    BEFORE_CACHE,
+    BEFORE_ROTATION,
+    BEHIND_ROTATION,
+    BEHIND_X,
     LAYER,
+    NOTHING,
     PER_HEAD,
-    Call,
     Kind,
     PlainOptions,
     all_options,
@@ -78,15 +82,14 @@ def norms(
         >>> torch.equal(q, normkit.rms_norm(q_a, torch.ones(24)))
         True
     """
-    given = all_options("norms", options)
+    given = all_options("norms", options).values()
     lists = {"weights": weights, "biases": biases, "outs": outs}
     of_each = zip(xs, *(_as_long_as(xs, name, of) for name, of in lists.items()), strict=True)
     calls = []
     for x, weight, bias, out in of_each:
         per_head = any(isinstance(t, Tensor) and t.ndim > 1 for t in (weight, bias))
         bits = heads(kind) if per_head else is_layer(kind) * LAYER
-        operands = {"weight": weight, "bias": bias, "out": out, "out_dtype": out_dtype}
-        calls.append(Call(bits, x, eps=eps, **operands, **given))
+        calls.append((bits, x, None, weight, bias, eps, *given, out_dtype, out, None, *NOTHING))
     return run_several(calls)
 
 
@@ -180,29 +183,25 @@ def qk_norm_rope(
         >>> torch.equal(k_cache[2, 1], k[1]), torch.equal(v_cache[2, 0], v[0])
         (True, True)
     """
-    of_rotation: dict[str, Any] = {}
-    bits = heads(kind)
-    if cos is not None or sin is not None:
-        bits = rotated(kind, interleaved)
-        of_rotation = {"cos": cos, "sin": sin, "positions": positions}
-        of_rotation |= {"round_norm": round_norm, "round_each": round_each}
     if v is None and (norm_v or v_cache is not None):
         raise TypeError("v: expected a torch.Tensor for norm_v and v_cache, got NoneType")
     if slots is not None and k_cache is None and v_cache is None:
         raise ValueError("slots: expected None without k_cache and v_cache, got a tensor")
-    names = ("q", "k", "v") if norm_v else ("q", "k")
-    to_q, to_k, to_v = _outputs(names, outs)
-    given: dict[str, Any] = {"eps": eps, **all_options("qk_norm_rope", options)}
-    kept_k: dict[str, Any] = {"cache": k_cache, "slots": slots}
-    kept_v: dict[str, Any] = {"cache": v_cache, "slots": slots}
+    alone, rotates = heads(kind), cos is not None or sin is not None
+    bits = rotated(kind, interleaved) if rotates else alone
+    to_q, to_k, to_v = _outputs(("q", "k", "v") if norm_v else ("q", "k"), outs)
+    given = (eps, *all_options("qk_norm_rope", options).values(), None)
+    turn = (None, None, None, round_each, *BEFORE_ROTATION, round_norm, cos, sin, positions)
+    kept_k = (None, None) if k_cache is None else (k_cache, slots)
+    kept_v = (None, None) if v_cache is None else (v_cache, slots)
     calls = [
-        Call(bits, q, weight=q_weight, bias=q_bias, out=to_q, **of_rotation, **given),
-        Call(bits, k, weight=k_weight, bias=k_bias, out=to_k, **of_rotation, **given, **kept_k),
+        (bits, q, None, q_weight, q_bias, *given, to_q, None, *turn, *BEHIND_ROTATION),
+        (bits, k, None, k_weight, k_bias, *given, to_k, None, *turn, *kept_k),
     ]
-    if v is not None and norm_v:
-        calls.append(Call(heads(kind), v, weight=v_weight, out=to_v, **given, **kept_v))
-    elif v is not None and v_cache is not None:
-        calls.append(Call(AS_IS | PER_HEAD, v, **kept_v))
+    if norm_v:
+        calls.append((alone, v, None, v_weight, None, *given, to_v, None, *BEFORE_CACHE, *kept_v))
+    elif v_cache is not None:
+        calls.append((AS_IS | PER_HEAD, v, *BEHIND_X, *BEFORE_CACHE, *kept_v))
     made = run_several(calls)
     return tuple(made) if v is None or len(made) > 2 else (*made, v)
 

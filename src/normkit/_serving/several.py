@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,20 +16,30 @@ from normkit._serving.checks import check
 from normkit._serving.dispatch import native_for
 from normkit._serving.refusal import Refusal
 from normkit._serving.serve import serve
-from normkit._spec import Call
+from normkit._spec import NATIVE, Call
 
 
-def run_several(calls: Sequence[Call]) -> list[Tensor]:
-    """The results of calls that read nothing which another of them writes."""
-    made = None
+def run_several(calls: Sequence[tuple[Any, ...]]) -> list[Tensor]:
+    """The results of calls, of which each is what `call_of` takes."""
+    made = None if is_dynamo_compiling() else backends.quick_norms(tuple(calls))
+    if made is not None:
+        return [call[1] if y is None else y for call, y in zip(calls, made, strict=True)]
+    checked = [call_of(call) for call in calls]
     if not is_dynamo_compiling():
-        made = backends.quick_norms(tuple(call.fused_native() for call in calls))
-        if made is None:
-            calls = [check(call) for call in calls]
-            made = _by_name(calls)
+        checked = [check(call) for call in checked]
+        made = _by_name(checked)
     if made is None:
-        return [_alone(call) for call in calls]
-    return [call.x if y is None else y for call, y in zip(calls, made, strict=True)]
+        return [_alone(call) for call in checked]
+    return [call.x if y is None else y for call, y in zip(checked, made, strict=True)]
+
+
+def call_of(native: tuple[Any, ...]) -> Call:
+    """The call of which the extension's arguments are these, FUSED ones among them.
+
+    A `Call` takes longer to make than such a call to run, where there are few rows.
+    """
+    values: Any = (*native[: len(NATIVE)], False, False, *native[len(NATIVE) :])
+    return Call(*values)
 
 
 def _by_name(calls: Sequence[Call]) -> list[Tensor | None] | None:
