@@ -121,9 +121,10 @@ __global__ void __launch_bounds__(kMostLanes, 1) norm_batch_kernel(BatchArgs bat
     cache_row.data += has_slot ? offset_of_slot(a, slot) : 0;
   }
 
-  // Of a row that stays in registers.
+  // Of a row that stays in registers; none behind the last one, which would be a row that another
+  // group writes.
   Values x{};
-  if (a.kept != Kept::kNone) {
+  if (live && a.kept != Kept::kNone) {
     x = Unit(a, lane).load(x_row);
     clamp_infinities(a, a.x.dtype, x);
   }

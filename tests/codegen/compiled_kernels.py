@@ -182,7 +182,7 @@ _MANGLED_BACKWARD = re.compile(
     r"\d\d(?P<kind>row_norm_backward|long_row_backward|long_columns|fold)_kernel"
     r"(?:ILNS_9StatisticE(?P<statistic>[01])E)?"
     + _STEP
-    + r"(?:NS0_\d(?P<access>Uniform|Any)I(?:f|6__half|13__nv_bfloat16)?(?:Li(?P<size>\d)E)?E+"
+    + r"(?:NS0_\d(?P<access>Uniform|Any)I(?:f|6__half|13__nv_bfloat16)?(?:Li(?P<size>\d)ELi1E)?E+"
     + r"Li(?P<packs>\d)E)?"
 )
 

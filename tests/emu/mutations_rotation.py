@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mutations import ADDRESS, LAUNCH, LAUNCHES, PLAIN, mutant
+from mutations import ADDRESS, LAUNCH, LAUNCHES, PLAIN, THREAD, mutant
 
 KERNEL = "cuda/rotation.cuh"
 
@@ -296,6 +296,14 @@ _OF_BATCHES = (
         LAUNCH,
         "return r.width % kLongPack ? Kept::kNone : Kept::kPacks;",
         "return Kept::kPacks;",
+    ),
+    mutant(
+        "batch-reads-behind-the-last-row",
+        "groups that have no row read the first one, which its own group may have written",
+        THREAD,
+        KERNEL,
+        "if (live && a.kept != Kept::kNone) {",
+        "if (a.kept != Kept::kNone) {",
     ),
     mutant(
         "batch-squares-behind-the-end",
