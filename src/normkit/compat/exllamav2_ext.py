@@ -73,7 +73,7 @@ def rms_norm(x: Tensor, w: Tensor, y: Tensor, epsilon: float) -> None:
         x: (rows, dim), or with more dimensions before dim, in float32, float16 or bfloat16.
             Infinities in float16 count as +-65504.
         w: (dim,) in any of the three dtypes.
-        y: of x's shape in any of the three dtypes, last stride 1; may be x itself.
+        y: of x's shape in any of the three dtypes, at any strides; may be x itself.
         epsilon: added to the mean of squares.
 
     Raises:
@@ -104,7 +104,7 @@ def rms_norm_(x: Tensor, w: Tensor, epsilon: float) -> None:
     """Replace x by its RMSNorm: `rms_norm` with x as y.
 
     Args:
-        x: (..., dim), last stride 1; overwritten.
+        x: (..., dim); overwritten.
         w: (dim,).
         epsilon: added to the mean of squares.
 
@@ -163,7 +163,7 @@ def layer_norm_(x: Tensor, w: Tensor, b: Tensor | None, epsilon: float) -> None:
     """Replace x by its LayerNorm: `layer_norm` with x as y.
 
     Args:
-        x: (..., dim), last stride 1; overwritten.
+        x: (..., dim); overwritten.
         w: (dim,).
         b: (dim,); a meta tensor or None for no bias.
         epsilon: added to the variance.
@@ -225,7 +225,7 @@ def head_norm_(x: Tensor, w: Tensor, b: Tensor | None, epsilon: float, rms: bool
     """Replace each head of x by its norm: `head_norm` with x as y.
 
     Args:
-        x: (..., num_heads, head_dim), last stride 1; overwritten.
+        x: (..., num_heads, head_dim); overwritten.
         w: (num_heads, head_dim) or (head_dim,).
         b: likewise; a meta tensor or None for no bias.
         epsilon: added to the mean of squares or the variance.
