@@ -59,6 +59,7 @@ LAYERS = [
     {"compat.exllamav2", "compat.exllamav2_ext", "compat.lorax"},
     {"integrations._sglang_layers", "integrations._torch", "integrations._vllm_layers"},
     {"integrations", "integrations.hf_kernels", "integrations.megatron", "integrations.torchtitan"},
+    {"integrations.comfy_kitchen"},
     {"integrations.sglang", "integrations.vllm"},
     {"cli"},
     {"__main__"},
@@ -76,6 +77,7 @@ THIRD_PARTY = {
         "several",
     },
     "triton": {"_serving.triton_kernels"},  # comes with torch where it is used
+    "comfy_kitchen": {"integrations.comfy_kitchen"},
     "kernels": {"integrations.hf_kernels"},
     "megatron": {"integrations.megatron"},
     "sglang": {"integrations._sglang_layers", "integrations.sglang"},

@@ -5,6 +5,7 @@
 - `normkit.integrations.vllm`, `normkit.integrations.sglang`: the layers of vLLM and SGLang.
 - `normkit.integrations.torchtitan`: overrides of torchtitan's configuration.
 - `normkit.integrations.megatron`: specifications of Megatron-Core.
+- `normkit.integrations.comfy_kitchen`: a backend of comfy-kitchen, the kernels of ComfyUI.
 
 Nothing here is imported with normkit, and importing it changes nothing: each has to be called.
 docs/integrations.md says where each is described, with what it does not cover.
