@@ -87,7 +87,7 @@ inline bool find_rows(const Tensor& t, const Tensor& x, Affine& map) {
   map = {t.data, t.dtype, 0, 1, 1};
   bool is_outside = false;  // of a dimension that t has, and that was not the outermost one
   for (int d = x.ndim - 2; d >= 0; --d) {
-    if (x.shape[d] == 1) continue;
+    if (x.shape[d] <= 1) continue;  // 0: there are no rows to have any
     if (d >= t.ndim - 1 || t.shape[d] == 1) {
       if (map.groups == 1) map.inner *= x.shape[d];
       is_outside = map.groups != 1;
@@ -125,9 +125,10 @@ inline Refusal check_modulation(const Arguments& a) {
   return {};
 }
 
-// Where round_each rounds y to 16 bits, it has to be stored so, and the product with it.
+// Where round_each of a modulated norm rounds y to 16 bits, it has to be stored so, and the product
+// with it; without a scale and a shift no kernel rounds anything before it stores y.
 inline Refusal check_roundings(const Arguments& a) {
-  if (!a.round_each) return {};
+  if (!a.round_each || a.gated || a.rotated) return {};
   DType dtype = a.residual && a.options.round_sum ? a.residual.dtype : a.x.dtype;
   if (a.scale) dtype = promoted(dtype, a.scale.dtype);
   if (a.scale && a.shift && dtype != DType::kFloat32 && a.shift.dtype != dtype)
@@ -178,6 +179,10 @@ inline Refusal check_rotation(const Arguments& a) {
   }
   if (!same_shape(a.cos, a.sin)) return {"sin", "does not have cos's shape", Refusal::kShape};
   if (a.cos.dtype != a.sin.dtype) return {"sin", "does not have cos's dtype", Refusal::kDtype};
+  // Kernels that rotate nothing do not round what they would.
+  if (a.cos.size(1) == 0 && (a.round_norm || a.round_each))
+    return {"cos", "has no columns, and no kernel rounds what it does not rotate",
+            Refusal::kOption};
   if (const Refusal no = check_device(a.positions, a.x)) return no;
   if (a.positions && !is_per_token(a.positions, a.positions.ndim, a.x))
     return {"positions", "does not fit x's shape", Refusal::kShape};
@@ -253,8 +258,8 @@ inline Refusal check(const Arguments& a, bool memory_checked) {
       if (const Refusal no = check_device(*t, a.x)) return no;
     if (a.gate && !a.residual) return {"gate", "is not None", Refusal::kOption};
     if (const Refusal no = check_modulation(a)) return no;
-    if (const Refusal no = check_roundings(a)) return no;
   }
+  if (const Refusal no = check_roundings(a)) return no;
   if (bool(a.z) != a.gated) return {"z", a.z ? "is not None" : "is None", Refusal::kOption};
   if (const Refusal no = check_device(a.z, a.x)) return no;
   if (const Refusal no = check_rows(a.z, a.x, Refusal::kStrides)) return no;

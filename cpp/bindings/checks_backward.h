@@ -29,7 +29,8 @@ inline Refusal check_row_values(const Tensor& t, const Tensor& x) {
 }
 
 inline Refusal check(const BackwardArguments& a) {
-  if (a.x.ndim < (a.per_head ? 2 : 1)) return {"x", "has too few dimensions", Refusal::kShape};
+  // One without heads where they may be: a row of a gated norm.
+  if (a.x.ndim < 1) return {"x", "has too few dimensions", Refusal::kShape};
   if (a.x.size(1) < 1) return {"x", "has rows of no elements", Refusal::kShape};
   for (const Tensor* t :
        {&a.grad_y, &a.grad_residual_out, &a.residual, &a.weight, &a.bias, &a.rstd, &a.mean})

@@ -258,8 +258,8 @@ def gated_norm(
         activation: "silu" or "sigmoid".
         norm_before_gate: True: Qwen3-Next, Kimi-Linear, OLMo-Hybrid; False: Mamba-2, Bamba,
             Zamba-2, Falcon-H1.
-        group_size: normalise each group of so many columns by itself; it divides n.  None: all
-            of them together.
+        group_size: normalise each group of so many columns by itself; it divides n, and weight
+            and bias are (n,) then.  None: all of them together.
         round_each: round n to x's dtype before act(z) multiplies it, as Qwen3-Next does, together
             with round_before_weight.  No effect where the gate comes first: Mamba-2 and its
             relatives compute in float32 up to round_before_weight.

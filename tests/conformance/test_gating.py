@@ -150,6 +150,17 @@ def test_gradients_can_be_differentiated_again(form: dict[str, Any]) -> None:
     )
 
 
+def test_a_single_row_has_the_gradients_of_one_of_several(backend: Any) -> None:
+    x, z, weight, bias = made((2, 24), F32)
+    results = []
+    for row in (slice(0, 1), 0):
+        leaves = [t.clone().requires_grad_() for t in (x[row], z[row], weight, bias)]
+        y = backend("gated_norm", *leaves)
+        results.append(torch.autograd.grad(y.sum(), leaves))
+    for several, one in zip(*results, strict=True):
+        assert_same_bits(one, several.view(24))
+
+
 def test_what_clamp_inf_clamped_is_a_constant(backend: Any) -> None:
     x, z, weight, _ = made((3, 40), F16)
     x[1, 2] = math.inf
@@ -180,6 +191,14 @@ def test_what_clamp_inf_clamped_is_a_constant(backend: Any) -> None:
             r"^weight: expected shape \(4, 24\) or \(24,\)",
         ),
         ({"z": torch.ones(4, 24).to_sparse()}, ValueError, r"^z: expected a dense"),
+        *(
+            ({name: t, "group_size": 8}, ValueError, rf"^{name}: expected {expected}")
+            for name, t, expected in (
+                ("weight", torch.ones(4, 24), r"shape \(24,\) with group_size, got \(4, 24\)"),
+                ("bias", torch.ones(24).to_sparse(), r"a dense \(strided\) tensor"),
+                ("z", torch.nested.nested_tensor([torch.ones(24)], layout=torch.jagged), "a dense"),
+            )
+        ),
     ],
 )
 def test_errors_name_the_argument_and_nothing_is_written(

@@ -204,6 +204,30 @@ def test_what_is_rounded_to_one_dtype_and_stored_as_another_is_plain_torch() -> 
 # ---------------------------------------------------------------------------------- memory, errors
 
 
+@needs_kernels
+@every_op
+def test_round_each_rounds_the_norm_where_nothing_modulates_it(op: Op) -> None:
+    inputs = inputs_for(op, 5, 24, BF16)._replace(gate=None, scale=None, shift=None)
+    given = *op.tensors(inputs), *op.selected.values()
+    call = partial(getattr(normkit, op.name), *given[:-1], kind=given[-1], round_each=True)
+    made, n = call(out_dtype=F32), call()
+    y, n = (made[0], n[0]) if op.adds else (made, n)
+    assert_same_bits(y, n.float())
+    assert normkit.explain(op.name, *given[:-1], kind=given[-1], round_each=True).backend == "cpu"
+
+
+@every_op
+def test_no_rows_are_modulated_by_none(backend: Any, op: Op) -> None:
+    for shape, rows in (
+        ((7, 1, 0), (7, 1, 0)),
+        ((4, 0), (4, 1)),
+        ((0, 5), (0, 5)),
+        ((4, 0), (1, 0)),
+    ):
+        inputs = modulated(op, inputs_for(op, shape, 24, BF16), rows, BF16)
+        assert run(backend, op, inputs).y.shape == (*shape, 24)
+
+
 @every_op
 def test_in_place_with_a_row_for_each_sample(backend: Any, op: Op) -> None:
     for rows in ((3,), (3, 5)):

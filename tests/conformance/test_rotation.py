@@ -129,6 +129,13 @@ def test_without_columns_in_cos_nothing_is_rotated(backend: Any) -> None:
     assert_same_bits(y, backend("head_norm", inputs.x, inputs.weight, inputs.bias))
 
 
+@pytest.mark.parametrize("law", ["round_norm", "round_each"])
+def test_without_columns_in_cos_the_norm_is_rounded_where_it_should_be(law: str) -> None:
+    inputs = made((4, 3, 40), BF16, 0)
+    y = normkit.norm_rope(*OP.tensors(inputs), **{law: True}, out_dtype=F32)
+    assert_same_bits(y, normkit.head_norm(inputs.x, inputs.weight, inputs.bias).float())
+
+
 # ---------------------------------------------------------------------- which cos and sin a row has
 
 
@@ -263,6 +270,13 @@ def test_gradients_can_be_differentiated_again(interleaved: bool) -> None:
         lambda *tensors: normkit.norm_rope(*tensors, eps=0.3, interleaved=interleaved),
         [t.requires_grad_() for t in given],
     )
+
+
+def test_no_tokens_give_a_table_no_gradient(backend: Any) -> None:
+    leaves = [torch.ones(shape, requires_grad=True) for shape in ((0, 4, 24), (7, 1), (7, 1))]
+    y = backend("norm_rope", *leaves, positions=torch.tensor(4))
+    for leaf, gradient in zip(leaves, torch.autograd.grad(y.sum(), leaves), strict=True):
+        assert_same_bits(gradient, torch.zeros_like(leaf))
 
 
 def test_cos_and_sin_get_the_gradients_of_the_tokens_that_share_them(backend: Any) -> None:

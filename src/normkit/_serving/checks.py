@@ -50,11 +50,7 @@ def _check_types(call: Call) -> None:
         )
         if value is None and not needed:
             continue
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: expected a torch.Tensor, got {_type_name(value)}")
-        if value.is_nested:
-            kind = "jagged" if value.layout == torch.jagged else "strided"
-            raise ValueError(f"{name}: expected a dense tensor, got a {kind} nested one")
+        _check_not_nested(name, value)
         allowed = (*FLOATS, torch.float64) if call.x.dtype == torch.float64 else FLOATS
         if name != "x" and value.dtype not in allowed:
             extra = ", since x is float64: or float64" if len(allowed) > len(FLOATS) else ""
@@ -70,6 +66,14 @@ def _check_types(call: Call) -> None:
     _check_indices("positions", call.positions)
     if call.cache is not None:
         _check_types_of_cache(call)
+
+
+def _check_not_nested(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {_type_name(value)}")
+    if value.is_nested:
+        kind = "jagged" if value.layout == torch.jagged else "strided"
+        raise ValueError(f"{name}: expected a dense tensor, got a {kind} nested one")
 
 
 def _check_types_of_rotation(call: Call) -> None:
@@ -182,15 +186,15 @@ def in_groups(group_size: object, *, x: Tensor, **tensors: Tensor | None) -> dic
 
     Raises:
         TypeError: group_size is no int, or an argument is no tensor.
-        ValueError: it does not divide the last dimension of x, or another has other columns.
+        ValueError: it does not divide the last dimension of x, another has other columns, or a
+            weight has heads, which are no groups.
     """
     check_size("group_size", group_size)
     given = {"x": x, **tensors}
     for name, t in given.items():
-        if t is None and name not in ("x", "z"):
-            continue
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name}: expected a torch.Tensor, got {_type_name(t)}")
+        if t is not None or name in ("x", "z"):
+            _check_not_nested(name, t)
+            _check_strided(name, cast(Tensor, t))
     if x.ndim < 1 or x.shape[-1] % cast(int, group_size) != 0:
         raise ValueError(
             f"group_size: expected a divisor of x's last dimension, got {group_size}"
@@ -200,6 +204,10 @@ def in_groups(group_size: object, *, x: Tensor, **tensors: Tensor | None) -> dic
         if t is not None and tuple(t.shape[-1:]) != tuple(x.shape[-1:]):
             raise ValueError(
                 f"{name}: expected x's last dimension {x.shape[-1]}, got {tuple(t.shape)}"
+            )
+        if t is not None and name in ("weight", "bias") and t.ndim != 1:
+            raise ValueError(
+                f"{name}: expected shape ({x.shape[-1]},) with group_size, got {tuple(t.shape)}"
             )
     size = cast(int, group_size)
     groups = (x.shape[-1] // size, size)
@@ -324,8 +332,7 @@ def is_per_row(of: Sequence[int], x: Sequence[int]) -> bool:
 
 def _check_places(call: Call) -> None:
     for name, t in call.tensors() + call.indices():
-        if t.layout != torch.strided:
-            raise ValueError(f"{name}: expected a dense (strided) tensor, got {t.layout}")
+        _check_strided(name, t)
         if t.device != call.x.device:
             raise ValueError(f"{name}: expected x's device {call.x.device}, got {t.device}")
     for name, t in call.written():
@@ -335,6 +342,11 @@ def _check_places(call: Call) -> None:
             raise ValueError(
                 f"{name}: expected a last stride of 1 in what is written, got {t.stride(-1)}"
             )
+
+
+def _check_strided(name: str, t: Tensor) -> None:
+    if t.layout != torch.strided:
+        raise ValueError(f"{name}: expected a dense (strided) tensor, got {t.layout}")
 
 
 def _check_writable(name: str, t: Tensor) -> None:

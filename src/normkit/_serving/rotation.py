@@ -97,7 +97,7 @@ def _of_table(of_rows: Tensor, table: Tensor, positions: Tensor | None) -> Tenso
     if positions is None:
         return dispatch.packed(of_tokens.sum_to_size(table.shape).to(table.dtype))
     at = positions.expand(of_tokens.shape[:-1]).reshape(-1)
-    of_tokens = of_tokens.reshape(at.shape[0], -1)
+    of_tokens = of_tokens.reshape(at.shape[0], of_tokens.shape[-1])
     inside = (at >= 0) & (at < table.shape[0])
     made = of_tokens.new_zeros(table.shape)
     return made.index_add(0, at[inside].long(), of_tokens[inside]).to(table.dtype)
