@@ -109,8 +109,9 @@ Refusal Prepared::check(Caller caller) {
   const bool quick = caller != Caller::kHasCheckedMemory;
   // The exchange API does not tell of a lazily negated tensor.  Such a one has a last stride of 2
   // or more, unless its rows are single elements.
-  if (quick && a.x.ndim > 0 && a.x.size(1) == 1)
-    return {"x", "may be negated lazily", Refusal::kStrides};
+  for (const Tensor* t : {&a.x, &a.cos})
+    if (quick && t->ndim > 0 && t->size(1) == 1)
+      return {t->name, "may be negated lazily", Refusal::kStrides};
   if (is_negated(a.x)) return {"x", "is negated lazily", Refusal::kStrides};
   if (is_negated(a.out)) return {"out", "is negated lazily", Refusal::kMemory};
   if (quick && modes_are_on()) return {"a dispatch mode", "is on", Refusal::kRecorder};

@@ -402,6 +402,13 @@ def assert_same_results(got: Result, expected: Result) -> None:
     assert_same_bits(got.residual_out, expected.residual_out)
 
 
+def lazily_negated(t: Tensor) -> Tensor:
+    """The values of -t, as conjugates of complex numbers show them: by the negative bit."""
+    negated = torch.complex(torch.zeros_like(t), t).conj().imag
+    assert negated.is_neg()
+    return negated
+
+
 @contextmanager
 def threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()

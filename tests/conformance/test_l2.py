@@ -75,6 +75,16 @@ def test_eps_outside_is_that_of_normalize(backend: Any) -> None:
         torch.testing.assert_close(made, expected, rtol=2**-22, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("eps", [0.0, 1e-300])
+def test_an_eps_that_float32_has_not_is_zero(backend: Any, eps: float) -> None:
+    x = torch.tensor([[3.0, 4.0], [0.0, 0.0]], requires_grad=True)
+    y = backend("l2_norm", x, eps, eps_outside=True)
+    torch.testing.assert_close(y[0], torch.tensor([0.6, 0.8]))
+    assert y[1].isnan().all()
+    (gradient,) = torch.autograd.grad(y[0].sum(), x)
+    torch.testing.assert_close(gradient[0], torch.tensor([0.032, -0.024]))
+
+
 def test_an_eps_of_none_is_that_of_float32(backend: Any) -> None:
     for dtype, eps_outside in itertools.product(DTYPES, (False, True)):
         x = lengths(64, dtype, 2.0**-23)

@@ -18,6 +18,7 @@ from conformance.support import (
     Inputs,
     assert_same_bits,
     inputs_for,
+    lazily_negated,
     run_and_check,
     threads,
 )
@@ -127,6 +128,17 @@ def test_without_columns_in_cos_nothing_is_rotated(backend: Any) -> None:
     inputs = made((4, 3, 40), BF16, 0)
     y = backend("norm_rope", *OP.tensors(inputs))
     assert_same_bits(y, backend("head_norm", inputs.x, inputs.weight, inputs.bias))
+
+
+@pytest.mark.parametrize("name", ["x", "cos", "sin"])
+@pytest.mark.parametrize("columns", [1, 6])
+def test_what_is_negated_lazily_counts_as_negative(backend: Any, name: str, columns: int) -> None:
+    inputs = made((4, 3, 2 * columns + 1), F32, columns)
+    t = getattr(inputs, name)
+    given = inputs._replace(**{name: lazily_negated(t)}), inputs._replace(**{name: -t})
+    for options in ({}, {"positions": torch.tensor([1, 0, 3, 2])}):
+        y, expected = (backend.unexplained("norm_rope", *OP.tensors(i), **options) for i in given)
+        assert_same_bits(y, expected)
 
 
 @pytest.mark.parametrize("law", ["round_norm", "round_each"])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import emulation
 import normkit
-from conformance.support import DTYPES, Guarded, assert_same_bits
+from conformance.support import DTYPES, Guarded, assert_same_bits, lazily_negated
 from normkit import testing
 from normkit._serving import backends
 
@@ -169,6 +169,15 @@ def test_norms_are_one_launch_where_none_reads_what_another_writes() -> None:
         with normkit.use_backend("emu"):
             getattr(normkit, function)(*args, **options)
         assert emulation.launches() - before == launches, (function, options)
+
+
+def test_single_columns_that_are_negated_lazily_count_as_negative(several: Several) -> None:
+    x = torch.tensor([[1.0], [-2.0]])
+    (y,) = several("norms", [lazily_negated(x)], together=False)
+    assert_same_bits(y, several("norms", [-x], together=False)[0])
+    q, one = torch.ones(2, 1, 3), torch.ones(2, 1)
+    made = several("qk_norm_rope", q, q, one, lazily_negated(one), together=False)
+    assert_same_bits(made[0], several("qk_norm_rope", q, q, one, -one, together=False)[0])
 
 
 def test_more_norms_than_a_launch_has_room_for(backend: Any, several: Several) -> None:

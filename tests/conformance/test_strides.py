@@ -27,6 +27,7 @@ from conformance.support import (
     bits,
     dtypes,
     inputs_for,
+    lazily_negated,
     run,
     run_and_check,
 )
@@ -341,13 +342,6 @@ def test_rows_interleaved_with_the_output_do_not_overlap_it(backend: Any, op: Op
         assert_same_bits(both[::2].contiguous(), inputs.x)
 
 
-def _lazily_negated(t: torch.Tensor) -> torch.Tensor:
-    """The values of -t, as conjugates of complex numbers show them: by the negative bit."""
-    negated = torch.complex(torch.zeros_like(t), t).conj().imag
-    assert negated.is_neg()
-    return negated
-
-
 @pytest.mark.parametrize("op", EVERY, ids=str)
 @pytest.mark.parametrize("name", ["x", "residual", "weight", "bias"])
 @pytest.mark.parametrize("n", [1, 20])
@@ -357,12 +351,12 @@ def test_a_tensor_with_the_negative_bit_counts_as_negative(
     if name == "residual" and not op.adds:
         return
     inputs = inputs_for(op, 3, n, torch.float32)
-    negated = inputs._replace(**{name: _lazily_negated(getattr(inputs, name))})
+    negated = inputs._replace(**{name: lazily_negated(getattr(inputs, name))})
     plain = inputs._replace(**{name: -getattr(inputs, name)})
     assert_same_results(run(backend.unexplained, op, negated), run(backend, op, plain))
 
 
 def test_an_out_with_the_negative_bit_is_refused(backend: Any) -> None:
-    out = _lazily_negated(torch.ones(3, 1))
+    out = lazily_negated(torch.ones(3, 1))
     with pytest.raises(ValueError, match=r"out: .*negative bit"):
         backend.unexplained("rms_norm", torch.ones(3, 1), out=out)

@@ -21,9 +21,11 @@ from normkit._serving.checks import check
 from normkit._serving.formula import OF_STATISTICS, Formula
 from normkit._serving.refusal import Refusal
 from normkit._spec import (
+    FUSED,
     GATING,
     MODULATION,
     MODULATORS,
+    NATIVE,
     OF_SUM,
     ROTATION,
     Call,
@@ -68,7 +70,7 @@ def save(call: Call) -> Saved:
 def save_quickly(native: tuple[Any, ...]) -> Saved | None:
     """Run a call of which the extension's arguments are these, or nothing that it refuses."""
     x = native[1]
-    if _hides_signs(x):
+    if _hides_signs(x) or _hides_signs(_cos_of(native)):
         return None
     made = native_for(x, wanted_backend()).norm_saving(*native)
     return None if isinstance(made, Refusal) else made
@@ -279,7 +281,7 @@ def _ask(call: Call, native: Callable[..., Made | Refusal]) -> Made | Refusal:
 
 def _first_answer(call: Call, native: Callable[..., Made | Refusal]) -> Made | Refusal:
     """What a backend's entry gives for the tensors themselves."""
-    if _hides_signs(call.x):
+    if hides_signs(call):
         return Refusal("x", "may be negated lazily", "strides")
     return native(*call.native())
 
@@ -340,9 +342,20 @@ def _with_copies(
     return native(kind, *copies, *rest)
 
 
-def _hides_signs(x: Tensor | None) -> bool:
-    """Whether the extension cannot tell from strides that rows are lazily negated."""
-    return x is not None and x.shape[-1:] == (1,)
+def hides_signs(call: Call) -> bool:
+    """Whether the extension cannot tell from strides that inputs are lazily negated."""
+    return _hides_signs(call.x) or _hides_signs(call.cos)
+
+
+def _hides_signs(t: Tensor | None) -> bool:
+    return t is not None and t.shape[-1:] == (1,)
+
+
+_COS = len(NATIVE) + FUSED.index("cos")
+
+
+def _cos_of(native: tuple[Any, ...]) -> Tensor | None:
+    return native[_COS] if len(native) > _COS else None
 
 
 def as_kernels_read_it(t: Tensor) -> Tensor:

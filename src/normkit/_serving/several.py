@@ -13,7 +13,7 @@ from torch.compiler import is_dynamo_compiling
 from normkit._serving import backends
 from normkit._serving.backends import falls_back, wanted_backend
 from normkit._serving.checks import check
-from normkit._serving.dispatch import native_for
+from normkit._serving.dispatch import hides_signs, native_for
 from normkit._serving.refusal import Refusal
 from normkit._serving.serve import serve
 from normkit._spec import NATIVE, Call
@@ -45,7 +45,8 @@ def call_of(native: tuple[Any, ...]) -> Call:
 def _by_name(calls: Sequence[Call]) -> list[Tensor | None] | None:
     """By a backend that was asked for by name; None where it leaves them to be run alone."""
     backend = wanted_backend()
-    if falls_back(backend) or not calls or any(call.needs_gradient() for call in calls):
+    alone = any(call.needs_gradient() or hides_signs(call) for call in calls)
+    if falls_back(backend) or not calls or alone:
         return None
     made = native_for(calls[0].x, backend).norms(tuple(call.fused_native() for call in calls))
     return None if isinstance(made, Refusal) else made

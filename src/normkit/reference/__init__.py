@@ -483,9 +483,12 @@ def _statistics(
     statistic = (squares.sum if kind == "l2" else squares.mean)(-1, keepdim=True)
     if eps_outside:
         # Of the square, whose gradient at 0 is 0, where that of the root is infinite.
-        least = max(eps * eps, torch.finfo(x.dtype).tiny) if eps else 0.0
+        info = torch.finfo(x.dtype)
+        is_zero = eps <= info.tiny * info.eps / 2  # in the computing dtype
+        least = 0.0 if is_zero else max(eps * eps, info.tiny)
         rstd = torch.rsqrt(statistic.clamp_min(least))
-        rstd = rstd.clamp_max(1 / eps) if eps else rstd
+        if eps * info.max > 1:  # else 1 / eps is beyond all that it has
+            rstd = rstd.clamp_max(1 / eps)
     else:
         rstd = torch.rsqrt(statistic + eps)
     return rstd if rounded_to is None else rounded(rstd, rounded_to), mean
