@@ -90,8 +90,9 @@ def norm(
     if round_before_weight:
         xhat = rounded(xhat, x.dtype)
     n = scaled(xhat, weight, bias, weight_offset, round_weight)
-    if z is not None and norm_before_gate:
-        n = (rounded(n, x.dtype) if round_each else n) * activated(z, activation, compute)
+    if z is not None:
+        if norm_before_gate:
+            n = (rounded(n, x.dtype) if round_each else n) * activated(z, activation, compute)
         return n.to(out_dtype or x.dtype)
     y = modulated(n, scale, shift, x.dtype if round_each else None)
     return y.to(out_dtype or x.dtype)
