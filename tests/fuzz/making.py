@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import inspect
 from fractions import Fraction
+from functools import cache
 from random import Random
 from typing import Any
 
 import numpy as np
 import torch
 
+import normkit
 from fuzz.memory import LAYOUTS, STYLES, Arena
-from fuzz.model import FLAGS, TENSORS, Call, Norm
-from fuzz.slots import STRANGERS, WRONG_DTYPES, Maker, Slot, random_shape, writable, wrong_shape
+from fuzz.model import FLAGS, INDICES, NUMBERS, OUTPUTS, TENSORS, Call, Norm
+from fuzz.slots import (
+    STRANGERS,
+    WRONG_DTYPES,
+    Maker,
+    Slot,
+    fused_slots,
+    random_shape,
+    writable,
+    wrong_shape,
+)
+from normkit import parallel
+from normkit._spec import FIELDS, OPS
 
 STORED = (torch.float32, torch.float16, torch.bfloat16)
-PLAIN = ("rms_norm", "layer_norm", "head_norm")
-ADDING = ("add_rms_norm", "add_layer_norm")
-FUNCTIONS = (*PLAIN, *ADDING)
+FUNCTIONS = tuple(OPS)
+OF_DEVICES = tuple(name for name in OPS if hasattr(parallel, f"{name}_tp"))
 
 EPS = (1e-6, 1e-5, 0.3, 0.0, None, 1, 1e-12, 1e-300, -0.0, np.float32(1e-3), Fraction(1, 1000))
 WRONG_EPS = (
@@ -27,7 +40,16 @@ OFFSETS = (0.0, 1.0, 1, -0.5, 1e-3, np.float64(0.25))
 WRONG_OFFSETS = (None, "1", float("nan"), -float("inf"), 1e39, torch.tensor(1.0), False, (1.0,))
 WRONG_FLAGS = (1, 0, None, "True", torch.tensor(True), 1.0)
 WRONG_DTYPE_OPTIONS = (torch.int32, torch.float64, torch.bool, torch.complex64, "float32", float, 1)
-WRONG_KINDS = ("l2", "RMS", None, 0, torch.float32, b"rms")
+FACTORS = (1.0, 1, -1.0, 0.5, 0.0, 2.0**0.5, np.float32(1.5))
+# Of the arguments that are words: what is right, and what is not.
+WORDS = {"kind": ("rms", "layer"), "activation": ("silu", "sigmoid")}
+WRONG_WORDS = ("l2", "RMS", None, 0, torch.float32, b"rms")
+WRONG_SIZES = (0, -1, True, 2.0, "4", torch.tensor(2))
+
+
+RIGHT_NUMBERS: dict[str, tuple[Any, ...]] = {
+    "eps": EPS, "next_eps": EPS, "weight_offset": OFFSETS, "alpha": FACTORS, "beta": FACTORS,
+}  # fmt: skip
 
 
 def make(seed: int, number: int, arena: Arena) -> Call:
@@ -58,15 +80,21 @@ class Draft:
         self.rng = rng
         self.name = name
         self.in_place = name.endswith("_")
-        base = name.rstrip("_")
-        self.adds, self.per_head = base.startswith("add_"), base.endswith("head_norm")
-        self.kind = rng.choice(("rms", "layer")) if self.per_head else None
-        self.layer = self.kind == "layer" or "layer" in base
+        self.op = OPS[name.rstrip("_")]
+        results = {} if self.in_place else self.op.results
+        self.takes = {**self.op.fields, **results}
         self.options: dict[str, Any] = {}
         self.wrong: list[tuple[str, tuple[type[Exception], ...]]] = []
-        self.shape = random_shape(rng, self.per_head)
+        self.shape = random_shape(rng, self.op.per_head and not self.op.gated)
         self.slots = self._slots(writes)
         self._choose_options()
+
+    @property
+    def layer(self) -> bool:
+        """Whether the mean is subtracted."""
+        if self.op.layer is not None:
+            return self.op.layer
+        return bool(self.options.get("kind", self.takes["kind"].default) == "layer")
 
     # ---------------------------------------------------------------- what is right
 
@@ -75,19 +103,21 @@ class Draft:
         dtype = torch.float64 if rng.random() < 0.06 else rng.choice(STORED)
         style = "normal" if rng.random() < 0.7 else rng.choice(STYLES)
         slots = {"x": Slot(dtype, shape, self._layout("x"), style)}
-        if self.adds:
-            mixed = self._dtype(dtype)
-            slots["residual"] = Slot(mixed, shape, self._layout("residual"), style)
-        for name, share in (("weight", 0.75), ("bias", 0.4)):
-            if rng.random() < share:
-                heads = self.per_head and rng.random() < 0.5
+        for name in ("residual", "z"):
+            if name in self.takes:
+                slots[name] = Slot(self._dtype(dtype), shape, self._layout(name), style)
+        shares = {"weight": 0.75, "next_weight": 0.75, "bias": 0.4, "next_bias": 0.4}
+        for name, share in shares.items():
+            if name in self.takes and rng.random() < share:
+                heads = self.op.per_head and rng.random() < 0.5
                 affine = shape[-2:] if heads else shape[-1:]
                 layout = "packed" if rng.random() < 0.7 else rng.choice(LAYOUTS)
                 slots[name] = Slot(self._dtype(dtype), affine, layout, self._affine_style())
+        slots |= fused_slots(rng, self.takes, shape, lambda: self._dtype(dtype))
         if writes and not self.in_place:
             self._add_outputs(slots, dtype)
-        for slot in slots.values():
-            slot.negated = rng.random() < 0.01
+        for name, slot in slots.items():
+            slot.negated = name not in INDICES and rng.random() < 0.01
         return slots
 
     def _dtype(self, of_x: torch.dtype) -> torch.dtype:
@@ -98,40 +128,50 @@ class Draft:
 
     def _layout(self, name: str) -> str:
         rng = self.rng
-        if self.in_place and name in ("x", "residual") and rng.random() < 0.88:
+        if self.in_place and name in self.op.written.values() and rng.random() < 0.88:
             return writable(rng, self.shape)
         return "packed" if rng.random() < 0.4 else rng.choice(LAYOUTS)
 
     def _add_outputs(self, slots: dict[str, Slot], dtype: torch.dtype) -> None:
         rng = self.rng
         if rng.random() < 0.3:
-            of_out = dtype if rng.random() < 0.6 else rng.choice(STORED)
+            of_y = dtype if "out_dtype" in self.takes else slots["residual"].dtype
+            of_out = of_y if rng.random() < 0.6 else rng.choice(STORED)
             slots["out"] = Slot(of_out, self.shape, writable(rng, self.shape))
-        if self.adds and rng.random() < 0.3:
+        if "residual_out" in self.takes and rng.random() < 0.3:
             slots["residual_out"] = Slot(
                 slots["residual"].dtype, self.shape, writable(rng, self.shape)
             )
 
     def _choose_options(self) -> None:
         rng, options = self.rng, self.options
-        if self.kind == "layer" or (self.kind and rng.random() < 0.5):
-            options["kind"] = self.kind
-        if rng.random() < 0.5:
-            options["eps"] = rng.choice(EPS)
-        if rng.random() < 0.3:
-            options["weight_offset"] = rng.choice(OFFSETS)
+        for name in filter(self.takes.__contains__, WORDS):
+            if rng.random() < 0.6:
+                options[name] = rng.choice(WORDS[name])
+        for name in filter(self.takes.__contains__, NUMBERS):
+            if rng.random() < 0.4:
+                options[name] = rng.choice(RIGHT_NUMBERS[name])
         for name in self.flags():
             if rng.random() < 0.25:
                 options[name] = rng.random() < 0.8
-        if not self.in_place and rng.random() < 0.25:
+        if "out_dtype" in self.takes and rng.random() < 0.25:
             dtypes = (*STORED, torch.float64) if self.slots["x"].dtype == torch.float64 else STORED
             options["out_dtype"] = rng.choice(dtypes)
             if "out" in self.slots and rng.random() < 0.8:
                 self.slots["out"].dtype = options["out_dtype"]
 
+    def choose_group_size(self) -> None:
+        """Have a gated norm be one of groups of columns, which only its function knows."""
+        n = self.shape[-1]
+        if self.op.gated and self.rng.random() < 0.3:
+            sizes = [size for size in (1, 2, 3, 4, 8, n) if n % size == 0]
+            self.options["group_size"] = self.rng.choice(sizes)
+            for name in ("weight", "bias"):
+                if name in self.slots and self.rng.random() < 0.95:
+                    self.slots[name].shape = (n,)
+
     def flags(self) -> tuple[str, ...]:
-        has = {"round_sum": self.adds, "memory_efficient": not self.in_place}
-        return tuple(name for name in FLAGS if has.get(name, True))
+        return tuple(name for name in FLAGS if name in self.takes)
 
     # ---------------------------------------------------------------- what may be wrong
 
@@ -139,7 +179,8 @@ class Draft:
         """Have some tensor lie over another's memory."""
         rng, slots = self.rng, self.slots
         names = [name for name in TENSORS if name in slots]
-        later = [name for name in names[1:] if name in ("out", "residual_out", "residual")]
+        names = [name for name in names if name not in INDICES]
+        later = [name for name in names[1:] if name in (*OUTPUTS, "residual")]
         if not later or (rng.random() < 0.2 and len(names) > 1):
             later = names[1:]
         if later:
@@ -155,35 +196,40 @@ class Draft:
         kind = rng.choice(("stranger", "dtype", "shape", "option", "option", "layout", "negated"))
         if kind == "stranger" and strangers:
             slot.stranger = rng.choice(STRANGERS)
-            if slot.stranger == "none" and name not in ("x", "residual"):
+            if slot.stranger == "none" and name not in ("x", "residual", "z", "cos", "sin"):
                 slot.stranger = "list"
         elif kind == "dtype":
             slot.dtype = rng.choice((*WRONG_DTYPES, torch.float64))
-        elif kind == "shape":
+        elif kind == "shape" and slot.below is None:
             slot.shape = wrong_shape(rng, slot.shape)
         elif kind == "option":
             self._spoil_option()
-        elif kind == "layout":
+        elif kind == "layout" and slot.below is None:
             slot.layout = rng.choice(LAYOUTS)
-        else:
+        elif name not in INDICES:
             slot.negated = True
 
     def _spoil_option(self) -> None:
         rng = self.rng
-        wrong: dict[str, tuple[Any, ...]] = {"eps": WRONG_EPS, "weight_offset": WRONG_OFFSETS}
+        wrong: dict[str, tuple[Any, ...]] = {
+            name: WRONG_EPS if name.endswith("eps") else WRONG_OFFSETS
+            for name in NUMBERS
+            if name in self.takes
+        }
         wrong |= dict.fromkeys(self.flags(), WRONG_FLAGS)
-        if not self.in_place:
+        wrong |= {name: WRONG_WORDS for name in WORDS if name in self.takes}
+        if "out_dtype" in self.takes:
             wrong["out_dtype"] = WRONG_DTYPE_OPTIONS
-        if self.kind:
-            wrong["kind"] = WRONG_KINDS
+        if "group_size" in self.options:
+            wrong["group_size"] = (*WRONG_SIZES, self.shape[-1] + 1)
         name = rng.choice(list(wrong))
         self.options[name] = rng.choice(wrong[name])
-        if name == "kind":
-            self.wrong.append(("kind", (TypeError, ValueError)))
+        if name in WORDS or name == "group_size":
+            self.wrong.append((name, (TypeError, ValueError)))
 
     def need_gradients(self) -> None:
         for name in self.slots:
-            if name not in ("out", "residual_out") or self.rng.random() < 0.05:
+            if name not in OUTPUTS or self.rng.random() < 0.05:
                 self.slots[name].needs_gradient = self.rng.random() < 0.5
 
     # ---------------------------------------------------------------- the call
@@ -199,25 +245,31 @@ class Draft:
 
     def norm(self, tensors: dict[str, Any], **more: Any) -> Norm:
         options = {name: value for name, value in self.options.items() if name != "kind"}
-        default = 1e-5 if self.layer and not self.per_head else 1e-6
+        defaults = {
+            name: field.default
+            for name, field in self.takes.items()
+            if name not in TENSORS and name not in ("kind", "out_dtype")
+        }
         return Norm(
-            self.layer,
-            self.per_head,
-            self.adds,
-            self.in_place,
-            **tensors,
-            **{"eps": default, **options},
-            **more,
+            self.op, self.layer, self.in_place, **tensors, **{**defaults, **options}, **more
         )
+
+
+@cache
+def _positional(name: str) -> tuple[str, ...]:
+    """The arguments that a function takes without their names."""
+    parameters = inspect.signature(getattr(normkit, name)).parameters.values()
+    return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
 
 
 def _function(rng: Random, arena: Arena) -> Call:
     name = rng.choice(FUNCTIONS) + ("_" if rng.random() < 0.25 else "")
     draft = Draft(rng, name)
+    draft.choose_group_size()
     around = settings(rng)
     _complicate(rng, draft)
     tensors = draft.made(arena)
-    order = (*(("x", "residual") if draft.adds else ("x",)), "weight", "bias", "eps")
+    order = _positional(name)
     arguments = _ordered(rng, order, {**tensors, **draft.options})
     positional = 0
     for argument in order[: rng.randrange(len(order) + 1)]:
@@ -255,7 +307,7 @@ def _ordered(rng: Random, order: tuple[str, ...], given: dict[str, Any]) -> dict
     for name in order:
         if name in given:
             arguments[name] = given.pop(name)
-        elif name in ("weight", "bias") and rng.random() < 0.3:
+        elif name in FIELDS and FIELDS[name].type == "Tensor?" and rng.random() < 0.3:
             arguments[name] = None
     return arguments | given
 
@@ -270,11 +322,13 @@ def add_gradients(rng: Random, call: Call, arena: Arena) -> None:
         return
     if norm.x.is_nested or norm.x.layout != torch.strided or not norm.x.dtype.is_floating_point:
         return
-    out_dtype = norm.out_dtype if isinstance(norm.out_dtype, torch.dtype) else norm.x.dtype
+    if "residual" in norm.needed and not isinstance(norm.residual, torch.Tensor):
+        return
+    out_dtype = norm.y_dtype if isinstance(norm.y_dtype, torch.dtype) else norm.x.dtype
     shape = tuple(norm.x.shape)
     slots = {"y": Slot(out_dtype, shape, rng.choice(LAYOUTS))}
     summands = {"x", "residual"} & set(needing)
-    if norm.adds and isinstance(norm.residual, torch.Tensor) and summands and rng.random() < 0.8:
+    if norm.returns_both and summands and rng.random() < 0.8:
         slots["residual_out"] = Slot(norm.residual.dtype, shape, rng.choice(LAYOUTS))
         if rng.random() < 0.2:
             del slots["y"]
@@ -284,12 +338,13 @@ def add_gradients(rng: Random, call: Call, arena: Arena) -> None:
 
 def _operator(rng: Random, arena: Arena) -> Call:
     """torch.ops.normkit: the types of arguments are for torch to check."""
-    base = rng.choice((*FUNCTIONS, "add_head_norm"))
+    base = rng.choice(FUNCTIONS)
     form = rng.choice(("", "_", "_out"))
     draft = Draft(rng, base + ("_" if form == "_" else ""), writes=False)
     if form == "_out":
-        writes = {"out": draft.slots["x"].dtype}
-        if draft.adds:
+        is_sum = "out_dtype" not in draft.takes
+        writes = {"out": draft.slots["residual" if is_sum else "x"].dtype}
+        if "residual_out" in draft.takes:
             writes["residual_out"] = draft.slots["residual"].dtype
         for name, dtype in writes.items():
             draft.slots[name] = Slot(dtype, draft.shape, writable(rng, draft.shape))
@@ -298,7 +353,7 @@ def _operator(rng: Random, arena: Arena) -> Call:
             slot.negated = False
         for name in ("out_dtype", "memory_efficient"):
             draft.options.pop(name, None)
-    for name in ("eps", "weight_offset"):
+    for name in NUMBERS:
         if draft.options.get(name) is not None:
             draft.options[name] = float(draft.options[name])
     if rng.random() < 0.15:
@@ -306,7 +361,7 @@ def _operator(rng: Random, arena: Arena) -> Call:
     if rng.random() < 0.2:
         name = rng.choice(list(draft.slots))
         slot = draft.slots[name]
-        if rng.random() < 0.5:
+        if rng.random() < 0.5 and slot.below is None:
             slot.shape = wrong_shape(rng, slot.shape)
         else:
             slot.dtype = rng.choice(WRONG_DTYPES)
@@ -326,13 +381,13 @@ def _operator(rng: Random, arena: Arena) -> Call:
 
 def _parallel(rng: Random, arena: Arena) -> Call:
     """A norm on each of several devices, all of them the CPU."""
-    base = rng.choice(PLAIN)
+    base = rng.choice(OF_DEVICES)
     count = rng.choice((1, 2, 2, 3))
     first = Draft(rng, base)
     drafts = [first]
     for _ in range(count - 1):
         draft = Draft(rng, base)
-        draft.kind, draft.layer, draft.options = first.kind, first.layer, first.options
+        draft.options = first.options
         drafts.append(draft)
     first.options.pop("memory_efficient", None)
     outs = rng.random() < 0.4

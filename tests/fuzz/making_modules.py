@@ -12,10 +12,13 @@ from fuzz.making import EPS, OFFSETS, STORED, WRONG_DTYPE_OPTIONS, add_gradients
 from fuzz.memory import LAYOUTS, STYLES, Arena
 from fuzz.model import Call, Norm
 from fuzz.slots import STRANGERS, WRONG_DTYPES, Maker, Slot, random_shape, wrong_shape
+from normkit._spec import OPS
+
+NAMES = {"RMSNorm": "rms_norm", "LayerNorm": "layer_norm", "HeadNorm": "head_norm"}
 
 
 def make_module(rng: Random, arena: Arena) -> Call:
-    name = rng.choice(("RMSNorm", "LayerNorm", "HeadNorm"))
+    name = rng.choice(list(NAMES))
     per_head = name == "HeadNorm"
     shape = random_shape(rng, per_head)
     module = _constructed(rng, name, shape)
@@ -38,9 +41,8 @@ def make_module(rng: Random, arena: Arena) -> Call:
         for t in (tensors.pop(name, None),)
     }
     norm = Norm(
+        OPS[f"{'add_' if 'residual' in tensors else ''}{module['op']}"],
         module["layer"],
-        per_head,
-        "residual" in tensors,
         False,
         **tensors,
         **module["parameters"],
@@ -59,12 +61,12 @@ def _constructed(rng: Random, name: str, shape: tuple[int, ...]) -> dict[str, An
     options: dict[str, Any] = {"eps": rng.choice(EPS)}
     if rng.random() < 0.3:
         options["weight_offset"] = rng.choice(OFFSETS)
-    for flag in ("round_before_weight", "round_rstd", "memory_efficient"):
+    for flag in ("round_before_weight", "round_rstd", "round_weight", "memory_efficient"):
         if rng.random() < 0.25:
             options[flag] = True
     affine, bias = rng.random() < 0.8, rng.random() < 0.5
     arguments: dict[str, Any] = {**options, "elementwise_affine": affine, "bias": bias}
-    layer = name == "LayerNorm"
+    layer, op = name == "LayerNorm", NAMES[name]
     if name == "HeadNorm":
         heads = shape[-2] if rng.random() < 0.6 else None
         kind = rng.choice(("rms", "layer"))
@@ -79,6 +81,7 @@ def _constructed(rng: Random, name: str, shape: tuple[int, ...]) -> dict[str, An
     return {
         "arguments": arguments,
         "options": options,
+        "op": op,
         "layer": layer,
         "ending": ending,
         "affine": ["weight", "bias"][: affine + (affine and bias)],

@@ -9,18 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TENSORS = ("x", "residual", "weight", "bias", "out", "residual_out")
-INPUTS = TENSORS[:4]
-FLAGS = ("round_before_weight", "round_sum", "clamp_inf", "round_rstd", "memory_efficient")
+from normkit._spec import FIELDS, NEXT, Op
+
+TENSORS = tuple(name for name, field in FIELDS.items() if field.type.startswith("Tensor"))
+OUTPUTS = ("out", "residual_out")
+INDICES = ("positions",)
+INPUTS = tuple(name for name in TENSORS if name not in (*OUTPUTS, *INDICES))
+AFFINE = ("weight", "bias", *NEXT)
+NUMBERS = tuple(name for name, field in FIELDS.items() if field.type.startswith("float"))
+FLAGS = tuple(name for name, field in FIELDS.items() if field.type == "bool")
 
 
 @dataclass
 class Norm:
     """One norm, as its arguments ask for it; whatever they are."""
 
+    op: Op
     layer: bool
-    per_head: bool
-    adds: bool
     in_place: bool
     x: Any
     residual: Any = None
@@ -28,24 +33,70 @@ class Norm:
     bias: Any = None
     out: Any = None
     residual_out: Any = None
+    gate: Any = None
+    scale: Any = None
+    shift: Any = None
+    z: Any = None
+    next_weight: Any = None
+    next_bias: Any = None
+    cos: Any = None
+    sin: Any = None
+    positions: Any = None
     eps: Any = 1e-6
+    next_eps: Any = None
+    alpha: Any = 1.0
+    beta: Any = 1.0
     weight_offset: Any = 0.0
     round_before_weight: Any = False
     round_sum: Any = True
     clamp_inf: Any = False
     round_rstd: Any = False
+    round_weight: Any = False
+    round_each: Any = False
+    round_norm: Any = False
     memory_efficient: Any = False
+    eps_outside: Any = False
+    interleaved: Any = False
+    norm_before_gate: Any = True
+    activation: Any = "silu"
+    group_size: Any = None
     out_dtype: Any = None
     ending: tuple[int, ...] | None = None  # of a module: the shape that x ends in
     # What errors call the arguments; a list of these has xs[1] for x.
     names: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def per_head(self) -> bool:
+        """Whether x has to have heads."""
+        return self.op.per_head and not self.op.gated
+
+    @property
+    def returns_both(self) -> bool:
+        return self.op.adds
+
+    @property
+    def is_sum(self) -> bool:
+        """Whether y is a sum, of residual's dtype."""
+        return self.op.post and not self.op.adds
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """The tensors without which there is no call."""
+        op = self.op
+        residual, table = ("residual",) * (op.adds or op.post), ("cos", "sin") * op.rotated
+        return ("x", *residual, *("z",) * op.gated, *table)
+
+    @property
+    def y_dtype(self) -> torch.dtype:
+        """What y is made in."""
+        made: torch.dtype = self.residual.dtype if self.is_sum else self.out_dtype or self.x.dtype
+        return made
+
     @cached_property
     def given(self) -> dict[str, Any]:
         """The arguments that are tensors, or should be."""
-        needed = ("x", "residual") if self.adds else ("x",)
         values = {name: getattr(self, name) for name in TENSORS}
-        return {name: t for name, t in values.items() if t is not None or name in needed}
+        return {name: t for name, t in values.items() if t is not None or name in self.needed}
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
@@ -54,11 +105,13 @@ class Norm:
     @cached_property
     def written(self) -> dict[str, Tensor]:
         """What the call writes, by the names that its function has for it."""
-        if self.in_place:
-            names: tuple[str, ...] = ("x", "residual") if self.adds else ("x",)
-        else:
-            names = ("out", "residual_out")
+        names = tuple(self.op.written.values()) if self.in_place else OUTPUTS
         return {name: t for name, t in self.tensors.items() if name in names}
+
+    @property
+    def sum_out(self) -> str:
+        """What the call's function calls the tensor where the sum goes."""
+        return "residual" if self.in_place else "residual_out"
 
     def name(self, argument: str) -> str:
         return self.names.get(argument, argument)

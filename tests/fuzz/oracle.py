@@ -10,7 +10,17 @@ import torch
 
 from fuzz import numbers
 from fuzz.model import Norm
-from fuzz.numbers import FLOAT32, FLOAT32_MAX, FLOAT64, Array, rounded, step, widened, within
+from fuzz.numbers import (
+    FLOAT32,
+    FLOAT32_MAX,
+    FLOAT64,
+    Arithmetic,
+    Array,
+    rounded,
+    step,
+    widened,
+    within,
+)
 
 _STORE = 1 + 2.0**-9  # of half a step of the output's dtype
 # One more where an offset is added, as docs/numerics.md has it; two in plain torch, which adds up a
@@ -21,11 +31,14 @@ _BEYOND = 2.0**-24
 class Values:
     """A norm's inputs as they were before the call, and what is made of them."""
 
-    def __init__(self, norm: Norm, *, by_reference: bool = False) -> None:
+    def __init__(
+        self, norm: Norm, *, by_reference: bool = False, arithmetic: Arithmetic | None = None
+    ) -> None:
         self.norm = norm
         self.layer: bool = norm.layer
         self.dtype: torch.dtype = norm.x.dtype
-        self.arithmetic = FLOAT64 if numbers.is_double(norm.x) else FLOAT32
+        of_x = FLOAT64 if numbers.is_double(norm.x) else FLOAT32
+        self.arithmetic = arithmetic or of_x
         self.shape = tuple(norm.x.shape)
         self.x = self._as_rows(widened(norm.x))
         self.residual = self._as_rows(widened(norm.residual))
@@ -35,20 +48,33 @@ class Values:
             self.unit += _BEYOND * ((2 if by_reference else 0) + (norm.weight_offset != 0))
         eps = self.arithmetic.epsilon if norm.eps is None else float(norm.eps)
         self.eps = self._option(eps)
-        self.w = None
-        if self.weight is not None:
-            self.w = self.weight + self._option(float(norm.weight_offset))
+        self.w = self._offset_weight()
         self.sum_dtype = None if norm.residual is None else norm.residual.dtype
 
+    def _offset_weight(self) -> Any:
+        if self.weight is None or not self.norm.weight_offset:
+            return self.weight
+        w = self.weight + self._option(float(self.norm.weight_offset))
+        if not self.norm.round_weight:
+            return w
+        # Between two of the weight's dtype its rounding to float32 decides.
+        w = w if self.norm.weight.dtype == torch.float64 else rounded(w, torch.float32)
+        return rounded(w, self.norm.weight.dtype)
+
     def _as_rows(self, values: Any) -> Any:
-        """Several normalised dimensions are one."""
-        ending = self.norm.ending
+        """Several normalised dimensions are one, and groups of columns are rows."""
+        ending, group_size = self.norm.ending, self.norm.group_size
+        if values is not None and group_size is not None:
+            groups = values.shape[-1] // group_size
+            return values.reshape(*values.shape[:-1], groups, group_size)
         if values is None or ending is None or self.norm.per_head:
             return values
         return values.reshape(*self.shape[: len(self.shape) - len(ending)], math.prod(ending))
 
     def _affine(self, t: Any) -> Any:
         values = widened(t)
+        if values is not None and self.norm.group_size is not None:
+            return self._as_rows(values)
         if values is None or self.norm.ending is None or self.norm.per_head:
             return values
         return values.reshape(-1)
@@ -90,14 +116,8 @@ class Values:
 
     def normalise(self, total: Any) -> None:
         """Take the statistics of x, or of the sum, which is given as residual_out has it."""
-        rounded_to = self.dtype
-        s = self.clamped(self.x, self.dtype)
-        if self.norm.adds:
-            s = self.unrounded_sum()
-            if self.norm.round_sum:
-                assert self.sum_dtype is not None
-                s, rounded_to = self.clamped(self._as_rows(total), self.sum_dtype), self.sum_dtype
-        self.s = s
+        s, rounded_to = self.normalised(total)
+        self.s, self.rounded_to = s, rounded_to
         n = s.shape[-1]
         size = np.abs(s)
         centred, around = s, np.zeros(())
@@ -105,8 +125,8 @@ class Values:
             centred = s - s.sum(-1, keepdims=True) / n
             around = size.sum(-1, keepdims=True) / n
         squares = (centred * centred).sum(-1, keepdims=True)
-        self.rstd = 1 / np.sqrt(squares / n + self.eps)
         self.unknown = np.zeros_like(squares, dtype=bool)
+        self.rstd = self._rstd(squares, 1 if self.norm.op.of_sum else n)
         if self.layer and self.eps == 0:  # of equal values, the error of their mean is what is left
             error = self.unit * size.max(-1, keepdims=True)
             self.unknown = (squares <= n * error * error) & (error > 0)
@@ -120,6 +140,22 @@ class Values:
         self.u = 1 + self.rstd if self.layer else np.ones(())
         rounds = self.norm.round_before_weight and narrower
         self.candidates = self._rounded_xhat(rounded_to) if rounds else [self.xhat]
+
+    def normalised(self, total: Any) -> tuple[Array, torch.dtype]:
+        """X or the sum, and the dtype that roundings of its norm are to."""
+        if not self.norm.op.adds:
+            return self.clamped(self.x, self.dtype), self.dtype
+        if not self.norm.round_sum:
+            return self.unrounded_sum(), self.dtype
+        assert self.sum_dtype is not None
+        return self.clamped(self._as_rows(total), self.sum_dtype), self.sum_dtype
+
+    def _rstd(self, squares: Array, n: int) -> Array:
+        if not self.norm.eps_outside:
+            return np.asarray(1 / np.sqrt(squares / n + self.eps))
+        length = np.sqrt(squares / n)
+        self.divided_by_eps = length < self.eps  # and not by how long it is
+        return np.asarray(1 / np.maximum(length, self.eps))
 
     def _see_limits_of_float32(self, squares: Array, size: Array, n: int) -> None:
         """Where it cannot hold the sum of squares, float32 has 1 / infinity."""
@@ -144,9 +180,13 @@ class Values:
         self.unknown = self.unknown | ((low != high) & np.isfinite(self.rstd))
         self.rstd = rounded(self.rstd, dtype)
 
+    def slack(self) -> Array:
+        """The error of xhat."""
+        return np.asarray(self.unit * self.t + self.arithmetic.underflow * self.u)
+
     def _rounded_xhat(self, dtype: torch.dtype) -> list[Array]:
         """What round_before_weight may make of it: either neighbour, close to their middle."""
-        slack = self.unit * self.t + self.arithmetic.underflow * self.u
+        slack = self.slack()
         if self.arithmetic is FLOAT64 and numbers.DTYPES[dtype].bits < 24:
             slack = slack + 2.0**-24 * np.abs(self.xhat)  # torch rounds to float32 in between
         low, high = rounded(self.xhat - slack, dtype), rounded(self.xhat + slack, dtype)

@@ -1,8 +1,9 @@
 """Gradients in float64 by hand, with their bound.
 
 With s what is normalised, g = grad_y * (weight + weight_offset) and xhat = (s - mean(s)) * rstd,
-that of s is rstd * (g - mean(g) - xhat * mean(g * xhat)), without mean(g) for rms.  The bound is
-that of docs/numerics.md, for a u of |s| * rstd, or (|s| + mean(|s|)) * rstd for layer.
+that of s is rstd * (g - mean(g) - xhat * mean(g * xhat)), without mean(g) for rms; l2 has a sum in
+place of the second mean, and none where eps has divided.  The bound is that of docs/numerics.md,
+for a u of |s| * rstd, or (|s| + mean(|s|)) * rstd for layer.
 """
 
 from __future__ import annotations
@@ -79,8 +80,13 @@ class Gradients:
         def mean(values: Array) -> Array:
             return np.asarray(values.sum(-1, keepdims=True) / values.shape[-1])
 
-        made = g - self.xhat * mean(g * self.xhat)
-        t = size + self.u * mean(size * self.u)
+        def over_row(values: Array) -> Array:
+            return mean(values) * (values.shape[-1] if v.norm.op.of_sum else 1)
+
+        made = g - self.xhat * over_row(g * self.xhat)
+        t = size + self.u * over_row(size * self.u)
+        if v.norm.eps_outside:
+            made = np.where(v.divided_by_eps, g, made)
         if v.layer:
             made, t = made - mean(g), t + mean(size)
         made, t = made * v.rstd, 2 * t * v.rstd

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fuzz.memory import element_bytes, span
-from fuzz.model import FLAGS, INPUTS, Call, Norm, has_memory, is_dense
+from fuzz.memory import element_bytes, packed, span
+from fuzz.model import AFFINE, FLAGS, INDICES, INPUTS, NUMBERS, Call, Norm, has_memory, is_dense
+from normkit._spec import MODULATORS
 
 Kinds = tuple[type[Exception], ...]
 TYPE: Kinds = (TypeError,)
@@ -68,6 +69,22 @@ def _judge_norm(call: Call, norm: Norm, verdict: Verdict) -> None:
     _memory(norm, verdict)
     if call.backend == "cpu" and (norm.x.dtype == torch.float64 or norm.x.is_meta):
         verdict.refuse("use_backend", VALUE, "the kernels take no such x")
+    elif call.backend == "cpu" and may_have_no_kernel(norm):
+        verdict.refuse("use_backend", VALUE, "roundings that no kernel has", surely=False)
+
+
+def may_have_no_kernel(norm: Norm) -> bool:
+    """Whether docs/fusions.md leaves some of such calls to torch."""
+    given = [t for name, t in norm.tensors.items() if name in (*MODULATORS, "cos")]
+    if not all(is_dense(t) for t in given):
+        return True
+    if norm.op.rotated:
+        rounds = norm.round_norm is True or norm.round_each is True
+        return rounds and any(t.shape[-1:] == (0,) for t in given)
+    of_rows = [t for t in given if t.ndim > 1 and math.prod(t.shape[:-1]) != 1]
+    alike = len({tuple(t.shape) for t in of_rows}) < 2
+    tangled = any(t.stride() != packed(tuple(t.shape)) for t in of_rows)
+    return norm.round_each is True or tangled or not alike
 
 
 def _types(norm: Norm, verdict: Verdict) -> None:
@@ -76,12 +93,16 @@ def _types(norm: Norm, verdict: Verdict) -> None:
     for name, t in norm.given.items():
         if not isinstance(t, Tensor):
             verdict.refuse(norm.name(name), TYPE, "no tensor")
+        elif name in INDICES:
+            if t.dtype not in (torch.int32, torch.int64):
+                verdict.refuse(name, TYPE, f"is {t.dtype}")
         elif t.dtype not in (allowed if double or name == "x" else STORED):
             verdict.refuse(norm.name(name), TYPE, f"is {t.dtype}")
     tensors = norm.tensors
-    dtypes = {tensors[name].dtype for name in ("residual", "residual_out") if name in tensors}
-    if "residual_out" in tensors and len(dtypes) > 1:
-        verdict.refuse(norm.name("residual_out"), TYPE, "is not of residual's dtype")
+    of_sum = "out" if norm.is_sum else "residual_out"
+    for one, two in ((of_sum, "residual"), ("sin", "cos")):
+        if {one, two} <= tensors.keys() and tensors[one].dtype != tensors[two].dtype:
+            verdict.refuse(norm.name(one), TYPE, f"is not of {two}'s dtype")
     if norm.out_dtype is not None:
         if norm.out_dtype not in (allowed if double else STORED):
             verdict.refuse("out_dtype", TYPE, "wrong")
@@ -92,9 +113,9 @@ def _types(norm: Norm, verdict: Verdict) -> None:
 def _options(norm: Norm, verdict: Verdict, needs_gradient: bool) -> None:
     double = isinstance(norm.x, Tensor) and norm.x.dtype == torch.float64
     largest = torch.finfo(torch.float64 if double else torch.float32).max
-    for name in ("eps", "weight_offset"):
+    for name in NUMBERS:
         value = getattr(norm, name)
-        if value is None and name == "eps":
+        if value is None and name.endswith("eps"):
             continue
         if isinstance(value, (bool, str, bytes, Tensor)) or not hasattr(value, "__float__"):
             verdict.refuse(name, TYPE, "no number")
@@ -103,7 +124,7 @@ def _options(norm: Norm, verdict: Verdict, needs_gradient: bool) -> None:
             number = float(value)
         except OverflowError:
             number = math.inf
-        if not abs(number) <= largest or (name == "eps" and number < 0):
+        if not abs(number) <= largest or (name.endswith("eps") and number < 0):
             verdict.refuse(name, VALUE, "not in range")
     for name in FLAGS:
         if not isinstance(getattr(norm, name), bool):
@@ -133,22 +154,61 @@ def _shapes(norm: Norm, verdict: Verdict) -> None:
         return
     shape = tuple(norm.x.shape)
     if len(shape) < 1 + norm.per_head:
-        verdict.refuse(norm.name("x"), VALUE, "too few dimensions")
+        by_groups = {"group_size"} if norm.group_size is not None else set()
+        verdict.refuse({norm.name("x")} | by_groups, VALUE, "too few dimensions")
         return
     if norm.ending is not None:
         _ending(norm, shape, verdict)
     elif shape[-1] == 0:
         verdict.refuse(norm.name("x"), VALUE, "rows of no elements")
+    size = norm.group_size
+    if type(size) is int and size > 0 and shape[-1] % size:
+        verdict.refuse("group_size", VALUE, "does not divide x's last dimension")
     for name, t in norm.tensors.items():
         if t.is_nested:
             continue
         found = tuple(t.shape)
-        if name in ("residual", "out", "residual_out") and found != shape:
+        if name in ("residual", "out", "residual_out", "z") and found != shape:
             verdict.refuse(norm.name(name), VALUE, "not of x's shape")
-        if name in ("weight", "bias") and norm.ending is None:
-            fits = found == shape[-1:] or (norm.per_head and found == shape[-2:])
+        if name in AFFINE and norm.ending is None:
+            has_heads = norm.op.per_head and norm.group_size is None
+            fits = found == shape[-1:] or (has_heads and found == shape[-2:])
             if not fits:
                 verdict.refuse(norm.name(name), VALUE, "not of n elements")
+        if name in MODULATORS and not _is_per_row(found, shape):
+            verdict.refuse(name, VALUE, "no row for each of x's")
+    if {"cos", "sin"} <= norm.tensors.keys():
+        _shapes_of_rotation(norm, shape, verdict)
+
+
+def _is_per_row(found: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    fits = all(size in (1, wanted) for size, wanted in zip(found[:-1], shape, strict=False))
+    return 1 <= len(found) <= len(shape) and found[-1] == shape[-1] and fits
+
+
+def _shapes_of_rotation(norm: Norm, shape: tuple[int, ...], verdict: Verdict) -> None:
+    if norm.cos.is_nested or norm.sin.is_nested:
+        return
+    cos, sin, tokens = tuple(norm.cos.shape), tuple(norm.sin.shape), shape[:-2]
+    if cos != sin:
+        verdict.refuse({"cos", "sin"}, VALUE, "not of one shape")
+    for name, of in (("cos", cos), ("sin", sin)):
+        if not of or 2 * of[-1] > shape[-1]:
+            verdict.refuse({name, "cos"}, VALUE, "too many columns")
+    if not isinstance(norm.positions, Tensor):
+        if not _is_per_token(cos[:-1], tokens):
+            verdict.refuse("cos", VALUE, "no row for each token")
+        return
+    if len(cos) != 2:
+        verdict.refuse("cos", VALUE, "no table")
+    if not norm.positions.is_nested and not _is_per_token(tuple(norm.positions.shape), tokens):
+        verdict.refuse("positions", VALUE, "none for each token")
+
+
+def _is_per_token(found: tuple[int, ...], tokens: tuple[int, ...]) -> bool:
+    last = tokens[len(tokens) - len(found) :]
+    fits = all(size in (1, wanted) for size, wanted in zip(found, last, strict=False))
+    return len(found) <= len(tokens) and fits
 
 
 def _ending(norm: Norm, shape: tuple[int, ...], verdict: Verdict) -> None:
@@ -166,8 +226,12 @@ def _written(call: Call, norm: Norm, verdict: Verdict) -> None:
             continue
         if t.is_neg():
             verdict.refuse(shown, VALUE, "written, and negated lazily")
-        if norm.adds and t.ndim and t.shape[-1] > 1 and t.stride(-1) != 1:
-            verdict.refuse(shown, VALUE, "written, and its last stride is not 1")
+        takes_strides = not (norm.op.fused or norm.op.adds)
+        if not takes_strides and t.ndim and t.shape[-1] > 1 and t.stride(-1) != 1:
+            # As a row, a group of one column has no stride, and one of no tensor's has that of any.
+            is_row = norm.group_size is None or (norm.group_size != 1 and t.numel() > 0)
+            why = "written, and its last stride is not 1"
+            verdict.refuse(shown, VALUE, why, surely=is_row)
         if t.is_inference() and call.mode != "inference":
             verdict.refuse(shown, RUNTIME, "an inference tensor")
     if written and call.grad_enabled():
@@ -190,12 +254,18 @@ def _memory(norm: Norm, verdict: Verdict) -> None:
         for other_name, other in tensors.items():
             if other_name in INPUTS and other_name not in written:
                 names = {norm.name(name), norm.name(other_name)}
-                # The sum is written before the weights are read.
-                early = name in ("residual", "residual_out") and other_name in ("weight", "bias")
-                _apart(names, t, other, verdict, may_be_same=not early)
+                _apart(names, t, other, verdict, may_be_same=_may_be_same(norm, name, other_name))
     for one, two in itertools.combinations(written, 2):
         names = {norm.name(one), norm.name(two)}
         _apart(names, written[one], written[two], verdict, may_be_same=False)
+
+
+def _may_be_same(norm: Norm, written: str, other: str) -> bool:
+    if other in (*MODULATORS, "cos", "sin"):  # which rows share
+        return False
+    # A sum is written before the weights are read.
+    early = norm.op.post or (norm.op.adds and written == norm.sum_out)
+    return not (early and other in AFFINE)
 
 
 def _judge_lists(call: Call, verdict: Verdict) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
@@ -12,7 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fuzz.memory import FLOATS, WRITABLE, Arena, Place, packed, span, strides_for
+from fuzz.memory import (
+    FLOATS,
+    LAYOUTS,
+    STYLES,
+    WRITABLE,
+    Arena,
+    Place,
+    packed,
+    span,
+    strides_for,
+)
+from normkit._spec import MODULATORS
 
 WRONG_DTYPES = (
     torch.int32, torch.int64, torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn,
@@ -36,6 +48,7 @@ class Slot:
     inference: bool = False
     needs_gradient: bool = False
     over: str | None = None  # the tensor whose memory it shares
+    below: int | None = None  # of indices: most of them are at least 0, and below this
 
 
 class Maker:
@@ -58,6 +71,10 @@ class Maker:
         around = items + 8 if roomy else 0
         place = self._arena.reserve(self._rng, slot.dtype, items, slot.style, around)
         t = self._finished(slot, slot.dtype, place.offset, slot.shape, strides)
+        if slot.below is not None and slot.dtype in _INDICES:
+            indices = torch.tensor(_indices(self._rng, t.numel(), slot.below)).view(slot.shape)
+            with torch.inference_mode(slot.inference):
+                t.copy_(indices)
         self._made[name] = slot, strides, place, t
         return t
 
@@ -123,6 +140,56 @@ def _stranger(slot: Slot) -> Any:
     }
     assert slot.stranger is not None
     return made[slot.stranger]()
+
+
+_INDICES = (torch.int32, torch.int64)
+
+
+def _indices(rng: Random, count: int, below: int) -> list[int]:
+    """Rows of a table; a few are outside of it."""
+    outside = (-1, below, -below - 1, 2**31 - 1, -(2**31))
+    return [
+        rng.choice(outside) if below == 0 or rng.random() < 0.05 else rng.randrange(below)
+        for _ in range(count)
+    ]
+
+
+def fused_slots(
+    rng: Random, takes: Any, shape: tuple[int, ...], dtype: Callable[[], torch.dtype]
+) -> dict[str, Slot]:
+    """The tensors of x's rows and tokens: those that modulate, and those that rotate."""
+    slots = {}
+    style = "normal" if rng.random() < 0.85 else rng.choice(STYLES)
+    same = rng.random() < 0.6  # one tensor is cut into these, mostly
+    first, rows = dtype(), _rows(rng, shape)
+    for name in filter(takes.__contains__, MODULATORS):
+        if rng.random() < 0.75:
+            of_rows = rows if same or rng.random() < 0.5 else _rows(rng, shape)
+            layout = "packed" if rng.random() < 0.5 else rng.choice(LAYOUTS)
+            slots[name] = Slot(first if same else dtype(), of_rows, layout, style)
+    if "cos" not in takes:
+        return slots
+    columns = rng.choice((shape[-1] // 2, shape[-1] // 2, rng.randint(0, shape[-1] // 2)))
+    tokens = _tokens(rng, shape[:-2])
+    if rng.random() < 0.4:
+        table = (rng.choice((1, 2, 7, 40, 0)), columns)
+        slots["positions"] = Slot(rng.choice(_INDICES), tokens, below=table[0])
+    else:
+        table = (*tokens, columns)
+    layout = "packed" if rng.random() < 0.6 else rng.choice(LAYOUTS)
+    return {"cos": Slot(first, table, layout), "sin": Slot(first, table, layout), **slots}
+
+
+def _rows(rng: Random, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """x's first dimensions, or ones in their place, and its last."""
+    first = shape[: rng.randrange(len(shape))]
+    return (*(size if rng.random() < 0.7 else 1 for size in first), shape[-1])
+
+
+def _tokens(rng: Random, tokens: tuple[int, ...]) -> tuple[int, ...]:
+    """x's last dimensions ahead of the heads, or ones in their place."""
+    last = tokens[rng.choice((0, 0, rng.randrange(len(tokens) + 1))) :]
+    return tuple(size if rng.random() < 0.85 else 1 for size in last)
 
 
 def random_shape(rng: Random, per_head: bool) -> tuple[int, ...]:

@@ -13,8 +13,10 @@ from conformance.support import needs_kernels
 from fuzz import children, rules
 from fuzz.making import FUNCTIONS, make
 from fuzz.memory import FLOATS, Arena
+from fuzz.model import Call, Norm
 from fuzz.running import check
 from fuzz.spoiling import SPOILED, spoiled
+from normkit._spec import OPS
 
 pytestmark = needs_kernels
 
@@ -28,13 +30,15 @@ def test_random_calls_do_what_is_promised() -> None:
     assert not failures, "\n" + children.report(SEED, failures)
 
 
-# (seed, call) of calls that were right, and judged wrong.
-MISJUDGED = [(1795646333, 45184)]  # rstd of equal elements, for gradients from the output
-
-
-@pytest.mark.parametrize(("seed", "number"), MISJUDGED)
-def test_what_was_misjudged_is_right(arena: Arena, seed: int, number: int) -> None:
-    assert not list(check(make(seed, number, arena), arena))
+def test_gradients_from_the_output_of_equal_elements_are_right(arena: Arena) -> None:
+    arena.clear()
+    x = torch.full((3, 9), 0.7, requires_grad=True)
+    weight = torch.linspace(0.5, 2.0, 9)
+    options = {"weight": weight, "eps": 1e-12, "memory_efficient": True}
+    norm = Norm(OPS["layer_norm"], True, False, x, **options)
+    grads = {"grad of y": torch.linspace(-1.0, 1.0, 27).view(3, 9)}
+    call = Call("function", "layer_norm", [norm], {"x": x, **options}, grads=grads)
+    assert not list(check(call, arena))
 
 
 def test_calls_of_every_kind_are_made(arena: Arena) -> None:
@@ -73,6 +77,13 @@ def test_a_wrong_norm_is_found(how: str, arena: Arena, found_without: set[tuple[
     with spoiled(how):
         kinds = [kind for _, kind in found(arena, range(FEW)) - found_without]
     assert kind in kinds
+
+
+def test_wrong_values_of_every_op_are_found(arena: Arena) -> None:
+    with spoiled("an element is two steps off"):
+        wrong = {i for i, kind in found(arena, range(2 * FEW)) if kind == "values"}
+    names = {make(SEED, i, arena).norms[0].op.name for i in wrong}
+    assert names >= set(FUNCTIONS)
 
 
 def test_a_crash_is_one_failure_and_the_calls_behind_it_run(arena: Arena) -> None:
