@@ -6,6 +6,7 @@ import ctypes
 import os
 
 import torch
+from gpu_support import EVERY, call, inputs_on, overwrite, tensors_of
 
 import normkit
 from normkit import parallel
@@ -36,15 +37,22 @@ def capture(mode: str, loading: str) -> None:
     os.environ["CUDA_MODULE_LOADING"] = loading  # read when the first context is made
     inputs = [torch.full((3, n), 3.0, dtype=BF16, device="cuda") for n in SIZES]
     outputs = [torch.zeros_like(x) for x in inputs]
+    of_ops = [(op, inputs_on(op, 3, 128)) for op in EVERY]
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode=mode), normkit.use_backend("cuda"):
         for x, y in zip(inputs, outputs, strict=True):
             normkit.rms_norm(x, out=y)
+        results = [call(op, given) for op, given in of_ops]
     for x in inputs:
         x.copy_(torch.randn(x.shape))
+    for op, given in of_ops:
+        overwrite(given, inputs_on(op, 3, 128, seed=1))
     graph.replay()
     torch.cuda.synchronize()
+    for (op, given), made in zip(of_ops, results, strict=True):
+        for got, expected in zip(tensors_of(made), tensors_of(call(op, given)), strict=True):
+            assert torch.equal(got, expected), op
     for x, y in zip(inputs, outputs, strict=True):
         assert torch.equal(y, normkit.rms_norm(x))
 

@@ -9,8 +9,10 @@ allocation.  Inputs come from the host: nothing but copies and the norms runs on
 from __future__ import annotations
 
 import torch
+from gpu_support import EVERY, call, call_in_place, inputs_on
 
 import normkit
+from conformance.support import BARE
 from normkit.testing import Inputs, make_inputs
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -56,6 +58,11 @@ def calls() -> int:
             mixed = _on_device(mixed)
             normkit.rms_norm(mixed.x, mixed.weight, out_dtype=other)
             normkit.add_layer_norm(mixed.x, mixed.residual, mixed.weight, mixed.bias)
+            done += 2
+    for op in (op for op in EVERY if op not in BARE):  # and all that stands around a norm
+        for rows, n in ((7, 64), (3, 100), (5, 1024), (2, 4096), (2, 8200), (1, 65536)):
+            call(op, inputs_on(op, rows, n))
+            call_in_place(op, inputs_on(op, rows, n, F32))
             done += 2
     torch.cuda.synchronize()
     return done

@@ -7,7 +7,7 @@ import threading
 import first_calls
 import pytest
 import torch
-from gpu_support import OPS, call, inputs_on
+from gpu_support import EVERY, call, inputs_on, overwrite
 
 import normkit
 import starting
@@ -22,7 +22,7 @@ def second() -> torch.device:
     return torch.device("cuda", 1)
 
 
-@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize("op", EVERY, ids=str)
 def test_tensors_on_the_second_device_while_the_first_is_current(
     op: Op, second: torch.device
 ) -> None:
@@ -34,15 +34,14 @@ def test_tensors_on_the_second_device_while_the_first_is_current(
     assert torch.equal(result.y.cpu(), expected.y.cpu())
 
 
-@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize("op", EVERY, ids=str)
 def test_the_stream_is_that_of_the_tensors_device(op: Op, second: torch.device) -> None:
     old, new = (inputs_on(op, 5, 4096, seed=seed, device=second) for seed in (1, 2))
     expected = call(op, new)
     stream = torch.cuda.Stream(second)
     with torch.cuda.stream(stream):
         torch.cuda._sleep(100_000_000)
-        for to, source in zip(old, new, strict=True):
-            to.copy_(source, non_blocking=True)
+        overwrite(old, new, non_blocking=True)
         with torch.cuda.device(0):
             result = call(op, old)
     torch.cuda.synchronize(second)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu_support import call
+from gpu_support import EVERY, call, inputs_on, tensors_of
 
 import normkit
-from conformance.support import RMS, Inputs
+from conformance.support import BARE, RMS, Inputs, Op
 
 BF16 = torch.bfloat16
 CHUNK = 1 << 28
@@ -46,6 +46,26 @@ def test_a_fused_add_beyond_2_to_the_32(needs_memory) -> None:
             y, total = normkit.add_rms_norm(old_x, old_residual, weight)
             assert torch.equal(x[place], y)
             assert torch.equal(residual[place], total)
+
+
+@pytest.mark.parametrize("op", [op for op in EVERY if op not in BARE], ids=str)
+def test_whatever_stands_around_a_norm_beyond_2_to_the_31(op: Op, needs_memory) -> None:
+    """The last rows have the bits that they have alone."""
+    n = 4096
+    rows = (1 << 31) // n + 3
+    shape = (rows // 4 + 1, 4, n) if op.per_head else (rows, n)
+    needs_memory(5 * 2 * (rows + 4) * n + 2 * CHUNK)  # x, residual, z, and two results
+    few = inputs_on(op, 3, n)
+    whole = few._replace(**{name: _random(*shape) for name in ("x", "residual")})
+    if op.gated:
+        whole = whole._replace(z=_random(*shape))
+    result = call(op, whole)
+    last = {
+        name: t[-3:] for name, t in whole._asdict().items() if t is not None and t.shape == shape
+    }
+    expected = call(op, whole._replace(**last))
+    for got, want in zip(tensors_of(result), tensors_of(expected), strict=True):
+        assert torch.equal(got[-3:], want)
 
 
 def test_strides_beyond_2_to_the_32(needs_memory) -> None:

@@ -52,7 +52,8 @@ def _start(sanitizer: str, tool: str, *command: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        env=os.environ
+        | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
     )
 
 

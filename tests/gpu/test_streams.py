@@ -7,13 +7,13 @@ import threading
 
 import pytest
 import torch
-from gpu_support import OPS, SIZES, call, inputs_on, sleep, tensors_of, warm_up
+from gpu_support import EVERY, SIZES, call, inputs_on, overwrite, sleep, tensors_of, warm_up
 
 import normkit
 from conformance.support import RMS, Op, assert_same_results
 
 
-@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize("op", EVERY, ids=str)
 @pytest.mark.parametrize("n", SIZES)
 def test_a_call_waits_for_the_work_before_it_in_its_stream(op: Op, n: int) -> None:
     """Behind a slow kernel x is still the old one: a norm in another stream would read that."""
@@ -23,8 +23,7 @@ def test_a_call_waits_for_the_work_before_it_in_its_stream(op: Op, n: int) -> No
     warm_up(op, old, stream)
     with torch.cuda.stream(stream):
         sleep()
-        for to, source in zip(old, new, strict=True):
-            to.copy_(source, non_blocking=True)
+        overwrite(old, new, non_blocking=True)
         result = call(op, old)
         returned_early = not stream.query()
     torch.cuda.synchronize()
@@ -32,7 +31,7 @@ def test_a_call_waits_for_the_work_before_it_in_its_stream(op: Op, n: int) -> No
     assert_same_results(result, expected)
 
 
-@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize("op", EVERY, ids=str)
 def test_other_streams_do_not_wait_for_a_call(op: Op) -> None:
     inputs = inputs_on(op, 3, 4096)
     expected = call(op, inputs)
@@ -51,7 +50,7 @@ def test_other_streams_do_not_wait_for_a_call(op: Op) -> None:
     assert_same_results(result, expected)
 
 
-@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize("op", EVERY, ids=str)
 def test_the_next_kernel_sees_what_a_call_wrote(op: Op) -> None:
     """The next kernel may be launched early; what it reads must be there all the same."""
     inputs = inputs_on(op, 64, 8192)
@@ -82,7 +81,7 @@ def test_a_chain_of_calls_is_the_same_as_one_by_one() -> None:
 @pytest.mark.parametrize("n", SIZES)
 def test_two_streams_at_once_give_the_bits_of_one(n: int) -> None:
     rows = max(8, 2_000_000 // n)
-    work = [(op, inputs_on(op, rows, n, seed=i)) for i, op in enumerate(OPS)]
+    work = [(op, inputs_on(op, rows, n, seed=i)) for i, op in enumerate(EVERY)]
     expected = [call(op, inputs) for op, inputs in work]
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream(), torch.cuda.Stream()]
@@ -97,7 +96,7 @@ def test_two_streams_at_once_give_the_bits_of_one(n: int) -> None:
 
 
 def test_two_threads_at_once_give_the_bits_of_one() -> None:
-    work = [(op, inputs_on(op, 300, n, seed=n)) for op in OPS for n in (128, 4096, 65536)]
+    work = [(op, inputs_on(op, 300, n, seed=n)) for op in EVERY for n in (128, 4096, 65536)]
     expected = [call(op, inputs) for op, inputs in work]
     torch.cuda.synchronize()
     found: dict[int, list] = {}
@@ -120,7 +119,7 @@ def test_two_threads_at_once_give_the_bits_of_one() -> None:
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_calls_do_not_synchronise() -> None:
     """torch raises on any operation of its own that would; ours must not need one either."""
-    work = [(op, inputs_on(op, 3, 4096)) for op in OPS]
+    work = [(op, inputs_on(op, 3, 4096)) for op in EVERY]
     for op, inputs in work:
         warm_up(op, inputs)
     sleep()
