@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import normkit
 from normkit import _bench
 from normkit._bench import DTYPES, NORMKIT, OPS, TORCH, Op
 
-COMPILED = "torch.compile"
+COMPILED, ROPE = "torch.compile", "norm_rope_"
 
 
 class Case(NamedTuple):
@@ -35,7 +36,25 @@ class Case(NamedTuple):
     @property
     def like(self) -> Op:
         """The op that other libraries have: heads with one weight for all are rows like others."""
-        return OPS[self.op.replace("head_norm", "rms_norm")]
+        return OPS["rms_norm" if self.rotates else self.op.replace("head_norm", "rms_norm")]
+
+    @property
+    def rotates(self) -> bool:
+        """Whether rotary embedding stands behind the norm of heads, in place."""
+        return self.op == ROPE
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """What the function takes."""
+        return ("x", "cos", "sin", "weight") if self.rotates else self.like.tensors
+
+    @property
+    def statements(self) -> dict[str, str]:
+        """What normkit does, and what torch does instead."""
+        if self.rotates:
+            given = ", ".join(self.tensors)
+            return {NORMKIT: f"{self.op}({given})", TORCH: f"x.copy_(roped({given}))"}
+        return {NORMKIT: replace(self.like, function=self.op).normkit, TORCH: self.like.torch}
 
     @property
     def moved(self) -> int:
@@ -75,6 +94,7 @@ HEADLINES = [
 ]
 THROUGHPUT = [
     *HEADLINES,
+    *_cases((ROPE,), (8192, 40, 128), layout="strided"),  # q and k of a packed qkv
     *_cases(ADD, *product((64, 4096, 16, 1024, 1), (4096, 8192)), rivals=True),
     *_cases(HEADS, (64, 40, 128), (4096, 40, 128), (1, 40, 128), rivals=True),
     *_cases(LAYER, (64, 4096), (4096, 4096), (1024, 65536), rivals=True),
@@ -99,13 +119,30 @@ def make_sets(case: Case, sets: int, device: str) -> list[Names]:
     made = []
     for _ in range(sets):
         names = _bench.operands(case.like, case.shape, DTYPES[case.dtype], device)
-        names |= {case.op: getattr(_bench.functional, case.op)}
+        names |= {case.op: getattr(normkit, case.op)}
+        if case.rotates:
+            names |= _table(case.shape[0], case.shape[-1] // 2, device)
         if case.layout == "strided":
             names |= {k: _in_wider_rows(names[k]) for k in ("x", "residual") if k in names}
         if case.weight:
             names["weight"] = names["weight"].to(DTYPES[case.weight])
         made.append(names)
     return made
+
+
+def _table(tokens: int, columns: int, device: str) -> Names:
+    """Cos and sin of every token, in float32, and torch's way to rotate by them."""
+    frequencies = 1e6 ** (-torch.arange(columns, device=device) / columns)
+    angles = torch.arange(tokens, device=device, dtype=torch.float32).outer(frequencies)
+    return {"cos": angles.cos(), "sin": angles.sin(), "roped": roped}
+
+
+def roped(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor) -> Tensor:
+    """The norm and the rotation as models write them."""
+    n = F.rms_norm(x, x.shape[-1:], weight, 1e-6)
+    cos, sin = (torch.cat((t, t), -1).unsqueeze(-2) for t in (cos, sin))
+    first, second = n.chunk(2, -1)
+    return n * cos + torch.cat((-second, first), -1) * sin
 
 
 def _in_wider_rows(values: Tensor) -> Tensor:
@@ -186,8 +223,7 @@ def candidates(
     case: Case, device: str, without: dict[str, str], *, compiles: bool = False
 ) -> dict[str, Call]:
     """Who can be timed on a case; why others cannot goes into `without`."""
-    ours = replace(case.like, function=case.op)
-    found = {NORMKIT: evaluated(ours.normkit), TORCH: evaluated(case.like.torch)}
+    found = {name: evaluated(statement) for name, statement in case.statements.items()}
     if case.rivals and compiles:
         function, statement = compiled(case.like)
         found[COMPILED] = evaluated(statement, compiled=function)

@@ -45,7 +45,7 @@ PDL = "NORMKIT_PDL"  # 0: the norms' launches do not overlap
 
 def launch_of(case: Case, names: Names) -> Launch:
     """How the CUDA kernels are launched; raises where something else would be measured."""
-    asked = normkit.explain(case.op, *(names[name] for name in case.like.tensors))
+    asked = normkit.explain(case.op, *(names[name] for name in case.tensors))
     if asked.backend != "cuda":
         raise RuntimeError(f"the backend is {asked.backend}: {asked.reason}")
     return Launch.of_plan(str(asked.plan), math.prod(case.shape[:-1]))

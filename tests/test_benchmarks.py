@@ -423,6 +423,23 @@ def test_each_case_comes_once_and_the_headlines_come_first() -> None:
     assert Case("add_rms_norm", "float32", (16, 64)).moved == 4 * 16 * 64 * 4
 
 
+def test_a_norm_with_rotary_embedding_is_timed_in_place_where_the_heads_lie() -> None:
+    case = next(case for case in cases.THROUGHPUT if case.rotates)
+    case = case._replace(shape=(5, *case.shape[1:]), dtype="float32")
+    (names,) = cases.make_sets(case, 1, "cpu")
+    x = names["x"]
+    assert not x.is_contiguous()
+    expected = names["roped"](*(names[name] for name in case.tensors))
+    before, found = x.clone(), cases.candidates(case, "cpu", {})
+    assert set(found) == {NORMKIT, TORCH}
+    for call in found.values():
+        x.copy_(before)
+        with torch.no_grad():
+            call(names)
+        torch.testing.assert_close(x, expected)
+    assert case.moved == 2 * 5 * 40 * 128 * 4
+
+
 def test_the_predictions_of_the_docs_are_those_of_the_instructions() -> None:
     docs = scripts.nvcc.ROOT / "docs" / "benchmarks.md"
     assert scripts.predictions.forecast() in docs.read_text()

@@ -52,6 +52,7 @@ LITTLE = [
     Case("add_rms_norm", "bfloat16", (2, 64), weight="float32"),
     Case("head_norm", "bfloat16", (2, 4, 16), "strided", rivals=True),
 ]
+ROPE = Case("norm_rope_", "bfloat16", (2, 4, 16), "strided")
 TOO_LARGE = Case("rms_norm", "float32", (4096, 4096))
 
 
@@ -110,7 +111,7 @@ Rehearsal = Callable[[Stage], None]
 
 
 def gpu_measures_keeps_and_reports(stage: Stage) -> None:
-    stage.patch.setattr(gpu, "THROUGHPUT", [*LITTLE, TOO_LARGE])
+    stage.patch.setattr(gpu, "THROUGHPUT", [*LITTLE, ROPE, TOO_LARGE])
     stage.patch.setenv("NORMKIT_COMMIT", "abc")
     out, kept = stage.run("gpu", "--rounds", "2")
     results = kept["results"]
@@ -118,7 +119,7 @@ def gpu_measures_keeps_and_reports(stage: Stage) -> None:
     assert kept["machine"]["driver"] == "580.1"
     assert set(kept["failed"]) == {"throughput rms_norm float32 4096x4096, cold"}, kept["failed"]
     assert [(r["part"], r["floor"]) for r in results] == (
-        [("latency", "empty kernel")] * 6 + [("throughput", COPY)] * 3
+        [("latency", "empty kernel")] * 6 + [("throughput", COPY)] * 4
     )
     assert {r["commit"] for r in results} == {"abc"}
     assert results[0]["label"] == "2x8192 hot, PDL"
