@@ -181,10 +181,15 @@ class FusedValues(Values):
             return n
         if self.norm.round_each:
             n = self._rounded(n, self.dtype)
-        y = self._times(n, self._activated())
-        # The weight may be what act(z) multiplies first, and that product subnormal.
-        lost = self.arithmetic.underflow * np.abs(self.xhat)
-        return self._plus(y, Interval(-lost, np.zeros_like(lost), lost))
+        act = self._activated()
+        y = self._times(n, act)
+        if self.arithmetic is FLOAT32 and self.w is not None:
+            # The weight may be what act(z) multiplies first: that product may be subnormal, or inf.
+            lost = self.arithmetic.underflow * np.abs(self.xhat)
+            first = self._times(Interval.of(self.w), act)
+            lost = np.where(np.isnan(first.low) & ~np.isnan(first.exact), np.nan, lost)
+            y = self._plus(y, Interval(-lost, np.zeros_like(lost), lost))
+        return y
 
     def _sum_behind(self) -> Interval:
         norm, n, kept = self.norm, self._norm(), Interval.of(self.residual)

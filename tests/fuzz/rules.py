@@ -225,7 +225,8 @@ def _written(call: Call, norm: Norm, verdict: Verdict) -> None:
         if not is_dense(t):
             continue
         if t.is_neg():
-            verdict.refuse(shown, VALUE, "written, and negated lazily")
+            surely = norm.group_size is None or t.numel() > 0
+            verdict.refuse(shown, VALUE, "written, and negated lazily", surely=surely)
         takes_strides = not (norm.op.fused or norm.op.adds)
         if not takes_strides and t.ndim and t.shape[-1] > 1 and t.stride(-1) != 1:
             # As a row, a group of one column has no stride, and one of no tensor's has that of any.
