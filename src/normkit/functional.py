@@ -286,8 +286,9 @@ def add_rms_norm(
         round_sum: take the statistic and y from the sum as rounded to residual's dtype, so that
             fused equals unfused, bit for bit; False: from the float32 sum, as FlashInfer and QuACK
             do.
-        residual_out: written and returned, if given: x's shape, residual's dtype, last stride 1;
-            may be residual, or x, but share no memory with weight or bias.
+        residual_out: written and returned, if given: x's shape, residual's dtype; may be residual,
+            or x, but share no memory with weight or bias.  Here it and out need last stride 1, and
+            inputs with another are copied.
 
     The other arguments, errors and rounding are those of `rms_norm`, of the sum.
 
