@@ -180,6 +180,14 @@ def test_single_columns_that_are_negated_lazily_count_as_negative(several: Sever
     assert_same_bits(made[0], several("qk_norm_rope", q, q, one, -one, together=False)[0])
 
 
+def test_strided_columns_among_several_are_read_where_they_are(several: Several) -> None:
+    image = testing.make_inputs((2, 20, 3, 4), F32).x
+    xs = [image.permute(0, 2, 3, 1), testing.make_inputs((5, 64), BF16).x]
+    expected = several("norms", [x.contiguous() for x in xs], kind="layer")
+    for got, one in zip(several("norms", xs, kind="layer"), expected, strict=True):
+        assert_same_bits(got, one)
+
+
 def test_more_norms_than_a_launch_has_room_for(backend: Any, several: Several) -> None:
     xs = [testing.make_inputs((rows, n), F32).x for rows, n in ((1, 8), (0, 9), (5, 2), (2, 700))]
     xs += [testing.make_inputs((rows, 40), BF16).x for rows in range(1, 8)]
