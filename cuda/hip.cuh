@@ -6,8 +6,15 @@
 // half, and all threads of a block come to each one.
 #define __shfl_sync(mask, v, lane, width) __shfl(v, lane, width)
 #define __shfl_xor_sync(mask, v, lanes, width) __shfl_xor(v, lanes, width)
+#define __syncwarp() ::normkit::cuda::order_wave()
 
 namespace normkit::cuda {
+
+// A wave runs in step; what remains is what the compiler may reorder.
+__device__ __forceinline__ void order_wave() {
+  __builtin_amdgcn_fence(__ATOMIC_ACQ_REL, "wavefront");
+  __builtin_amdgcn_wave_barrier();
+}
 
 // Under the names of CUDA's headers; hip_bf16.h has come late, and has changed since.
 struct __nv_bfloat16 {

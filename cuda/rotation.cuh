@@ -145,6 +145,7 @@ __global__ void __launch_bounds__(kMostLanes, 1) norm_batch_kernel(BatchArgs bat
     rstd = a.options.eps_outside ? reciprocal_length(a, squares) : reciprocal_deviation(a, squares);
     if (a.options.round_rstd) rstd = round_to(a.x.dtype, rstd);
   }
+  __syncwarp();  // others may have read what a lane writes, and a shuffle orders no memory
   let_next_kernel_start();
   if (!live) return;
   if (lane == 0) save<Statistic::kLayer>(a, row, mean, rstd);

@@ -306,6 +306,14 @@ _OF_BATCHES = (
         "if (a.kept != Kept::kNone) {",
     ),
     mutant(
+        "batch-writes-what-others-read",
+        "a lane writes columns that others of its warp have read for the statistics, unordered",
+        THREAD,
+        KERNEL,
+        "  __syncwarp();",
+        "",
+    ),
+    mutant(
         "batch-squares-behind-the-end",
         "what is no column counts as mean squared",
         PLAIN,
