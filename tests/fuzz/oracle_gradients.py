@@ -59,7 +59,9 @@ class Gradients:
             expected, t = self._of_weight() if name == "weight" else self._of_bias()
             values = values.reshape(expected.shape)
             known = np.broadcast_to(not self.v.unknown.any(), expected.shape)
-        bound = step(expected, got.dtype) / 2 * _STORE + self.v.unit * t
+        # The other of two xhats may lie where steps are wider.
+        reach = np.abs(expected) + np.where(np.isfinite(t), self.v.unit * t, 0.0)
+        bound = step(reach, got.dtype) / 2 * _STORE + self.v.unit * t
         # Products that underflow in float32.
         bound = bound + 2.0**-140
         known = known & np.isfinite(expected) & np.isfinite(t) & ~self._may_overflow(name, t)

@@ -5,16 +5,20 @@ from __future__ import annotations
 import os
 import signal
 from collections import Counter
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+import normkit
 from conformance.support import needs_kernels
 from fuzz import children, rules
 from fuzz.making import FUNCTIONS, make
 from fuzz.memory import FLOATS, Arena
 from fuzz.model import Call, Norm
 from fuzz.running import check
+from fuzz.several import Several
 from fuzz.spoiling import SPOILED, spoiled
 from normkit._spec import OPS
 
@@ -95,6 +99,40 @@ def test_a_crash_is_one_failure_and_the_calls_behind_it_run(arena: Arena) -> Non
     assert crashing
     assert [crash.number for crash in crashes] == crashing
     assert all(f"signal {signal.SIGSEGV.value}" in crash.detail for crash in crashes)
+
+
+def test_random_calls_of_several_norms_do_what_is_promised(arena: Arena) -> None:
+    for i in range(CALLS // 20):
+        with torch.no_grad(), np.errstate(all="ignore"):
+            wrong = list(Several(SEED, i, arena).failures())
+        assert not wrong, f"Several({SEED}, {i}): {wrong}"
+
+
+@pytest.mark.parametrize("what", ["values of q", "values of k", "k_cache", "v", "memory"])
+def test_wrong_norms_among_several_are_found(
+    what: str, arena: Arena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = normkit.qk_norm_rope
+
+    def wrong(q: torch.Tensor, k: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        made = right(q, k, *rest, **options)
+        changed = {
+            "k_cache": options.get("k_cache"),
+            "v": options.get("v"),
+            "memory": options.get("sin"),
+        }
+        changed |= {"values of q": made[0], "values of k": made[1]}
+        t = changed[what]
+        if t is not None:
+            t.copy_(t * 1.5 + 1)
+        return made
+
+    monkeypatch.setattr(normkit, "qk_norm_rope", wrong)
+    kinds = set()
+    with torch.no_grad(), np.errstate(all="ignore"):
+        for i in range(60):
+            kinds |= {failure.kind for failure in Several(SEED, i, arena).failures()}
+    assert what in kinds
 
 
 def test_a_call_is_made_from_its_number_alone(arena: Arena) -> None:
