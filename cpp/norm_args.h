@@ -143,11 +143,12 @@ struct Rotation {
 // Where y goes as well: a cache of pages, in which the row's token has a slot.  Slots outside of it
 // are not written.
 struct Cache {
+  bool on = false;  // there may be one without slots
   RowsOf rows;  // of slot 0; strides are those of heads
   IndexOf slot;
   int64_t slots = 0, page_slots = 1;         // in all, and of a page
   int64_t page_stride = 0, slot_stride = 0;  // bytes
-  explicit operator bool() const { return slots > 0; }
+  explicit operator bool() const { return on; }
 };
 
 // The dtype of what torch computes of two tensors.

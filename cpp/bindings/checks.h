@@ -409,6 +409,7 @@ inline void lay_out_rotated(const Arguments& a, RowNorm& norm) {
                  slots = index(a.slots);
   Tensor cache = a.cache;
   int64_t of_heads[kMaxOuterDims + 2] = {};
+  c.on = bool(cache);
   if (cache) {
     c.slots = cache.shape[0] * cache.shape[1];
     c.page_slots = cache.shape[1];
@@ -437,7 +438,7 @@ inline void lay_out(const Arguments& a, RowNorm& norm) {
   norm.modulation = {};
   norm.gating.z.data = nullptr;
   norm.rotation.width = 0;
-  norm.cache.slots = 0;
+  norm.cache.on = false;
   if (a.post) return lay_out_post_norm(a, norm);
   if (a.rotated || a.cache) return lay_out_rotated(a, norm);
   if (a.is_modulated()) {

@@ -245,6 +245,18 @@ def test_q_k_and_v_have_the_bits_of_their_own_calls_and_the_cache_has_theirs(
             cache.assert_only_elements_written()
 
 
+@pytest.mark.parametrize("norm_v", [False, True])
+def test_a_cache_without_pages_gets_nothing(several: Several, norm_v: bool) -> None:
+    q, k, v = packed(BF16).split(HEADS, -2)
+    none = torch.empty(0, PAGE, HEADS[1], WIDTH, dtype=BF16)
+    slots = torch.tensor([0, -1, 3, 1, 2])
+    options = {"v": v, "norm_v": norm_v, "k_cache": none, "v_cache": none, "slots": slots}
+    made = several("qk_norm_rope", q, k, *angles(), **options)
+    expected = several("qk_norm_rope", q, k, *angles(), v=v, norm_v=norm_v)
+    for got, one in zip(made, expected, strict=True):
+        assert_same_bits(got, one)
+
+
 def test_q_and_k_of_a_packed_projection_are_written_in_place(several: Several) -> None:
     projection, table = packed(BF16), angles()
     q, k, v = projection.split(HEADS, -2)

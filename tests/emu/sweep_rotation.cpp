@@ -190,6 +190,7 @@ struct Problem {
     const bool tokens_first = c.paged == kTokensFirst;
     lay_out(to.rows, cache.data(), cache.dtype, 0, 0, tokens_first ? row : c.page_slots * row);
     lay_out(to.slot, slots, false);
+    to.on = true;
     to.slots = of_slots();
     to.page_slots = c.page_slots;
     to.slot_stride = c.huge ? 0 : tokens_first ? c.heads * row : row;
