@@ -127,9 +127,9 @@ class Values:
         squares = (centred * centred).sum(-1, keepdims=True)
         self.unknown = np.zeros_like(squares, dtype=bool)
         self.rstd = self._rstd(squares, 1 if self.norm.op.of_sum else n)
-        if self.layer and self.eps == 0:  # of equal values, the error of their mean is what is left
+        if self.layer:  # of equal values, the error of their mean may be all that is left
             error = self.unit * size.max(-1, keepdims=True)
-            self.unknown = (squares <= n * error * error) & (error > 0)
+            self.unknown = (squares + n * self.eps <= n * error * error) & (error > 0)
         if self.arithmetic is FLOAT32:
             self._see_limits_of_float32(squares, size, n)
         narrower = numbers.DTYPES[rounded_to].bits < self.arithmetic.bits
