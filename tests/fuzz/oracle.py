@@ -182,7 +182,8 @@ class Values:
 
     def slack(self) -> Array:
         """The error of xhat."""
-        return np.asarray(self.unit * self.t + self.arithmetic.underflow * self.u)
+        of_float32 = self.arithmetic.underflow * self.u if self.arithmetic is FLOAT32 else 0.0
+        return np.asarray(self.unit * self.t + of_float32)  # where u may be infinite
 
     def _rounded_xhat(self, dtype: torch.dtype) -> list[Array]:
         """What round_before_weight may make of it: either neighbour, close to their middle."""
