@@ -235,6 +235,9 @@ inline Refusal check_memory(const Arguments& a) {
   // Rows of x share these, and other rows are read when one is written.
   for (const Tensor* table : {&a.cos, &a.sin})
     if (share_memory(a.out, *table)) return {table->name, "overlaps the output", Refusal::kMemory};
+  for (const Indices* t : {&a.positions, &a.slots})
+    if (share_memory(a.out, *t) || share_memory(a.cache, *t))
+      return {t->name, "overlaps what is written", Refusal::kMemory};
   if (a.cache)
     for (const Tensor* t : {&a.x, &a.weight, &a.bias, &a.cos, &a.sin, &a.out})
       if (share_memory(a.cache, *t)) return {"cache", "overlaps another tensor", Refusal::kMemory};

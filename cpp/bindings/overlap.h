@@ -15,7 +15,8 @@ inline bool same_shape(const Tensor& a, const Tensor& b) {
 inline bool has_strided_columns(const Tensor& t) { return t.size(1) > 1 && t.stride(1) != 1; }
 
 // Whether the memory from the first to the last element of one crosses that of the other.
-inline bool share_memory(const Tensor& a, const Tensor& b) {
+template <class Other>
+bool share_memory(const Tensor& a, const Other& b) {
   return a && b && a.data < b.data + b.extent() && b.data < a.data + a.extent();
 }
 

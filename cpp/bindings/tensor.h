@@ -157,6 +157,8 @@ struct Tensor {
 struct Indices : Tensor {
   bool wide = false;
 
+  int64_t extent() const { return Tensor::extent() * (wide ? 2 : 1); }
+
   Refusal read(PyObject* source) {
     if (source == Py_None) return {};
     DLTensor view;

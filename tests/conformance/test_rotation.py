@@ -370,6 +370,14 @@ def test_an_output_that_crosses_a_table_is_refused(backend: Any) -> None:
         backend.unexplained("norm_rope_", memory, cos, torch.ones(12))
 
 
+def test_an_output_over_the_positions_is_refused(backend: Any) -> None:
+    memory = torch.zeros(5, 2, 24)
+    positions = memory[3:].flatten().view(torch.int64)[-5:]
+    table = torch.ones(3, 12), torch.ones(3, 12)
+    with pytest.raises(ValueError, match=r"^x: expected memory apart from positions's, got an ove"):
+        backend.unexplained("norm_rope_", memory, *table, positions=positions)
+
+
 def test_nan_and_infinity_stay_in_their_row(backend: Any) -> None:
     x, cos, sin, *_ = OP.tensors(made((4, 2, 24), F32, 12))
     clean = backend("norm_rope", x, cos, sin)

@@ -457,6 +457,8 @@ def _check_memory(call: Call) -> None:
                 raise ValueError(
                     f"{name}: expected {other_name}'s memory or none of it, got a partial overlap"
                 )
+        for other_name, other in call.indices():
+            check_apart(name, t, other_name, other)
     for (name, t), (other_name, other) in combinations(written, 2):
         check_apart(name, t, other_name, other)
 
