@@ -119,7 +119,7 @@ struct NormBefore {
 // one of four.
 struct IndexOf {
   RowsOf at;
-  bool wide;  // eight bytes
+  bool wide = false;  // eight bytes
   explicit operator bool() const { return at.data; }
 };
 
@@ -144,7 +144,7 @@ struct Rotation {
 // are not written.
 struct Cache {
   bool on = false;  // there may be one without slots
-  RowsOf rows;  // of slot 0; strides are those of heads
+  RowsOf rows;      // of slot 0; strides are those of heads
   IndexOf slot;
   int64_t slots = 0, page_slots = 1;         // in all, and of a page
   int64_t page_stride = 0, slot_stride = 0;  // bytes
