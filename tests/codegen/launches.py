@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import shutil
 import subprocess
@@ -99,14 +100,16 @@ def _program() -> Path:
     text = b"".join(path.name.encode() + path.read_bytes() for path in sorted(sources))
     key = hashlib.sha256(text + repr(FLAGS).encode()).hexdigest()[:16]
     kept = KEPT / f"arguments.{key}"
-    if not kept.exists():
-        _compile(kept)
+    KEPT.mkdir(parents=True, exist_ok=True)
+    with (KEPT / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # other processes of the tests want it too
+        if not kept.exists():
+            _compile(kept)
     _made.append(kept)
     return kept
 
 
 def _compile(program: Path) -> None:
-    KEPT.mkdir(parents=True, exist_ok=True)
     for old in KEPT.glob("arguments.*"):
         shutil.rmtree(old) if old.is_dir() else old.unlink()
     folder = program.with_suffix(".objects")

@@ -100,7 +100,7 @@ def test_every_instance_is_there_once(kernels: list[Kernel]) -> None:
             found = [k.instance for k in kernels if (k.arch, k.dtype) == (arch, source)]
             assert len(found) == len(set(found)), (arch, source)
             assert set(found) == expected[source], (arch, source)
-    assert len(named_streamed()) == 11
+    assert len(named_streamed()) == 12
 
 
 def test_every_source_of_the_build_is_compiled() -> None:
