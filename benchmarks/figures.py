@@ -161,8 +161,8 @@ FIGURES: dict[str, tuple[Callable[[Figure, Mapping[str, Any]], None], str, tuple
 
 
 def kept_results(question: str, folder: Path = RESULTS) -> Path:
-    (path,) = sorted(folder.glob(f"{question}-*.json"))
-    return path
+    """Of several machines, that of which most is kept."""
+    return max(sorted(folder.glob(f"{question}-*.json")), key=lambda path: path.stat().st_size)
 
 
 def digest(path: Path) -> str:
