@@ -165,7 +165,7 @@ inline bool is_per_token(const Tensor& t, int ndim, const Tensor& x) {
   return true;
 }
 
-inline Refusal check_rotation(const Arguments& a) {
+[[gnu::noinline]] inline Refusal check_rotation(const Arguments& a) {
   if (a.is_modulated() || a.z || a.post || a.residual || !a.per_head)
     return {"x", "is rotated, and no kernel does more than that", Refusal::kOption};
   for (const Tensor* t : {&a.cos, &a.sin}) {
@@ -190,7 +190,7 @@ inline Refusal check_rotation(const Arguments& a) {
 }
 
 // (pages, slots of a page, heads, head_dim), at any strides but the last.
-inline Refusal check_cache(const Arguments& a) {
+[[gnu::noinline]] inline Refusal check_cache(const Arguments& a) {
   const Tensor& c = a.cache;
   if (a.is_modulated() || a.z || a.post || a.residual)
     return {"cache", "is not None", Refusal::kOption};
@@ -206,6 +206,20 @@ inline Refusal check_cache(const Arguments& a) {
   bool fits = a.slots.ndim == a.x.ndim - 2;
   for (int d = 0; fits && d < a.slots.ndim; ++d) fits = a.slots.shape[d] == a.x.shape[d];
   if (!fits) return {"slots", "does not fit x's shape", Refusal::kShape};
+  return {};
+}
+
+// Out of line, where it costs other calls nothing.
+[[gnu::noinline]] inline Refusal check_memory_of_rotation(const Arguments& a) {
+  // Rows of x share these, and other rows are read when one is written.
+  for (const Tensor* table : {&a.cos, &a.sin})
+    if (share_memory(a.out, *table)) return {table->name, "overlaps the output", Refusal::kMemory};
+  for (const Indices* t : {&a.positions, &a.slots})
+    if (share_memory(a.out, *t) || share_memory(a.cache, *t))
+      return {t->name, "overlaps what is written", Refusal::kMemory};
+  if (a.cache)
+    for (const Tensor* t : {&a.x, &a.weight, &a.bias, &a.cos, &a.sin, &a.out})
+      if (share_memory(a.cache, *t)) return {"cache", "overlaps another tensor", Refusal::kMemory};
   return {};
 }
 
@@ -232,15 +246,8 @@ inline Refusal check_memory(const Arguments& a) {
     for (const Tensor* affine : {&a.weight, &a.bias, &a.next_weight, &a.next_bias})
       if (share_memory(a.out, *affine) || share_memory(a.residual_out, *affine))
         return {affine->name, "overlaps an output", Refusal::kMemory};
-  // Rows of x share these, and other rows are read when one is written.
-  for (const Tensor* table : {&a.cos, &a.sin})
-    if (share_memory(a.out, *table)) return {table->name, "overlaps the output", Refusal::kMemory};
-  for (const Indices* t : {&a.positions, &a.slots})
-    if (share_memory(a.out, *t) || share_memory(a.cache, *t))
-      return {t->name, "overlaps what is written", Refusal::kMemory};
-  if (a.cache)
-    for (const Tensor* t : {&a.x, &a.weight, &a.bias, &a.cos, &a.sin, &a.out})
-      if (share_memory(a.cache, *t)) return {"cache", "overlaps another tensor", Refusal::kMemory};
+  if (a.rotated || a.cache)
+    if (const Refusal no = check_memory_of_rotation(a)) return no;
   if (share_memory(a.out, a.residual_out))
     return {a.out.name, "may overlap residual_out", Refusal::kMemory};
   return {};
@@ -388,7 +395,7 @@ class PerToken : public Tensor {
   int64_t strides_[kMaxOuterDims + 2] = {};
 };
 
-inline void lay_out_rotated(const Arguments& a, RowNorm& norm) {
+[[gnu::noinline]] inline void lay_out_rotated(const Arguments& a, RowNorm& norm) {
   Rotation& r = norm.rotation;
   r.width = a.rotated ? 2 * a.cos.size(1) : 0;
   r.interleaved = a.interleaved;

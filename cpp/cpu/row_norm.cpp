@@ -1,7 +1,6 @@
 #include "row_norm.h"
 
 #include <algorithm>
-#include <optional>
 
 #include "columns.h"
 #include "cursor.h"
@@ -259,13 +258,13 @@ void run_part(void* context, int part) {
   const RowsOf* const tensors[] = {&norm.x, &norm.residual, &norm.out, &norm.residual_out};
   Cursor cursor(tensors, norm.outer_dims, norm.outer_size, begin);
   GroupCursor affine_cursor(norm.weight, norm.bias, begin);
-  std::optional<ModulationCursor> modulation_cursor;
-  std::optional<Cursor<1>> z_cursor;
+  Room<ModulationCursor> modulation_cursor;
+  Room<Cursor<1>> z_cursor;
   float* const memory = job.modulation ? job.modulation + part * job.modulation_floats : nullptr;
   float* normalised = memory;
-  std::optional<RotationCursor> rotation_cursor;
-  std::optional<Rotator> rotator;
-  std::optional<CacheCursor> cache_cursor;
+  Room<RotationCursor> rotation_cursor;
+  Room<Rotator> rotator;
+  Room<CacheCursor> cache_cursor;
   if (norm.cache) cache_cursor.emplace(norm, begin);
   if (norm.gating) {
     const RowsOf* const z[] = {&norm.gating.z};
@@ -317,7 +316,7 @@ void run_part(void* context, int part) {
     modulation_cursor->fill(b);
     if (job.stages.has_scale) take_modulation(b);
   };
-  std::optional<StridedColumns> columns;
+  Room<StridedColumns> columns;
   if (job.columns)
     columns.emplace(norm, job.plan.block_rows,
                     reinterpret_cast<char*>(job.columns + part * job.columns_floats));
@@ -398,7 +397,7 @@ void row_norm(const RowNorm& norm) {
     job.columns_floats = StridedColumns::bytes(norm, job.plan.block_rows) / sizeof(float);
     job.columns = columns_scratch.reserve(job.plan.threads * job.columns_floats);
   }
-  std::optional<First> first;
+  Room<First> first;
   if (norm.before) {
     first.emplace(First{norm_before_sum(norm), {}, nullptr, 0});
     first->stages = stages_of(first->norm, kernels);
