@@ -329,6 +329,17 @@ def test_gradients_of_a_case_that_breaks_a_bound_are_found(backend: Any) -> None
             check(case, made._replace(**{name: broken}))
 
 
+@pytest.mark.parametrize("value", [0.1, 1 / 3, 1.7])
+def test_sums_of_equal_gradients_lose_no_more_than_stated(backend: Any, value: float) -> None:
+    """Roundings of equal numbers do not cancel: beyond the bound, as docs/numerics.md says."""
+    tokens = 512 if backend.name == "emu" else 16384
+    x, bias = torch.randn(tokens, 5, 8), torch.zeros(5, 8, requires_grad=True)
+    y = backend("head_norm", x, None, bias)
+    (got,) = torch.autograd.grad(y, bias, torch.full_like(y, value))
+    expected = tokens * torch.tensor(value).double()
+    assert (got.double() - expected).abs().max() <= 32 * 2.0**-24 * expected
+
+
 def test_calls_that_users_make_take_this_path() -> None:
     y = call("rms_norm", torch.ones(2, 4, requires_grad=True))
     assert y.grad_fn.name() == "_NormBackward"

@@ -22,15 +22,14 @@ from normkit._spec import NATIVE, Call
 def run_several(calls: Sequence[tuple[Any, ...]]) -> list[Tensor]:
     """The results of calls, of which each is what `call_of` takes."""
     made = None if is_dynamo_compiling() else backends.quick_norms(tuple(calls))
-    if made is not None:
-        return [call[1] if y is None else y for call, y in zip(calls, made, strict=True)]
-    checked = [call_of(call) for call in calls]
-    if not is_dynamo_compiling():
-        checked = [check(call) for call in checked]
-        made = _by_name(checked)
     if made is None:
-        return [_alone(call) for call in checked]
-    return [call.x if y is None else y for call, y in zip(checked, made, strict=True)]
+        checked = [call_of(call) for call in calls]
+        if not is_dynamo_compiling():
+            checked = [check(call) for call in checked]
+            made = _by_name(checked)
+        if made is None:
+            return [_alone(call) for call in checked]
+    return [call[1] if y is None else y for call, y in zip(calls, made, strict=True)]
 
 
 def call_of(native: tuple[Any, ...]) -> Call:
