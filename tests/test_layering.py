@@ -19,7 +19,7 @@ PACKAGE = ROOT / "src" / "normkit"
 
 # A module imports from the layers before its own, never from its own; a new file needs a place.
 LAYERS = [
-    {"_C", "_serving", "_spec", "reference"},
+    {"_C", "_serving", "_spec", "_version", "reference"},
     {
         "_scripting",
         "_serving.refusal",

@@ -3,11 +3,11 @@
 import sys as _sys
 import typing as _typing
 from importlib import import_module as _import_module
-from importlib.metadata import version as _version
 
 from normkit._serving.backends import Backend, backends, use_backend
 from normkit._serving.dispatch import Explanation
 from normkit._serving.inline import compile_mode
+from normkit._version import VERSION as _VERSION
 from normkit.functional import (
     add_head_norm,
     add_head_norm_,
@@ -43,7 +43,7 @@ if _typing.TYPE_CHECKING:
     from normkit.loading import load_norm
     from normkit.recognition import Recognition, recognise
 
-__version__ = _version("normkit")
+__version__ = _VERSION
 
 __all__ = [
     "Backend",

@@ -205,47 +205,47 @@ class Call:
     @property
     def layer(self) -> bool:
         """Whether the mean is subtracted."""
-        return bool(self.kind & LAYER)
+        return self.kind & LAYER != 0
 
     @property
     def per_head(self) -> bool:
         """Whether weight and bias may have a row per head."""
-        return bool(self.kind & PER_HEAD)
+        return self.kind & PER_HEAD != 0
 
     @property
     def adds(self) -> bool:
         """Whether the sum with a residual is normalised."""
-        return bool(self.kind & ADD)
+        return self.kind & ADD != 0
 
     @property
     def modulated(self) -> bool:
         """Whether it may have a gate, scale or shift."""
-        return bool(self.kind & MODULATED)
+        return self.kind & MODULATED != 0
 
     @property
     def gated(self) -> bool:
         """Whether an activation of z multiplies it."""
-        return bool(self.kind & GATED)
+        return self.kind & GATED != 0
 
     @property
     def post(self) -> bool:
         """Whether x is normalised before it is added to the residual."""
-        return bool(self.kind & POST)
+        return self.kind & POST != 0
 
     @property
     def rotated(self) -> bool:
         """Whether columns of the norm are rotated in pairs."""
-        return bool(self.kind & ROTATED)
+        return self.kind & ROTATED != 0
 
     @property
     def interleaved(self) -> bool:
         """Whether neighbours are pairs, and not columns half of the rotated ones apart."""
-        return bool(self.kind & INTERLEAVED)
+        return self.kind & INTERLEAVED != 0
 
     @property
     def as_is(self) -> bool:
         """Whether x only goes to a cache."""
-        return bool(self.kind & AS_IS)
+        return self.kind & AS_IS != 0
 
     def table(self) -> tuple[Tensor, Tensor]:
         """Of a rotated norm, cos and sin."""
@@ -256,7 +256,7 @@ class Call:
     @property
     def fused(self) -> bool:
         """Whether it has FUSED arguments."""
-        return bool(self.kind & FUSED_KINDS)
+        return self.kind & FUSED_KINDS != 0
 
     @property
     def activation(self) -> Activation:
@@ -266,12 +266,12 @@ class Call:
     @property
     def norm_before_gate(self) -> bool:
         """Whether the norm is multiplied, and not what is normalised."""
-        return bool(self.kind & NORM_FIRST)
+        return self.kind & NORM_FIRST != 0
 
     @property
     def takes_residual(self) -> bool:
         """Whether there has to be a residual."""
-        return bool(self.kind & (ADD | POST))
+        return self.kind & (ADD | POST) != 0
 
     @property
     def takes_strides(self) -> bool:
@@ -286,12 +286,12 @@ class Call:
     @property
     def of_sum(self) -> bool:
         """Whether the statistic is the sum of squares: an L2 norm."""
-        return bool(self.kind & OF_SUM)
+        return self.kind & OF_SUM != 0
 
     @property
     def eps_outside(self) -> bool:
         """Whether the root of the statistic is at least eps, which is added to nothing."""
-        return bool(self.kind & EPS_OUTSIDE)
+        return self.kind & EPS_OUTSIDE != 0
 
     @property
     def statistic(self) -> Statistic:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch._inductor.utils import run_and_get_code
 
 import normkit
@@ -384,6 +385,28 @@ def test_modes_are_called_by_name() -> None:
     with pytest.raises(ValueError, match="mode: expected one of auto, op, inline, got 'fused'"):
         compile_mode("fused")
     assert operators_of(normkit.rms_norm, [torch.ones(2, 8)]) == []  # what held still holds
+
+
+@pytest.mark.parametrize("mode", ["inline", "op"])
+def test_a_compiled_call_looks_at_few_things(mode: str) -> None:
+    """Dynamo looks at each of them at every call: 60 ns, of the 33 us of `F.rms_norm` compiled."""
+    seen = []
+    for count in (1, 2):
+        norms = [RMSNorm(8) for _ in range(count)]
+
+        def call(x: Tensor, norms: list[RMSNorm] = norms) -> Tensor:
+            for norm in norms:
+                x = norm(x)
+            return x
+
+        with compile_mode(mode):
+            compiled(call)(torch.ones(2, 8))
+        (entry,) = _debug_get_cache_entry_list(call.__code__)
+        seen.append(str(entry.guard_manager).count("+- "))
+        torch._dynamo.reset()
+    first, second = seen
+    assert first < 240
+    assert second - first < 45
 
 
 # ---------------------------------------------------------------- auto

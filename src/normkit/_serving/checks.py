@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from normkit import reference
 from normkit._spec import FIELDS, FLOATS, FLOATS_TEXT, FUSED_TENSORS, MODULATORS, NEXT, Call
 
 _FLAGS = tuple(name for name, field in FIELDS.items() if field.type == "bool")
@@ -33,7 +34,7 @@ def check(call: Call) -> Call:
     _check_shapes(call)
     _check_places(call)
     _check_gradients(call)
-    if not torch.compiler.is_compiling():
+    if not reference.is_compiled():
         _check_memory(call)
     return call
 
@@ -109,7 +110,7 @@ def _type_name(value: object) -> str:
 
 
 def _check_options(call: Call) -> Call:
-    if not torch.compiler.is_compiling():  # there, a number may be a symbol, which has no value yet
+    if not reference.is_compiled():  # there, a number may be a symbol, which has no value yet
         call = _check_numbers(call)
     for name in _FLAGS:
         value = getattr(call, name)
@@ -336,7 +337,7 @@ def _check_places(call: Call) -> None:
         if t.device != call.x.device:
             raise ValueError(f"{name}: expected x's device {call.x.device}, got {t.device}")
     for name, t in call.written():
-        if not torch.compiler.is_compiling():
+        if not reference.is_compiled():
             _check_writable(name, t)
         if not call.takes_strides and t.shape[-1] > 1 and t.stride(-1) != 1:
             raise ValueError(

@@ -32,6 +32,21 @@ def define(
     _library.impl(name, fake, "Meta")  # type: ignore[no-untyped-call]
 
 
+def define_formula(
+    name: str,
+    overload: str,
+    arguments: str,
+    returned: str,
+    formula: Callable[..., Tensor | Sequence[Tensor]],
+) -> torch._ops.OpOverload[Any, Any]:
+    """Make an operator that is made of torch's, into which torch takes it apart."""
+    schema = f"{name}.{overload}({arguments}) -> {returned}"
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
+    _library.impl(f"{name}.{overload}", formula, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
+    made: torch._ops.OpOverload[Any, Any] = getattr(getattr(torch.ops.normkit, name), overload)
+    return made
+
+
 class Definition(NamedTuple):
     """An operator, but for its name and its gradients."""
 

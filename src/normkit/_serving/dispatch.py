@@ -455,7 +455,7 @@ def _post_norm_by_reference(call: Call, out_dtype: torch.dtype | None) -> Result
 
 def packed(t: Tensor) -> Tensor:
     """The tensor itself, or a copy with the strides of a new one, also of dimensions of size 1."""
-    if torch.compiler.is_compiling():  # where strides may be symbols, which a comparison would fix
+    if reference.is_compiled():  # where strides may be symbols, which a comparison would fix
         return t.contiguous()
     expected = 1
     for size, stride in zip(reversed(t.shape), reversed(t.stride()), strict=True):

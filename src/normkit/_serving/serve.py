@@ -23,9 +23,7 @@ from normkit._serving import dispatch, nested, operators
 from normkit._serving.backends import ALWAYS_DISPATCH, falls_back, wanted_backend
 from normkit._serving.checks import check, in_groups
 from normkit._serving.dispatch import Explanation, run_by_reference
-from normkit._serving.inline import chosen as is_inlined
-from normkit._serving.inline import run as run_inlined
-from normkit._serving.operators import call_operator
+from normkit._serving.inline import run_compiled
 from normkit._spec import FUSED_TENSORS, INDICES, OPS, Call, Result
 from normkit.reference import is_transformed
 
@@ -63,7 +61,7 @@ def serve(call: Call) -> Result:
     call = _autocast(call)
     transformed = is_transformed()
     if torch.compiler.is_compiling():
-        return _run_compiled(call, transformed)
+        return run_by_reference(check(call)) if transformed else run_compiled(call)
     transformed = transformed or torch._C._is_tracing()
     if ALWAYS_DISPATCH or torch._C._len_torch_dispatch_stack() > 0 or not _is_plain(call):
         call = check(call)
@@ -96,20 +94,13 @@ def _serve_compiled(call: Call) -> Result:
     """Trace a call.
 
     At each call of what it compiled Dynamo looks whether all that this reads is as it was, twice
-    where two modules have one thing by a name: functions are imported, and little is read.
+    where two modules have one thing by a name: functions are imported, and few things are read.
     """
     if getattr(call.x, "is_nested", False) and nested.is_jagged(call.x) and not call.fused:
         return _run_jagged(call)
     if not getattr(call.x, "is_cpu", True):
         call = _autocast(call)
-    return _run_compiled(call, is_transformed())
-
-
-def _run_compiled(call: Call, transformed: bool) -> Result:
-    if not transformed and not is_inlined(call):
-        return call_operator(call)  # whose fakes check it
-    check(call)
-    return run_by_reference(call) if transformed else run_inlined(call)
+    return run_by_reference(check(call)) if is_transformed() else run_compiled(call)
 
 
 _signature = cache(inspect.signature)

@@ -8,6 +8,9 @@ and work on any device.
 from __future__ import annotations
 
 import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -498,7 +501,7 @@ def _statistics(
 def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return what dtype holds of x, in x's dtype."""
     by_casts = (
-        not torch.compiler.is_compiling()
+        not is_compiled()
         or torch.compiler.is_exporting()
         or (torch.is_grad_enabled() and x.requires_grad)
         or is_transformed()
@@ -522,6 +525,29 @@ def _rounded_by_bits(x: Tensor, dtype: torch.dtype) -> Tensor:
         nearest = torch.where(wide.abs() < FLOAT16_SMALLEST_NORMAL, subnormal, nearest)
         nearest = torch.where(nearest.abs() > FLOAT16_MAX, nearest * math.inf, nearest)
     return torch.where(wide.isnan(), wide, nearest).to(x.dtype)
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.compiles = False
+
+
+_thread = _Thread()
+
+
+def is_compiled() -> bool:
+    """Whether what runs goes into a compiled or an exported program."""
+    return torch.compiler.is_compiling() or _thread.compiles
+
+
+@contextmanager
+def compiled() -> Iterator[None]:
+    """What this thread runs inside goes into a compiled program; torch 2.10 does not say so."""
+    before, _thread.compiles = _thread.compiles, True
+    try:
+        yield
+    finally:
+        _thread.compiles = before
 
 
 def is_transformed() -> bool:
