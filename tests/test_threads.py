@@ -17,7 +17,7 @@ from torch import Tensor
 
 import normkit
 from normkit import _C
-from normkit._spec import NATIVE
+from normkit._spec import NATIVE, Call
 
 THREADS = 12
 ROUNDS = 25
@@ -138,8 +138,7 @@ def test_the_backend_of_one_thread_is_not_that_of_another() -> None:
 
 def rms_fields(x: Tensor) -> list[object]:
     given = {"kind": 0, "x": x, "eps": 1e-6, "weight_offset": 0.0}
-    flags = {"round_before_weight", "round_sum", "clamp_inf", "round_rstd", "round_weight"}
-    return [given.get(name, False if name in flags else None) for name in NATIVE]
+    return [given.get(name, getattr(Call, name, None)) for name in NATIVE]
 
 
 def test_errors_are_those_of_the_thread_that_made_them() -> None:

@@ -21,6 +21,7 @@ struct Arguments {
   float next_eps = 0.f, alpha = 1.f, beta = 1.f;
   bool round_norm = true;
   std::optional<DType> out_dtype;  // none: that of out, or x's
+  bool memory_efficient = false;   // of gradients alone
 
   bool is_modulated() const { return gate || scale || shift; }
   bool is_fused() const { return is_modulated() || z || post || cos || cache; }

@@ -164,6 +164,7 @@ inline constexpr auto kNormFields = with_options<Arguments>(
         {"out_dtype", member<&Arguments::out_dtype>},
         {"out", member<&Arguments::out>},
         {"residual_out", member<&Arguments::residual_out>},
+        {"memory_efficient", member<&Arguments::memory_efficient>},
     });
 
 template <size_t kBefore, size_t kBehind>

@@ -1,6 +1,7 @@
 // try_norm(), norm(), norm_saving() and plan(): one call of a row norm.
 #include "norm.h"
 
+#include <string_view>
 #include <vector>
 
 namespace normkit {
@@ -70,18 +71,15 @@ const Tensor* find_differentiated(const Arguments& a) {
 }
 
 // Is autograd, forward-mode AD or a tracer recording?  They cannot see a call that bypasses the
-// dispatcher.
-Refusal check_recorders(const Arguments& a, Caller caller) {
+// dispatcher.  `differentiates` becomes whether its caller has to tell autograd.
+Refusal check_recorders(const Arguments& a, Caller caller, bool& differentiates) {
   if (forward_ad_is_on()) return {"forward-mode AD", "is on", Refusal::kRecorder};
   const bool grad_is_on = is_grad_enabled();
-  const Tensor* const differentiated = grad_is_on ? find_differentiated(a) : nullptr;
-  if (caller == Caller::kDifferentiates) {
-    if (!differentiated) return {"no tensor", "requires a gradient", Refusal::kRecorder};
-    if (a.out || a.residual_out) return {"an output", "is given", Refusal::kRecorder};
-    if (ask(torch_objects.is_transforming))
-      return {"torch.func", "is transforming", Refusal::kRecorder};
-  } else if (differentiated) {
-    return {differentiated->name, "requires a gradient", Refusal::kRecorder};
+  if (const Tensor* const differentiated = grad_is_on ? find_differentiated(a) : nullptr) {
+    if (caller != Caller::kDifferentiates || a.out || a.residual_out ||
+        ask(torch_objects.is_transforming))
+      return {differentiated->name, "requires a gradient", Refusal::kRecorder};
+    differentiates = true;
   }
   // A trace records torch's operators, and would take what a kernel writes for a constant.
   if (ask(torch_objects.is_tracing)) return {"torch.jit.trace", "is recording", Refusal::kRecorder};
@@ -117,7 +115,7 @@ Refusal Prepared::check(Caller caller) {
   if (quick && modes_are_on()) return {"a dispatch mode", "is on", Refusal::kRecorder};
   if (quick && autocasts(a, *backend)) return {"autocast", "is on", Refusal::kRecorder};
   if (const Refusal no = normkit::check(a, !quick)) return no;
-  return check_recorders(a, caller);
+  return check_recorders(a, caller, differentiates);
 }
 
 Refusal Prepared::make_outputs() {
@@ -171,15 +169,6 @@ nb::object result_of(const Prepared& p) {
 }
 
 template <const auto& kFields>
-nb::object try_norm(PyObject* const* args) {
-  if (quick_path_is_off) return nb::none();
-  Prepared p;
-  if (prepare<kFields>(p, args, Caller::kQuick)) return nb::none();
-  run(p);
-  return result_of(p);
-}
-
-template <const auto& kFields>
 nb::object norm(PyObject* const* args) {
   Prepared p;
   if (const Refusal no = prepare<kFields>(p, args, Caller::kHasCheckedMemory)) return refuse(no);
@@ -205,11 +194,67 @@ nb::object norm_saving(PyObject* const* args) {
   return run_saving(p);
 }
 
-nb::object try_norm_saving(PyObject* const* args) {
+// ---------------------------------------------------------------- with gradients
+
+constexpr size_t field_called(std::string_view name) {
+  size_t at = 0;
+  while (kNormFields[at].name != name) ++at;
+  return at;
+}
+constexpr size_t kKind = 0, kX = field_called("x"), kResidual = field_called("residual"),
+                 kWeight = field_called("weight"), kBias = field_called("bias"),
+                 kEps = field_called("eps"), kOffset = field_called("weight_offset"),
+                 kBehindOptions = field_called("out_dtype"),
+                 kMemoryEfficient = field_called("memory_efficient");
+
+// The backward pass wants numbers that torch can add.
+bool are_floats(PyObject* const* args) {
+  return PyFloat_CheckExact(args[kEps]) && PyFloat_CheckExact(args[kOffset]);
+}
+
+// What of a call its gradients depend on: kind, eps, the options, memory_efficient.
+nb::object formula_of(PyObject* const* args) {
+  nb::object values = nb::steal(PyTuple_New(2 + kBehindOptions - kEps));
+  if (!values.is_valid()) throw nb::python_error();
+  Py_ssize_t at = 0;
+  const auto add = [&](size_t field) {
+    PyTuple_SetItem(values.ptr(), at++, nb::borrow(args[field]).release().ptr());
+  };
+  add(kKind);
+  for (size_t field = kEps; field < kBehindOptions; ++field) add(field);
+  add(kMemoryEfficient);
+  return values;
+}
+
+// Runs a call that has been prepared, and leaves with autograd what its gradients need.
+nb::object differentiate(Prepared& p, PyObject* const* args) {
+  const nb::object saved = run_saving(p), formula = formula_of(args);
+  nb::object made = nb::steal(
+      PyObject_CallFunctionObjArgs(torch_objects.differentiate, formula.ptr(), saved.ptr(),
+                                   args[kX], args[kResidual], args[kWeight], args[kBias], nullptr));
+  if (!made.is_valid()) throw nb::python_error();
+  return made;
+}
+
+template <const auto& kFields>
+nb::object try_norm(PyObject* const* args) {
   if (quick_path_is_off) return nb::none();
   Prepared p;
-  if (prepare<kNormFields>(p, args, Caller::kDifferentiates)) return nb::none();
-  return run_saving(p);
+  if (prepare<kFields>(p, args, Caller::kQuick)) return nb::none();
+  run(p);
+  return result_of(p);
+}
+
+template <>
+nb::object try_norm<kNormFields>(PyObject* const* args) {
+  if (quick_path_is_off) return nb::none();
+  Prepared p;
+  const Caller caller =
+      torch_objects.differentiate && are_floats(args) ? Caller::kDifferentiates : Caller::kQuick;
+  if (prepare<kNormFields>(p, args, caller)) return nb::none();
+  if (p.differentiates) return differentiate(p, args);
+  run(p);
+  return result_of(p);
 }
 
 // An output as make_output() would make it, without memory of its own: a plan asks of an address
@@ -259,6 +304,8 @@ void add_norm(nb::module_& m) {
           "try_norm", R"(Run a row norm of eager tensors, where nothing speaks against it.
 
 Returns y, or (y, residual_out) when there is a residual; None where Python has to look at the call.
+Where a gradient is needed, what set_differentiate() named tells autograd of the call, unless it has
+other arguments than those of every norm.
 
 kind is 0 for rms and 1 for layer, plus 2 when weight and bias may have a row per head, plus 4 when
 there is a residual; the other bits are those of normkit._spec.  The other arguments are those of
@@ -273,10 +320,6 @@ Arguments and result are those of try_norm(), but a Refusal where there is no re
 
 Returns (y, residual_out or None, rstd, mean or None), or a Refusal.  With a norm in front of a sum
 rstd and mean are None: its gradients take them again.)"),
-      method<kNormFields, try_norm_saving>(
-          "try_norm_saving", R"(Run norm_saving() for an eager call that needs gradients.
-
-Returns None where it needs none, and where Python has to look at the call.)"),
       method<kNormFields, plan<kNormFields>, kFusedFields, plan<kFusedFields>>(
           "plan",
           R"(Tell what norm() would do, without making or running anything.
@@ -288,6 +331,13 @@ Returns (name of the backend, its plan in words), or a Refusal.)"),
   nb::list names;
   for (const auto& field : kFusedFields) names.append(field.name);
   m.attr("fields") = nb::tuple(names);
+  m.def(
+      "set_differentiate",
+      [](nb::object apply) { torch_objects.differentiate = apply.release().ptr(); },
+      nb::arg("apply"),
+      "Set what makes a node of autograd of (kind, eps, options and memory_efficient), the result "
+      "of"
+      " norm_saving(), x, residual, weight and bias, and returns what try_norm() does.");
   m.def(
       "set_quick_path", [](bool on) { quick_path_is_off = !on; }, nb::arg("on"),
       "Whether this thread's calls of try_norm() and norm_tp() are taken.");

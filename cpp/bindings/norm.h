@@ -10,7 +10,7 @@ namespace normkit {
 inline thread_local bool quick_path_is_off = false;
 
 // A quick call is an eager one of which nothing has been checked, and a differentiated one a quick
-// one that needs gradients; of any other the caller has checked that what is written overlaps
+// one that may need gradients; of any other the caller has checked that what is written overlaps
 // nothing.
 enum class Caller { kQuick, kDifferentiates, kHasCheckedMemory };
 
@@ -22,6 +22,7 @@ struct Prepared {
   void* stream;
   nb::object made, made_residual;
   bool writes_out, writes_residual_out;
+  bool differentiates = false;  // a gradient is needed
 
   // `a` has been read; backend and device are found.
   Refusal check(Caller caller);

@@ -63,6 +63,7 @@ struct Torch {
   PyObject* cuda = nullptr;               // "cuda"
   PyObject* dtypes[3] = {};               // in the order of DType
   PyObject* refusal = nullptr;            // normkit's class of that name
+  PyObject* differentiate = nullptr;      // likewise, what leaves a node with autograd
   PyObject* kinds[Refusal::kKinds] = {};  // in the order of Refusal::Kind
 };
 inline Torch torch_objects;

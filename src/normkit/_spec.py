@@ -39,6 +39,7 @@ DEFAULT_EPS: dict[Kind, float] = {"rms": 1e-6, "layer": 1e-5}
 # The bits of a call's kind, as the extension has them; 0 is an rms norm of rows.  POST: x is
 # normalised before it is added; with ADD the sum is normalised too.
 LAYER, PER_HEAD, ADD, MODULATED, GATED, SIGMOID, NORM_FIRST = 1, 2, 4, 16, 32, 64, 128
+FROM_OUTPUT = 8  # of gradients: x is the output, of which xhat is made again
 POST, OF_SUM, EPS_OUTSIDE = 256, 512, 1024
 # Rotated, in pairs of neighbours; and no statistic at all: y is x.
 ROTATED, INTERLEAVED, AS_IS = 2048, 4096, 8192
@@ -158,7 +159,7 @@ class Options(PlainOptions, total=False):
 
 @dataclass
 class Call:
-    """One call of an op: the extension's arguments, two that only Python knows, and FUSED ones.
+    """One call of an op: the extension's arguments, one that only Python knows, and FUSED ones.
 
     No NamedTuple, of which Dynamo of torch 2.10 cannot trace the properties.
     """
@@ -303,11 +304,6 @@ class Call:
         """Whether more than y and the sum is rounded, to the dtype of what is normalised."""
         return self.round_before_weight or self.round_rstd
 
-    @property
-    def keeps_output(self) -> bool:
-        """Whether y is kept for the gradients, and what was normalised made of it again."""
-        return self.memory_efficient and not self.round_before_weight and not self.clamp_inf
-
     # Its tensors have a dimension for the groups, before it becomes a call.
     group_size = None
 
@@ -375,7 +371,7 @@ class Call:
 
 # The fields that are the extension's arguments, in its order; a fused norm has more of them.
 _CALL = tuple(field.name for field in fields(Call))
-NATIVE = _CALL[: _CALL.index("memory_efficient")]
+NATIVE = _CALL[: _CALL.index("in_place")]
 FUSED = _CALL[_CALL.index("gate") :]
 MODULATION = ("gate", "scale", "shift", "round_each")
 MODULATORS = MODULATION[:-1]  # the tensors among them

@@ -105,9 +105,10 @@ def rms_norm(
     call = (
         0, x, None, weight, bias, eps, weight_offset, round_before_weight, True, clamp_inf,
         round_rstd, round_weight, out_dtype, out, None,
+        memory_efficient,
     )  # fmt: skip
     made = None if is_dynamo_compiling() else _norm(*call)
-    return _serve(Call(*call, memory_efficient)) if made is None else made
+    return _serve(Call(*call)) if made is None else made
 
 
 def rms_norm_(
@@ -132,7 +133,7 @@ def rms_norm_(
     """
     call = (
         0, x, None, weight, bias, eps, weight_offset, round_before_weight, True, clamp_inf,
-        round_rstd, round_weight, None, x, None,
+        round_rstd, round_weight, None, x, None, False,
     )  # fmt: skip
     made = None if is_dynamo_compiling() else _norm(*call)
     return _serve(Call(*call, in_place=True)) if made is None else made
@@ -168,9 +169,10 @@ def layer_norm(
     call = (
         LAYER, x, None, weight, bias, eps, weight_offset, round_before_weight, True, clamp_inf,
         round_rstd, round_weight, out_dtype, out, None,
+        memory_efficient,
     )  # fmt: skip
     made = None if is_dynamo_compiling() else _norm(*call)
-    return _serve(Call(*call, memory_efficient)) if made is None else made
+    return _serve(Call(*call)) if made is None else made
 
 
 def layer_norm_(
@@ -188,7 +190,7 @@ def layer_norm_(
     """`layer_norm` in place: x is overwritten and returned, as `rms_norm_` does it."""
     call = (
         LAYER, x, None, weight, bias, eps, weight_offset, round_before_weight, True, clamp_inf,
-        round_rstd, round_weight, None, x, None,
+        round_rstd, round_weight, None, x, None, False,
     )  # fmt: skip
     made = None if is_dynamo_compiling() else _norm(*call)
     return _serve(Call(*call, in_place=True)) if made is None else made
@@ -231,9 +233,10 @@ def head_norm(
     call = (
         heads(kind), x, None, weight, bias, eps, weight_offset, round_before_weight, True,
         clamp_inf, round_rstd, round_weight, out_dtype, out, None,
+        memory_efficient,
     )  # fmt: skip
     made = None if is_dynamo_compiling() else _norm(*call)
-    return _serve(Call(*call, memory_efficient)) if made is None else made
+    return _serve(Call(*call)) if made is None else made
 
 
 def head_norm_(
@@ -252,7 +255,7 @@ def head_norm_(
     """`head_norm` in place: x is overwritten and returned, as `rms_norm_` does it."""
     call = (
         heads(kind), x, None, weight, bias, eps, weight_offset, round_before_weight, True,
-        clamp_inf, round_rstd, round_weight, None, x, None,
+        clamp_inf, round_rstd, round_weight, None, x, None, False,
     )  # fmt: skip
     made = None if is_dynamo_compiling() else _norm(*call)
     return _serve(Call(*call, in_place=True)) if made is None else made
@@ -304,9 +307,10 @@ def add_rms_norm(
     call = (
         ADD, x, residual, weight, bias, eps, weight_offset, round_before_weight, round_sum,
         clamp_inf, round_rstd, round_weight, out_dtype, out, residual_out,
+        memory_efficient,
     )  # fmt: skip
     made = None if is_dynamo_compiling() else _add_norm(*call)
-    return _serve_both(Call(*call, memory_efficient)) if made is None else made
+    return _serve_both(Call(*call)) if made is None else made
 
 
 def add_rms_norm_(
@@ -326,7 +330,7 @@ def add_rms_norm_(
     """`add_rms_norm` in place: x becomes y and the residual the sum; returns both."""
     call = (
         ADD, x, residual, weight, bias, eps, weight_offset, round_before_weight, round_sum,
-        clamp_inf, round_rstd, round_weight, None, x, residual,
+        clamp_inf, round_rstd, round_weight, None, x, residual, False,
     )  # fmt: skip
     made = None if is_dynamo_compiling() else _add_norm(*call)
     return _serve_both(Call(*call, in_place=True)) if made is None else made
@@ -367,9 +371,10 @@ def add_layer_norm(
     call = (
         ADD | LAYER, x, residual, weight, bias, eps, weight_offset, round_before_weight, round_sum,
         clamp_inf, round_rstd, round_weight, out_dtype, out, residual_out,
+        memory_efficient,
     )  # fmt: skip
     made = None if is_dynamo_compiling() else _add_norm(*call)
-    return _serve_both(Call(*call, memory_efficient)) if made is None else made
+    return _serve_both(Call(*call)) if made is None else made
 
 
 def add_layer_norm_(
@@ -389,7 +394,7 @@ def add_layer_norm_(
     """`add_layer_norm` in place: x becomes y and the residual the sum; returns both."""
     call = (
         ADD | LAYER, x, residual, weight, bias, eps, weight_offset, round_before_weight, round_sum,
-        clamp_inf, round_rstd, round_weight, None, x, residual,
+        clamp_inf, round_rstd, round_weight, None, x, residual, False,
     )  # fmt: skip
     made = None if is_dynamo_compiling() else _add_norm(*call)
     return _serve_both(Call(*call, in_place=True)) if made is None else made
@@ -432,9 +437,10 @@ def add_head_norm(
     call = (
         ADD | heads(kind), x, residual, weight, bias, eps, weight_offset, round_before_weight,
         round_sum, clamp_inf, round_rstd, round_weight, out_dtype, out, residual_out,
+        memory_efficient,
     )  # fmt: skip
     made = None if is_dynamo_compiling() else _add_norm(*call)
-    return _serve_both(Call(*call, memory_efficient)) if made is None else made
+    return _serve_both(Call(*call)) if made is None else made
 
 
 def add_head_norm_(
@@ -455,7 +461,7 @@ def add_head_norm_(
     """`add_head_norm` in place: x becomes y and the residual the sum; returns both."""
     call = (
         ADD | heads(kind), x, residual, weight, bias, eps, weight_offset, round_before_weight,
-        round_sum, clamp_inf, round_rstd, round_weight, None, x, residual,
+        round_sum, clamp_inf, round_rstd, round_weight, None, x, residual, False,
     )  # fmt: skip
     made = None if is_dynamo_compiling() else _add_norm(*call)
     return _serve_both(Call(*call, in_place=True)) if made is None else made

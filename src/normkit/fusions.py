@@ -100,11 +100,11 @@ def modulated_norm(
     """
     call = (
         MODULATED | is_layer(kind) * LAYER, x, None, weight, bias, eps, weight_offset,
-        round_before_weight, True, clamp_inf, round_rstd, round_weight, out_dtype, out, None,
+        round_before_weight, True, clamp_inf, round_rstd, round_weight, out_dtype, out, None, False,
     )  # fmt: skip
     modulation = (None, scale, shift, round_each)
     made = None if is_dynamo_compiling() else _norm(*call, *modulation, *BEHIND_MODULATION)
-    return _serve(Call(*call, False, False, *modulation)) if made is None else made
+    return _serve(Call(*call, False, *modulation)) if made is None else made
 
 
 def modulated_norm_(
@@ -126,11 +126,11 @@ def modulated_norm_(
     """`modulated_norm` in place: x, whose last stride has to be 1, is overwritten and returned."""
     call = (
         MODULATED | is_layer(kind) * LAYER, x, None, weight, bias, eps, weight_offset,
-        round_before_weight, True, clamp_inf, round_rstd, round_weight, None, x, None,
+        round_before_weight, True, clamp_inf, round_rstd, round_weight, None, x, None, False,
     )  # fmt: skip
     modulation = (None, scale, shift, round_each)
     made = None if is_dynamo_compiling() else _norm(*call, *modulation, *BEHIND_MODULATION)
-    return _serve(Call(*call, False, True, *modulation)) if made is None else made
+    return _serve(Call(*call, True, *modulation)) if made is None else made
 
 
 def add_modulated_norm(
@@ -185,11 +185,11 @@ def add_modulated_norm(
     call = (
         MODULATED | ADD | is_layer(kind) * LAYER, x, residual, weight, bias, eps, weight_offset,
         round_before_weight, round_sum, clamp_inf, round_rstd, round_weight, out_dtype, out,
-        residual_out,
+        residual_out, False,
     )  # fmt: skip
     modulation = (gate, scale, shift, round_each)
     made = None if is_dynamo_compiling() else _add_norm(*call, *modulation, *BEHIND_MODULATION)
-    return _serve_both(Call(*call, False, False, *modulation)) if made is None else made
+    return _serve_both(Call(*call, False, *modulation)) if made is None else made
 
 
 def add_modulated_norm_(
@@ -215,10 +215,11 @@ def add_modulated_norm_(
     call = (
         MODULATED | ADD | is_layer(kind) * LAYER, x, residual, weight, bias, eps, weight_offset,
         round_before_weight, round_sum, clamp_inf, round_rstd, round_weight, None, x, residual,
+        False,
     )  # fmt: skip
     modulation = (gate, scale, shift, round_each)
     made = None if is_dynamo_compiling() else _add_norm(*call, *modulation, *BEHIND_MODULATION)
-    return _serve_both(Call(*call, False, True, *modulation)) if made is None else made
+    return _serve_both(Call(*call, True, *modulation)) if made is None else made
 
 
 def gated_norm(
@@ -292,11 +293,11 @@ def gated_norm(
         return y.flatten(-2) if out is None else out
     call = (
         gated(kind, activation, norm_before_gate), x, None, weight, bias, eps, weight_offset,
-        round_before_weight, True, clamp_inf, round_rstd, round_weight, out_dtype, out, None,
+        round_before_weight, True, clamp_inf, round_rstd, round_weight, out_dtype, out, None, False,
     )  # fmt: skip
     gating = (None, None, None, round_each, z)
     made = None if is_dynamo_compiling() else _norm(*call, *gating, *BEHIND_GATING)
-    return _serve(Call(*call, False, False, *gating)) if made is None else made
+    return _serve(Call(*call, False, *gating)) if made is None else made
 
 
 def gated_norm_(
@@ -329,11 +330,11 @@ def gated_norm_(
         return x
     call = (
         gated(kind, activation, norm_before_gate), x, None, weight, bias, eps, weight_offset,
-        round_before_weight, True, clamp_inf, round_rstd, round_weight, None, x, None,
+        round_before_weight, True, clamp_inf, round_rstd, round_weight, None, x, None, False,
     )  # fmt: skip
     gating = (None, None, None, round_each, z)
     made = None if is_dynamo_compiling() else _norm(*call, *gating, *BEHIND_GATING)
-    return _serve(Call(*call, False, True, *gating)) if made is None else made
+    return _serve(Call(*call, True, *gating)) if made is None else made
 
 
 FUNCTIONS.update(

@@ -58,7 +58,7 @@ def l2_norm(
     """
     call = (
         length(eps_outside), x, None, None, None, eps, 0.0, False, True, clamp_inf, False,
-        False, out_dtype, out, None,
+        False, out_dtype, out, None, False,
     )  # fmt: skip
     made = None if is_dynamo_compiling() else _norm(*call)
     return _serve(Call(*call)) if made is None else made
@@ -74,7 +74,7 @@ def l2_norm_(
     """`l2_norm` in place: x is overwritten and returned, as `rms_norm_` does it."""
     call = (
         length(eps_outside), x, None, None, None, eps, 0.0, False, True, clamp_inf, False,
-        False, None, x, None,
+        False, None, x, None, False,
     )  # fmt: skip
     made = None if is_dynamo_compiling() else _norm(*call)
     return _serve(Call(*call, in_place=True)) if made is None else made

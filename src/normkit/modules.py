@@ -112,7 +112,7 @@ class _RowNorm(_Affine):
         call = (
             kind, x, residual, weight, bias, self.eps, self.weight_offset,
             self.round_before_weight, True, False, self.round_rstd, self.round_weight,
-            out_dtype, None, None,
+            out_dtype, None, None, self.memory_efficient,
         )  # fmt: skip
         # Without a weight nobody compares x's last size, nor that of several dimensions.
         if weight is not None and not is_dynamo_compiling():
@@ -122,8 +122,8 @@ class _RowNorm(_Affine):
         if isinstance(x, Proxy) or isinstance(residual, Proxy):
             return self._trace(x, residual, out_dtype)
         if weight is None or len(self.normalized_shape) > 1:
-            return self._as_one_row(Call(*call, self.memory_efficient))
-        return serve(Call(*call, self.memory_efficient))
+            return self._as_one_row(Call(*call))
+        return serve(Call(*call))
 
     def _as_one_row(self, call: Call) -> Result:
         x, dims = call.x, len(self.normalized_shape)
@@ -434,7 +434,7 @@ class HeadNorm(_Affine):
         call = (
             kind, x, residual, weight, bias, self.eps, self.weight_offset,
             self.round_before_weight, True, False, self.round_rstd, self.round_weight,
-            out_dtype, None, None,
+            out_dtype, None, None, self.memory_efficient,
         )  # fmt: skip
         if weight is not None and not is_dynamo_compiling():
             made = quick(*call)
@@ -445,7 +445,7 @@ class HeadNorm(_Affine):
         if weight is None:  # whose shape would have been compared
             heads = () if self.num_heads is None else (self.num_heads,)
             check_ending("x", x, (*heads, self.head_dim))
-        return serve(Call(*call, self.memory_efficient))
+        return serve(Call(*call))
 
     def __prepare_scriptable__(self) -> torch.nn.Module:
         """Return what torch.jit.script compiles in the place of this module."""

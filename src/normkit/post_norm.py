@@ -89,11 +89,11 @@ def norm_add(
     """
     call = (
         POST | is_layer(kind) * LAYER, x, residual, weight, bias, eps, weight_offset,
-        round_before_weight, True, clamp_inf, round_rstd, round_weight, None, out, None,
+        round_before_weight, True, clamp_inf, round_rstd, round_weight, None, out, None, False,
     )  # fmt: skip
     of_sum = (*BEFORE_POST_NORM, None, None, None, alpha, beta, round_norm, *BEHIND_POST_NORM)
     made = None if is_dynamo_compiling() else _norm_add(*call, *of_sum)
-    return _serve(Call(*call, False, False, *of_sum)) if made is None else made
+    return _serve(Call(*call, False, *of_sum)) if made is None else made
 
 
 def norm_add_(
@@ -116,11 +116,11 @@ def norm_add_(
     """`norm_add` in place: the residual becomes h and is returned; x stays as it is."""
     call = (
         POST | is_layer(kind) * LAYER, x, residual, weight, bias, eps, weight_offset,
-        round_before_weight, True, clamp_inf, round_rstd, round_weight, None, residual, None,
+        round_before_weight, True, clamp_inf, round_rstd, round_weight, None, residual, None, False,
     )  # fmt: skip
     of_sum = (*BEFORE_POST_NORM, None, None, None, alpha, beta, round_norm, *BEHIND_POST_NORM)
     made = None if is_dynamo_compiling() else _norm_add(*call, *of_sum)
-    return _serve(Call(*call, False, True, *of_sum)) if made is None else made
+    return _serve(Call(*call, True, *of_sum)) if made is None else made
 
 
 def norm_add_norm(
@@ -182,7 +182,7 @@ def norm_add_norm(
     call = (
         POST | ADD | is_layer(kind) * LAYER, x, residual, weight, bias, eps, weight_offset,
         round_before_weight, True, clamp_inf, round_rstd, round_weight, out_dtype, out,
-        residual_out,
+        residual_out, False,
     )  # fmt: skip
     of_sum = (
         *BEFORE_POST_NORM,
@@ -195,7 +195,7 @@ def norm_add_norm(
         *BEHIND_POST_NORM,
     )
     made = None if is_dynamo_compiling() else _norm_add_norm(*call, *of_sum)
-    return _serve_both(Call(*call, False, False, *of_sum)) if made is None else made
+    return _serve_both(Call(*call, False, *of_sum)) if made is None else made
 
 
 def norm_add_norm_(
@@ -221,7 +221,7 @@ def norm_add_norm_(
     """`norm_add_norm` in place: x becomes y and the residual h; returns both."""
     call = (
         POST | ADD | is_layer(kind) * LAYER, x, residual, weight, bias, eps, weight_offset,
-        round_before_weight, True, clamp_inf, round_rstd, round_weight, None, x, residual,
+        round_before_weight, True, clamp_inf, round_rstd, round_weight, None, x, residual, False,
     )  # fmt: skip
     of_sum = (
         *BEFORE_POST_NORM,
@@ -234,7 +234,7 @@ def norm_add_norm_(
         *BEHIND_POST_NORM,
     )
     made = None if is_dynamo_compiling() else _norm_add_norm(*call, *of_sum)
-    return _serve_both(Call(*call, False, True, *of_sum)) if made is None else made
+    return _serve_both(Call(*call, True, *of_sum)) if made is None else made
 
 
 FUNCTIONS.update(

@@ -89,14 +89,14 @@ def norm_rope(
     """
     call = (
         rotated(kind, interleaved), x, None, weight, bias, eps, weight_offset,
-        round_before_weight, True, clamp_inf, round_rstd, round_weight, out_dtype, out, None,
+        round_before_weight, True, clamp_inf, round_rstd, round_weight, out_dtype, out, None, False,
     )  # fmt: skip
     of_rotation = (
         None, None, None, round_each, *BEFORE_ROTATION, round_norm, cos, sin, positions,
         *BEHIND_ROTATION,
     )  # fmt: skip
     made = None if is_dynamo_compiling() else _norm(*call, *of_rotation)
-    return _serve(Call(*call, False, False, *of_rotation)) if made is None else made
+    return _serve(Call(*call, False, *of_rotation)) if made is None else made
 
 
 def norm_rope_(
@@ -121,14 +121,14 @@ def norm_rope_(
     """`norm_rope` in place: x, whose last stride has to be 1, is overwritten and returned."""
     call = (
         rotated(kind, interleaved), x, None, weight, bias, eps, weight_offset,
-        round_before_weight, True, clamp_inf, round_rstd, round_weight, None, x, None,
+        round_before_weight, True, clamp_inf, round_rstd, round_weight, None, x, None, False,
     )  # fmt: skip
     of_rotation = (
         None, None, None, round_each, *BEFORE_ROTATION, round_norm, cos, sin, positions,
         *BEHIND_ROTATION,
     )  # fmt: skip
     made = None if is_dynamo_compiling() else _norm(*call, *of_rotation)
-    return _serve(Call(*call, False, True, *of_rotation)) if made is None else made
+    return _serve(Call(*call, True, *of_rotation)) if made is None else made
 
 
 FUNCTIONS.update(

@@ -89,7 +89,9 @@ def norms(
     for x, weight, bias, out in of_each:
         per_head = any(isinstance(t, Tensor) and t.ndim > 1 for t in (weight, bias))
         bits = heads(kind) if per_head else is_layer(kind) * LAYER
-        calls.append((bits, x, None, weight, bias, eps, *given, out_dtype, out, None, *NOTHING))
+        calls.append(
+            (bits, x, None, weight, bias, eps, *given, out_dtype, out, None, False, *NOTHING)
+        )
     return run_several(calls)
 
 
@@ -195,11 +197,12 @@ def qk_norm_rope(
     kept_k = (None, None) if k_cache is None else (k_cache, slots)
     kept_v = (None, None) if v_cache is None else (v_cache, slots)
     calls = [
-        (bits, q, None, q_weight, q_bias, *given, to_q, None, *turn, *BEHIND_ROTATION),
-        (bits, k, None, k_weight, k_bias, *given, to_k, None, *turn, *kept_k),
+        (bits, q, None, q_weight, q_bias, *given, to_q, None, False, *turn, *BEHIND_ROTATION),
+        (bits, k, None, k_weight, k_bias, *given, to_k, None, False, *turn, *kept_k),
     ]
     if norm_v:
-        calls.append((alone, v, None, v_weight, None, *given, to_v, None, *BEFORE_CACHE, *kept_v))
+        of_v = (alone, v, None, v_weight, None, *given, to_v, None, False)
+        calls.append((*of_v, *BEFORE_CACHE, *kept_v))
     elif v_cache is not None:
         calls.append((AS_IS | PER_HEAD, v, *BEHIND_X, *BEFORE_CACHE, *kept_v))
     made = run_several(calls)

@@ -41,6 +41,7 @@ from conformance.support import (
     run,
     threads,
 )
+from normkit._serving import dispatch
 from normkit.testing import make_inputs
 
 SIZES = (1, 2, 7, 64, 65, 100, 129, 257, 1024, 1030, 4096, 8200)
@@ -338,6 +339,33 @@ def test_sums_of_equal_gradients_lose_no_more_than_stated(backend: Any, value: f
     (got,) = torch.autograd.grad(y, bias, torch.full_like(y, value))
     expected = tokens * torch.tensor(value).double()
     assert (got.double() - expected).abs().max() <= 32 * 2.0**-24 * expected
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "layer_norm", "add_rms_norm"])
+@pytest.mark.parametrize("memory_efficient", [False, True], ids=["", "memory_efficient"])
+def test_calls_with_gradients_do_not_pass_through_python(
+    name: str, memory_efficient: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward and backward: with its checks they would take a fifth more."""
+
+    def fail(*_: object) -> None:
+        raise AssertionError("a call went through Python's checks")
+
+    for place, called in (
+        (normkit.functional, "_serve"),
+        (normkit.functional, "_serve_both"),
+        (dispatch, "backward"),
+    ):
+        monkeypatch.setattr(place, called, fail)
+    x = torch.randn(3, 8, requires_grad=True)
+    residual = [torch.randn(3, 8, requires_grad=True)] * name.startswith("add")
+    weight = torch.randn(8, requires_grad=True)
+    made = getattr(normkit, name)(x, *residual, weight, memory_efficient=memory_efficient)
+    y = made[0] if residual else made
+    assert y.grad_fn.name() == "_NormBackward"
+    y.square().sum().backward()
+    assert x.grad is not None
+    assert weight.grad is not None
 
 
 def test_calls_that_users_make_take_this_path() -> None:

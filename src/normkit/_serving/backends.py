@@ -83,17 +83,20 @@ def _refuse_quickly(*_: object) -> None:
 
 # The first try of an eager call; None where it has to be looked at.
 quick: Callable[..., Result | None]
-# Likewise of one that needs gradients; None, too, where it needs none.
-quick_saving: Callable[..., Saved | None]
 # Likewise of several calls, one on each of several devices.
 quick_tp: Callable[..., list[Tensor] | None]
 # Likewise of several calls, in one launch.
 quick_norms: Callable[..., list[Tensor | None] | None]
 if _missing or ALWAYS_DISPATCH:
-    quick = quick_saving = quick_tp = quick_norms = _refuse_quickly
+    quick = quick_tp = quick_norms = _refuse_quickly
 else:
-    quick, quick_saving, quick_tp = _C.try_norm, _C.try_norm_saving, _C.norm_tp
-    quick_norms = _C.try_norms
+    quick, quick_tp, quick_norms = _C.try_norm, _C.norm_tp, _C.try_norms
+
+
+def differentiate_quickly(apply: Callable[..., Result]) -> None:
+    """Say what makes a node of autograd for `quick`, of what `_C.set_differentiate` describes."""
+    if not _missing:
+        _C.set_differentiate(apply)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,6 @@ from normkit._spec import (
     MODULATION,
     MODULATORS,
     NATIVE,
-    OF_SUM,
     ROTATION,
     Call,
     Gradients,
@@ -134,8 +133,6 @@ def backward(
         formula = formula.without_offset()
     if not backward_refusal(backend, clamp_inf):
         native = natives[backend].norm_backward
-        kind = formula.layer + 2 * formula.per_head + 8 * formula.from_output
-        kind += formula.of_sum * OF_SUM
         rest = (
             rstd,
             mean,
@@ -146,7 +143,8 @@ def backward(
             wanted.weight + 2 * wanted.bias,
         )
         tensors = (grad_y, grad_residual_out, x, residual, weight, bias)
-        made = answer(_with_copies(native, kind, tensors, rest), backend, "make these gradients")
+        given = _with_copies(native, formula.of_gradients, tensors, rest)
+        made = answer(given, backend, "make these gradients")
         if not isinstance(made, Refusal):
             return _of_lengths_kept(formula, made, grad_y, rstd) if formula.eps_outside else made
     return backward_by_reference(

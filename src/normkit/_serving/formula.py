@@ -13,6 +13,7 @@ from torch import Tensor
 from normkit import reference
 from normkit._spec import (
     EPS_OUTSIDE,
+    FROM_OUTPUT,
     LAYER,
     OF_SUM,
     OPTIONS,
@@ -36,43 +37,70 @@ if TYPE_CHECKING:
         def save_for_backward(self, *tensors: Tensor | None) -> None: ...
 
 
-_option_values = attrgetter(*OPTIONS)
 # The options that change rstd or mean.
 OF_STATISTICS = ("round_sum", "clamp_inf", "round_rstd")
 # And those that kernels of gradients have to know.
 OF_BACKWARD = ("weight_offset", "round_before_weight", "clamp_inf", "round_weight")
 _of_backward = itemgetter(*(OPTIONS.index(name) for name in OF_BACKWARD))
 
+# What of a call decides its formula: what `_C.try_norm` hands to `_C.set_differentiate`'s function.
+_OF_CALL = ("kind", "eps", *OPTIONS, "memory_efficient")
+values_of = attrgetter(*_OF_CALL)
+_BEFORE_WEIGHT, _SUM, _CLAMP = (
+    _OF_CALL.index(name) for name in ("round_before_weight", "round_sum", "clamp_inf")
+)
+
+
+def keeps_output(values: tuple[Any, ...]) -> bool:
+    """Whether y is kept for the gradients, and what was normalised made of it again."""
+    return values[-1] and not values[_BEFORE_WEIGHT] and not values[_CLAMP]
+
+
+def normalises_sum(values: tuple[Any, ...]) -> bool:
+    """Whether what is normalised is residual_out."""
+    return values[_SUM] and not values[_CLAMP]
+
 
 @dataclass
 class Formula:
-    """What is differentiated: a norm of x or, with a residual, of x + residual in float32.
+    """What is differentiated: a norm of x or, with a residual, of x + residual in float32."""
 
-    No NamedTuple, for the reason that `Call` is none.
-    """
-
-    layer: bool
-    per_head: bool
-    from_output: bool  # x is the output, of which xhat is made again
+    kind: int  # a call's
     eps: float | None
-    given: tuple[object, ...]  # the values of OPTIONS; named only where a gradient is made
-    of_sum: bool = False
-    eps_outside: bool = False
+    given: tuple[Any, ...]  # the values of OPTIONS; named only where a gradient is made
+    from_output: bool = False  # x is the output, of which xhat is made again
+
+    @classmethod
+    def of_call(cls, values: tuple[Any, ...]) -> Formula:
+        """That of a call which has these `values_of` it."""
+        return cls(values[0], values[1], values[2:-1], keeps_output(values))
 
     @classmethod
     def of(cls, call: Call) -> Formula:
         """That of a call."""
-        layer, per_head = call.kind & LAYER != 0, call.kind & PER_HEAD != 0
-        from_output = call.memory_efficient and call.keeps_output
-        of_sum, eps_outside = call.kind & OF_SUM != 0, call.kind & EPS_OUTSIDE != 0
-        options = _option_values(call)
-        return cls(layer, per_head, from_output, call.eps, options, of_sum, eps_outside)
+        return cls.of_call(values_of(call))
 
     @classmethod
     def of_values(cls, values: Sequence[Any]) -> Formula:
         """That of which `values` are."""
         layer, per_head, from_output, eps, *options, of_sum, eps_outside = values
-        return cls(layer, per_head, from_output, eps, tuple(options), of_sum, eps_outside)
+        kind = layer * LAYER | per_head * PER_HEAD | of_sum * OF_SUM | eps_outside * EPS_OUTSIDE
+        return cls(kind, eps, tuple(options), from_output)
+
+    @property
+    def layer(self) -> bool:
+        """Whether the mean is subtracted."""
+        return self.kind & LAYER != 0
+
+    @property
+    def eps_outside(self) -> bool:
+        """Whether eps bounds the root of the statistic."""
+        return self.kind & EPS_OUTSIDE != 0
+
+    @property
+    def of_gradients(self) -> int:
+        """The kind that kernels of gradients are told."""
+        return self.kind & (LAYER | PER_HEAD | OF_SUM) | self.from_output * FROM_OUTPUT
 
     def of_backward(self) -> tuple[Any, ...]:
         """The values of OF_BACKWARD, quicker than by name."""
@@ -87,19 +115,20 @@ class Formula:
     @property
     def options(self) -> Options:
         """All of OPTIONS, by name."""
-        options: Any = dict(zip(OPTIONS, self.given, strict=True))  # no cast, as in Call.named
-        named: Options = options
-        return named
+        named: Any = dict(zip(OPTIONS, self.given, strict=True))
+        options: Options = named
+        return options
 
     def values(self) -> tuple[object, ...]:
         """All of it, one after the other, as operators take it."""
-        norm = self.layer, self.per_head, self.from_output, self.eps
-        return *norm, *self.given, self.of_sum, self.eps_outside
+        per_head, of_sum = self.kind & PER_HEAD != 0, self.kind & OF_SUM != 0
+        norm = self.layer, per_head, self.from_output, self.eps
+        return *norm, *self.given, of_sum, self.eps_outside
 
     @property
     def statistic(self) -> Statistic:
         """The norm in words."""
-        return statistic_of(self.layer, self.of_sum)
+        return statistic_of(self.layer, self.kind & OF_SUM != 0)
 
     def statistics(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Rstd and mean of x by itself, by operations that torch can differentiate."""

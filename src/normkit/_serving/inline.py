@@ -21,7 +21,7 @@ from normkit._serving import dispatch
 from normkit._serving.backends import falls_back, wanted_backend
 from normkit._serving.checks import check
 from normkit._serving.definition import define_formula
-from normkit._serving.formula import Formula
+from normkit._serving.formula import Formula, values_of
 from normkit._serving.operators import (
     NormContext,
     call_operator,
@@ -148,7 +148,8 @@ class _Inline(torch.autograd.Function):
     @staticmethod
     def forward(ctx: NormContext, call: Call, *_: Tensor | None) -> Result:
         saved = dispatch.save_by_reference(call)
-        return result_of(ctx, Formula.of(call), call, saved)
+        inputs = call.x, call.residual, call.weight, call.bias
+        return result_of(ctx, values_of(call), inputs, saved)
 
     @staticmethod
     def backward(
@@ -156,7 +157,8 @@ class _Inline(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[1:]
         with reference.compiled():
-            return None, *gradients(ctx, needed, grad_y, grad_residual_out, _by_reference)
+            grads_out = grad_y, grad_residual_out
+            return None, *gradients(ctx, needed, *grads_out, ctx.saved_tensors, _by_reference)
 
 
 def _by_reference(

@@ -172,7 +172,7 @@ def of_row_alone(formula: Formula, *, clamped: bool) -> Formula:
     if clamped:
         options["clamp_inf"] = False
     given = tuple(options[name] for name in OPTIONS)
-    return Formula(formula.layer, formula.per_head, False, formula.eps, given)
+    return Formula(formula.kind, formula.eps, given)
 
 
 def _norm_again(kept: Kept, source: Tensor, formula: Formula, round_each: bool) -> Tensor:

@@ -13,7 +13,17 @@ from typing import Any, NamedTuple
 import torch
 
 from normkit._serving import backends
-from normkit._spec import FUSED, NATIVE, OF_SUM, Call, Fields, Op
+from normkit._spec import (
+    FROM_OUTPUT,
+    FUSED,
+    LAYER,
+    NATIVE,
+    OF_SUM,
+    PER_HEAD,
+    Call,
+    Fields,
+    Op,
+)
 
 
 class Kernel(NamedTuple):
@@ -66,7 +76,7 @@ def kernel_of(op: Op, arguments: Fields, outputs: Sequence[str] = ()) -> Kernel:
 def backward_kernel(arguments: Fields) -> Kernel:
     """That of the operator of all gradients."""
     places = {name: place for place, name in enumerate(arguments)}
-    flags = {"layer": 1, "per_head": 2, "from_output": 8, "of_sum": OF_SUM}
+    flags = {"layer": LAYER, "per_head": PER_HEAD, "from_output": FROM_OUTPUT, "of_sum": OF_SUM}
     kind = 0, tuple((places[name], bit) for name, bit in flags.items())
     wanted = 0, ((places["weight_wanted"], 1), (places["bias_wanted"], 2))
     given = (

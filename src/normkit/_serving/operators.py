@@ -15,14 +15,17 @@ import torch
 from torch import Tensor
 
 from normkit._serving import dispatch, gating, modulation, post_norm, rotation
-from normkit._serving.backends import quick, quick_saving, wanted_backend
+from normkit._serving.backends import differentiate_quickly, natives, quick, wanted_backend
 from normkit._serving.checks import check
 from normkit._serving.definition import KERNEL, Definition, refusal
 from normkit._serving.dispatch import Wanted
-from normkit._serving.formula import Formula
+from normkit._serving.formula import Formula, keeps_output, normalises_sum, values_of
 from normkit._serving.native import backward_kernel, kernel_of
+from normkit._serving.refusal import Refusal
 from normkit._spec import (
+    EPS_OUTSIDE,
     FIELDS,
+    FROM_OUTPUT,
     FUSED,
     NATIVE,
     OPS,
@@ -73,6 +76,10 @@ def _reader(
 # ---------------------------------------------------------------- gradients
 
 
+# What was normalised, residual, weight, bias, rstd and mean.
+Kept = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor | None]
+
+
 class Context(Protocol):
     """What autograd keeps of a call."""
 
@@ -86,34 +93,32 @@ class Context(Protocol):
 class NormContext(Context, Protocol):
     """And what is kept with it here."""
 
-    saved_tensors: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor | None]
-    backend: str
-    dtypes: tuple[torch.dtype, torch.dtype | None]
-    formula: Formula
+    saved_tensors: Kept
+    # `values_of` the call, what `use_backend` named, and the dtypes of x and residual: one
+    # attribute, since each costs every call.
+    norm: tuple[tuple[Any, ...], str, torch.dtype, torch.dtype | None]
 
 
-def remember(ctx: NormContext, formula: Formula, call: Call, saved: Saved) -> None:
+# What autograd hands to the forward pass of a norm, and of which it takes gradients.
+Inputs = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+
+
+def remember(ctx: NormContext, values: tuple[Any, ...], inputs: Inputs, saved: Saved) -> None:
     """Keep what the backward pass needs: rstd, mean and no second copy of anything."""
+    x, residual, weight, bias = inputs
     y, residual_out, rstd, mean = saved
-    residual = None
-    if formula.from_output:
-        source = y
-    elif call.residual is None:
-        source = call.x
-    elif residual_out is not None and call.round_sum and not call.clamp_inf:
-        source = residual_out
-    else:
-        source, residual = call.x, call.residual
-    kept_mean = None if formula.from_output else mean
-    ctx.save_for_backward(source, residual, call.weight, call.bias, rstd, kept_mean)
-    ctx.backend = wanted_backend()
-    ctx.dtypes = call.x.dtype, None if call.residual is None else call.residual.dtype
-    ctx.formula = formula
+    ctx.norm = values, wanted_backend(), x.dtype, None if residual is None else residual.dtype
+    source = x
+    if keeps_output(values):
+        source, residual, mean = y, None, None
+    elif residual_out is not None and normalises_sum(values):
+        source, residual = residual_out, None
+    ctx.save_for_backward(source, residual, weight, bias, rstd, mean)
 
 
-def result_of(ctx: NormContext, formula: Formula, call: Call, saved: Saved) -> Result:
+def result_of(ctx: NormContext, values: tuple[Any, ...], inputs: Inputs, saved: Saved) -> Result:
     """Give what the forward pass of an autograd function returns, and remember the rest."""
-    remember(ctx, formula, call, saved)
+    remember(ctx, values, inputs, saved)
     y, residual_out = saved[:2]
     if residual_out is None:
         return y
@@ -127,6 +132,7 @@ def gradients(
     needed: Sequence[bool],
     grad_y: Tensor | None,
     grad_residual_out: Tensor | None,
+    kept: Kept,
     backward: Callable[..., Gradients],
 ) -> Gradients:
     """Gradients of x, residual, weight and bias as far as they are needed."""
@@ -134,19 +140,19 @@ def gradients(
         if grad_residual_out is None:
             return None, None, None, None
         grad_y = torch.zeros_like(grad_residual_out)
-    x_dtype, residual_dtype = ctx.dtypes
-    kept = ctx.saved_tensors
+    values, backend, x_dtype, residual_dtype = ctx.norm
+    formula = Formula.of_call(values)
     wanted = Wanted(
         x_dtype if needed[0] else None, residual_dtype if needed[1] else None, *needed[2:]
     )
     if not torch.is_grad_enabled():
-        return backward(ctx.formula, wanted, ctx.backend, grad_y, grad_residual_out, *kept)
-    if ctx.formula.from_output:
+        return backward(formula, wanted, backend, grad_y, grad_residual_out, *kept)
+    if formula.from_output:
         raise RuntimeError(
             "memory_efficient: expected False where gradients are differentiated again, got True"
         )
     return dispatch.backward_by_reference(
-        ctx.formula, wanted, grad_y, grad_residual_out, *kept[:-1], differentiable=True
+        formula, wanted, grad_y, grad_residual_out, *kept[:-1], differentiable=True
     )
 
 
@@ -154,48 +160,69 @@ def run_with_gradient(call: Call) -> Result:
     """Run an eager call that needs a gradient; `dispatch.save` checks it."""
     with torch.no_grad():
         saved = dispatch.save(call)
-    made: Result = _Norm.apply(call, saved, *_inputs(call))  # type: ignore[no-untyped-call]
+    made: Result = _Norm.apply(values_of(call), saved, *_inputs(call))  # type: ignore[no-untyped-call]
     return made
 
 
-def _inputs(call: Call) -> tuple[Tensor | None, ...]:
+def _inputs(call: Call) -> Inputs:
     return call.x, call.residual, call.weight, call.bias
-
-
-def run_with_gradient_quickly(call: Call) -> Result | None:
-    """Run an eager call that needs a gradient and nothing else; None for any other call."""
-    saved = quick_saving(*call.native())
-    # The backward pass wants numbers that torch can add.
-    if saved is None or not (
-        type(call.memory_efficient) is bool
-        and type(call.eps) is float
-        and type(call.weight_offset) is float
-    ):
-        return None
-    made: Result = _apply(call, saved, *_inputs(call))
-    return made
 
 
 class _Norm(torch.autograd.Function):
     """What eager calls that need a gradient leave with autograd."""
 
     @staticmethod
-    def forward(ctx: NormContext, call: Call, saved: Saved, *_: Tensor | None) -> Result:
+    def forward(
+        ctx: NormContext, values: tuple[Any, ...], saved: Saved, *inputs: Tensor | None
+    ) -> Result:
         ctx.set_materialize_grads(False)
-        return result_of(ctx, Formula.of(call), call, saved)
+        return result_of(ctx, values, cast(Inputs, inputs), saved)
 
     @staticmethod
     def backward(
         ctx: NormContext, grad_y: Tensor | None, grad_residual_out: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[2:]
-        made = gradients(ctx, needed, grad_y, grad_residual_out, dispatch.backward)
+        needed, kept = ctx.needs_input_grad[2:], ctx.saved_tensors
+        if grad_y is not None and not torch.is_grad_enabled():
+            made = _gradients_quickly(ctx, needed, grad_y, grad_residual_out, kept)
+            if made is not None:
+                return None, None, *made
+        made = gradients(ctx, needed, grad_y, grad_residual_out, kept, dispatch.backward)
         return None, None, *made
+
+
+def _gradients_quickly(
+    ctx: NormContext,
+    needed: Sequence[bool],
+    grad_y: Tensor,
+    grad_residual_out: Tensor | None,
+    kept: Kept,
+) -> Gradients | None:
+    """The kernels' gradients, past what `dispatch.backward` looks at; None for any other."""
+    values, backend, x_dtype, residual_dtype = ctx.norm
+    kind, _, offset, before_weight, _, clamps, _, rounds_weight, memory_efficient = values
+    if clamps or rounds_weight or kind & EPS_OUTSIDE or backend != "auto":
+        return None
+    if memory_efficient and keeps_output(values):
+        kind |= FROM_OUTPUT
+    of_x, of_residual, of_weight, of_bias = needed
+    made = natives["auto"].norm_backward(
+        kind,
+        grad_y,
+        grad_residual_out,
+        *kept,
+        offset,
+        before_weight,
+        x_dtype if of_x else None,
+        residual_dtype if of_residual else None,
+        of_weight + 2 * of_bias,
+    )
+    return None if isinstance(made, Refusal) else made
 
 
 # Not by torch's own apply(), which asks at every call for transforms of torch.func, and looks for
 # tensors that one has left behind: such calls do not come here.  It takes half of an empty node.
-_apply: Callable[..., Any] = super(torch.autograd.Function, _Norm).apply
+differentiate_quickly(super(torch.autograd.Function, _Norm).apply)
 
 
 # ---------------------------------------------------------------- operators
@@ -315,9 +342,8 @@ def _register_functional(op: Op) -> None:
         if fusion is not None:
             fusion.keep(cast(Any, ctx), call, made)
             return
-        remember(
-            ctx, Formula.of(call), call, (made["y"], made.get("residual_out"), made["rstd"], mean)
-        )
+        saved = made["y"], made.get("residual_out"), made["rstd"], mean
+        remember(ctx, values_of(call), _inputs(call), saved)
 
     with_gradients = ("x", "residual", "weight", "bias") if fusion is None else fusion.INPUTS
     places = [names.index(name) if name in names else None for name in with_gradients]
@@ -335,7 +361,8 @@ def _register_functional(op: Op) -> None:
             of_all = fusion.gradients(cast(Any, ctx), by_name, *grads_out, _call_backward_operator)
             made = tuple(of_all.values())
         else:
-            made = gradients(ctx, needed, grad_y, grad_residual_out, _call_backward_operator)
+            grads_out = grad_y, grad_residual_out
+            made = gradients(ctx, needed, *grads_out, ctx.saved_tensors, _call_backward_operator)
         of_inputs: list[Tensor | None] = [None] * len(needs)
         for place, gradient, wanted in zip(places, made, needed, strict=True):
             if place is not None and wanted:

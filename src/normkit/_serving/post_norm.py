@@ -6,6 +6,7 @@ Of a call only its inputs and the sum are kept; the statistics of each norm are 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -100,7 +101,7 @@ def gradients(
 
 
 def _with_eps(formula: Formula, eps: float | None) -> Formula:
-    return Formula(formula.layer, formula.per_head, False, eps, formula.given)
+    return replace(formula, eps=eps, from_output=False)
 
 
 def _back(

@@ -50,9 +50,6 @@ def serve(call: Call) -> Result:
     """Check and run a call that the quick path did not take."""
     if is_dynamo_compiling():
         return _serve_compiled(call)
-    differentiated = None if call.fused else operators.run_with_gradient_quickly(call)
-    if differentiated is not None:
-        return differentiated
     if type(call.x) not in PLAIN:
         if nested.is_jagged(call.x) and not call.fused:
             return _run_jagged(call)

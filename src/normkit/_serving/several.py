@@ -37,7 +37,7 @@ def call_of(native: tuple[Any, ...]) -> Call:
 
     A `Call` takes longer to make than such a call to run, where there are few rows.
     """
-    values: Any = (*native[: len(NATIVE)], False, False, *native[len(NATIVE) :])
+    values: Any = (*native[: len(NATIVE)], False, *native[len(NATIVE) :])
     return Call(*values)
 
 

@@ -209,7 +209,7 @@ def gradients(
     is_rms_norm: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor]:
     """Make the gradients of the sum, in both dtypes, and of gamma and beta, and their parts."""
-    formula = Formula(not is_rms_norm, False, False, 0.0, tuple(DEFAULT_OPTIONS.values()))
+    formula = Formula((not is_rms_norm) * LAYER, 0.0, tuple(DEFAULT_OPTIONS.values()))
     weight = gamma.float()  # exact, and makes its gradient float32
     first, second, of_gamma, of_beta = dispatch.backward(
         formula,

@@ -95,7 +95,7 @@ def rms_norm(x: Tensor, w: Tensor, y: Tensor, epsilon: float) -> None:
         or y is None
         or epsilon is None
         or is_dynamo_compiling()
-        or quick(0, x, None, w, None, epsilon, *_PLAIN, None, y, None) is None
+        or quick(0, x, None, w, None, epsilon, *_PLAIN, None, y, None, False) is None
     ):
         _serve(functional.rms_norm, x, w, None, y, epsilon)
 
@@ -154,7 +154,7 @@ def layer_norm(x: Tensor, w: Tensor, b: Tensor | None, y: Tensor, epsilon: float
         or y is None
         or epsilon is None
         or is_dynamo_compiling()
-        or quick(LAYER, x, None, w, b, epsilon, *_PLAIN, None, y, None) is None
+        or quick(LAYER, x, None, w, b, epsilon, *_PLAIN, None, y, None, False) is None
     ):
         _serve(functional.layer_norm, x, w, b, y, epsilon)
 
@@ -216,7 +216,7 @@ def head_norm(x: Tensor, w: Tensor, b: Tensor | None, y: Tensor, epsilon: float,
         or y is None
         or epsilon is None
         or is_dynamo_compiling()
-        or quick(kind, x, None, w, b, epsilon, *_PLAIN, None, y, None) is None
+        or quick(kind, x, None, w, b, epsilon, *_PLAIN, None, y, None, False) is None
     ):
         _serve(functional.head_norm, x, w, b, y, epsilon, kind="rms" if rms else "layer")
 

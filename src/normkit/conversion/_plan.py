@@ -216,11 +216,11 @@ class Plan:
         call = (
             kind | ADD * (residual is not None), x, residual, weight, bias, spec.eps,
             spec.weight_offset, spec.round_before_weight, True, False, spec.round_rstd,
-            spec.round_weight, spec.out_dtype, out, None,
+            spec.round_weight, spec.out_dtype, out, None, False,
         )  # fmt: skip
         y: Any = quick(*call, *fused, *BEHIND_GATING) if fused else quick(*call)
         if y is None:
-            y = _slowly(Call(*call, False, False, *fused))
+            y = _slowly(Call(*call, False, *fused))
         return y.flatten(-2) if y is not None and self.groups > 1 else y
 
     def _in_parts(self, t: Any) -> Any:

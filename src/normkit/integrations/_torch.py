@@ -22,7 +22,7 @@ from normkit._serving.backends import wanted_backend
 from normkit._serving.dispatch import Wanted
 from normkit._serving.formula import Formula
 from normkit._serving.refusal import Refusal
-from normkit._spec import DEFAULT_OPTIONS, LAYER, Call, Saved
+from normkit._spec import DEFAULT_OPTIONS, LAYER, NATIVE, Call, Saved
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -135,7 +135,7 @@ def _override(library: Library, op: str, key: str, serve: Serve) -> None:
 
 
 # Those of a call that are not torch's: the options and the outputs.
-_REST = (*DEFAULT_OPTIONS.values(), None, None, None)
+_REST = tuple(getattr(Call, name) for name in NATIVE[NATIVE.index("eps") + 1 :])
 
 Rows = tuple[Tensor, Tensor | None, Tensor | None]
 
