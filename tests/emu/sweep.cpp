@@ -44,7 +44,8 @@ std::string name(const Case& c) {
          " in place" + n(c.in_place) + " round_before_weight" + n(c.round_before_weight) +
          " of_sum" + n(c.of_sum) + " eps_outside" + n(c.eps_outside) + " round_weight" +
          n(c.round_weight) + " round_sum" + n(c.round_sum) + " clamp_inf" + n(c.clamp_inf) +
-         " saves" + n(c.saves) + " seed" + n(static_cast<int64_t>(c.seed));
+         " saves" + n(c.saves) + " offset" + n(c.offset != 0.f) + " seed" +
+         n(static_cast<int64_t>(c.seed));
 }
 
 std::set<std::string> plans;
@@ -152,7 +153,9 @@ void run(const Case& c) {
       if (c.round_weight) w = rounded(c.other, w);
       const double b = c.bias ? read(c.other, bias.at(r % c.heads, i)) : 0;
       const double xhat = (v[i] - mean) * rstd, size = (std::abs(v[i]) + about) * rstd;
-      const double bound = std::ldexp(4 * (size * std::abs(w) + std::abs(b)), -24);
+      // The sum of weight and offset is a rounding more.
+      const double roundings = norm.options.weight_offset != 0.f ? 5 : 4;
+      const double bound = std::ldexp(roundings * (size * std::abs(w) + std::abs(b)), -24);
       double low = xhat, high = xhat;
       if (c.round_before_weight) {
         // Next to the middle of two values it may fall to either.
