@@ -26,6 +26,8 @@ class GroupCursor {
     group_ = turn % groups_;
   }
   int64_t group() const { return group_; }
+  // Rows from one to the next in the same place of the same group.
+  int64_t turn() const { return groups_ == 1 ? 1 : inner_ * groups_; }
   void next() {
     if (--left_ > 0) return;
     left_ = inner_;

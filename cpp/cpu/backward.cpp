@@ -1,6 +1,5 @@
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 
 #include "affine.h"
 #include "cursor.h"
@@ -13,8 +12,7 @@ namespace normkit::cpu {
 namespace {
 
 // The sums over rows are made in parts whose rows follow the number of rows alone, so that they
-// have the same bits on any number of threads.  A part adds in float32, the parts are added in
-// float64: the error of float32 chains is that of one part, and averages out over many.
+// have the same bits on any number of threads.
 constexpr int64_t kPartRows = 64, kFewPartRows = 16, kFewParts = 8, kMostParts = 256;
 
 int64_t parts_of(int64_t rows) {
@@ -23,7 +21,7 @@ int64_t parts_of(int64_t rows) {
 }
 
 // Rows whose x and grad_y stay in the second-level cache between the stages.
-constexpr int64_t kBlockBytes = 64 << 10;
+constexpr int64_t kBlockBytes = 128 << 10;
 
 thread_local Scratch scratch;
 
@@ -42,7 +40,10 @@ struct AffineGradient {
   char* out = nullptr;  // null: not wanted
   DType dtype = DType::kFloat32;
   int64_t rows = 0;  // as stored: one, or one a group
-  float* sums = nullptr;
+  double* sums = nullptr;
+  int64_t part_size = 0;
+
+  double* of_part(int64_t part) const { return sums + part * part_size; }
 };
 
 struct Job {
@@ -131,17 +132,20 @@ Affines affines_of(const Job& job, int thread) {
 // The weights of rows [row, row + b.rows), and where their gradients are summed up.
 void fill_affine(BackwardBlock& b, const Part& part, int64_t row, int64_t part_index) {
   const Job& job = part.job;
-  const auto sums = [&](const AffineGradient& gradient, int64_t group) -> float* {
+  const auto sums = [&](const AffineGradient& gradient, int64_t group) -> double* {
     if (!gradient.out) return nullptr;
-    return gradient.sums +
-           (part_index * gradient.rows + (gradient.rows > 1 ? group : 0)) * job.padded;
+    return gradient.of_part(part_index) + (gradient.rows > 1 ? group : 0) * job.padded;
   };
   GroupCursor cursor(job.norm.weight, job.norm.bias, row);
   for (int r = 0; r < b.rows; ++r, cursor.next()) {
     b.weight[r] = static_cast<const float*>(part.affine.weight.row(cursor.group()));
     b.grad_weight[r] = sums(job.weight, cursor.group());
     b.grad_bias[r] = sums(job.bias, cursor.group());
+    b.group[r] = cursor.group();
   }
+  const int turn = static_cast<int>(std::min<int64_t>(b.rows, cursor.turn()));
+  for (int of_turn = 0, at = 0; of_turn < turn; ++of_turn)
+    for (int r = of_turn; r < b.rows; r += turn) b.order[at++] = static_cast<uint8_t>(r);
 }
 
 // Rows that the stages take as they are.
@@ -239,6 +243,8 @@ void run_on_thread(void* context, int thread) {
   Cursor cursor(job.operands.rows, norm.outer_dims, norm.outer_size, row);
   while (p < end) {
     const int64_t next = norm.rows * (p + 1) / job.parts;
+    for (const AffineGradient* gradient : {&job.weight, &job.bias})
+      std::fill_n(gradient->of_part(p), gradient->part_size, 0.0);
     run_part(part, cursor, row, next, p++);
     row = next;
   }
@@ -249,12 +255,10 @@ void run_on_thread(void* context, int thread) {
 // Adds up the parts of a range of chunks, in their order, and writes them in the columns' order.
 void fold(const Job& job, const AffineGradient& gradient, int64_t begin, int64_t end) {
   const Layout layout = backward_layout(job.item);
-  const int64_t part_size = gradient.rows * job.padded;
   for (int64_t at = begin * kChunk; at < end * kChunk; at += kChunk) {
     double total[kChunk] = {};
     for (int64_t part = 0; part < job.parts; ++part)
-      for (int64_t i = 0; i < kChunk; ++i)
-        total[i] += static_cast<double>(gradient.sums[part * part_size + at + i]);
+      for (int64_t i = 0; i < kChunk; ++i) total[i] += gradient.of_part(part)[at + i];
     float row[kChunk];
     for (int64_t i = 0; i < kChunk; ++i) row[i] = static_cast<float>(total[column_in(layout, i)]);
     const int64_t column = at % job.padded, count = std::min(kChunk, job.norm.n - column);
@@ -273,8 +277,8 @@ void fold_on_thread(void* context, int thread) {
   }
 }
 
-AffineGradient gradient_of(char* out, const Affine& affine) {
-  return {out, affine.dtype, affine.groups};
+AffineGradient gradient_of(char* out, const Affine& affine, int64_t padded) {
+  return {out, affine.dtype, affine.groups, nullptr, out ? affine.groups * padded : 0};
 }
 
 // Everything a call needs, one behind the other, in one piece.
@@ -282,15 +286,13 @@ void reserve(Job& job) {
   const RowNormBackward& norm = job.norm;
   job.affine_floats = job.padded * (norm.weight.groups + norm.bias.groups);
   job.wide_floats = job.uniform ? 0 : kWideRows * job.block_rows * job.padded;
-  const auto sums = [&](const AffineGradient& g) {
-    return g.out ? job.parts * g.rows * job.padded : 0;
-  };
-  const int64_t zeros = sums(job.weight) + sums(job.bias);
-  float* memory = scratch.reserve(zeros + job.threads * (job.affine_floats + job.wide_floats));
-  std::memset(memory, 0, zeros * sizeof(float));
-  job.weight.sums = memory;
-  job.bias.sums = memory + sums(job.weight);
-  job.affine = memory + zeros;
+  const int64_t sums = job.parts * (job.weight.part_size + job.bias.part_size);
+  constexpr int64_t kFloats = sizeof(double) / sizeof(float);
+  float* memory =
+      scratch.reserve(kFloats * sums + job.threads * (job.affine_floats + job.wide_floats));
+  job.weight.sums = reinterpret_cast<double*>(memory);
+  job.bias.sums = job.weight.of_part(job.parts);
+  job.affine = memory + kFloats * sums;
   job.wide = job.affine + job.threads * job.affine_floats;
 }
 
@@ -311,8 +313,8 @@ void row_norm_backward(const RowNormBackward& norm) {
   // Float32 2048x4096 on Zen 4: a fifth faster; bfloat16, half as much: no difference.
   job.stream = job.uniform && fills_last_cache(traffic) &&
                on_cache_lines(norm.grad_x, norm.outer_dims, norm.n);
-  job.weight = gradient_of(norm.grad_weight, norm.weight);
-  job.bias = gradient_of(norm.grad_bias, norm.bias);
+  job.weight = gradient_of(norm.grad_weight, norm.weight, job.padded);
+  job.bias = gradient_of(norm.grad_bias, norm.bias, job.padded);
   reserve(job);
   if (norm.rows > 0) run_on_threads(job.threads, run_on_thread, &job);
   run_on_threads(job.threads, fold_on_thread, &job);

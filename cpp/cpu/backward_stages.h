@@ -2,7 +2,8 @@
 //
 // A row of a 16-bit or float32 type is read twice, the second time from the caches: once for its
 // two means, and once for grad_x and for what it adds to the gradients of weight and bias.  Rows
-// are taken in fours there, so that the weight is loaded and those sums are stored once for four.
+// of one weight are taken together there: it is loaded once for all, and those sums are added to
+// memory once for four.
 #pragma once
 #include <iterator>
 
@@ -133,7 +134,8 @@ struct Backward {
     }
   }
 
-  // What some rows add to the gradients of weight and bias in some columns.
+  // What up to kBackwardRows rows add to the gradients of weight and bias in some columns, as
+  // float32: of a bias three roundings, of a weight four, and none after that.
   template <int kCount>
   struct AffineGradients {
     Vecs<kCount> weight = zeros<kCount>(), bias = zeros<kCount>();
@@ -142,8 +144,8 @@ struct Backward {
       if (b.grad_weight[r]) add_to(b.grad_weight[r] + i, weight);
       if (b.grad_bias[r]) add_to(b.grad_bias[r] + i, bias);
     }
-    static NORMKIT_INLINE void add_to(float* sums, const Vecs<kCount>& c) {
-      for (int k = 0; k < kCount; ++k, sums += kWidth) store(sums, add(cpu::load(sums), c.v[k]));
+    static NORMKIT_INLINE void add_to(double* sums, const Vecs<kCount>& c) {
+      for (int k = 0; k < kCount; ++k, sums += kWidth) cpu::add_to(sums, c.v[k]);
     }
   };
 
@@ -186,26 +188,36 @@ struct Backward {
           (kStream ? T::stream : T::store)(out + k * kWidth, grad_x.v[k]);
     }
 
+    static NORMKIT_INLINE int row_at(const BackwardBlock& b, int at) {
+      return kUsual ? at : b.order[at];
+    }
+
+    // Rows of one group.
     template <bool kTail>
     static NORMKIT_INLINE void columns(const BackwardBlock& b, int first, int last, int64_t i) {
       const int64_t count = kTail ? b.n - i : kChunk;
-      if (kUsual || b.shared) {
-        const Columns<kTail> weight = load_weight<kTail>(b.weight[0] + i, count);
+      const int of_group = row_at(b, first);
+      const Columns<kTail> weight = load_weight<kTail>(b.weight[of_group] + i, count);
+      for (int at = first; at < last;) {
         Sums<kTail> sums;
-        for (int r = first; r < last; ++r) chunk<kTail>(b, r, i, count, weight, sums);
-        sums.add_to(b, first, i);
-        return;
-      }
-      for (int r = first; r < last; ++r) {
-        Sums<kTail> sums;
-        chunk<kTail>(b, r, i, count, load_weight<kTail>(b.weight[r] + i, count), sums);
-        sums.add_to(b, r, i);
+        const int end = last - at < kBackwardRows ? last : at + kBackwardRows;
+        for (; at < end; ++at) chunk<kTail>(b, row_at(b, at), i, count, weight, sums);
+        sums.add_to(b, of_group, i);
       }
     }
 
+    // The end of rows that are walked together: of one group.
+    static int end_of_walk(const BackwardBlock& b, int first) {
+      const int most = b.rows - first < kWalkedRows ? b.rows : first + kWalkedRows;
+      if (kUsual) return most;
+      int end = first + 1;
+      while (end < most && b.group[b.order[end]] == b.group[b.order[first]]) ++end;
+      return end;
+    }
+
     static void rows(const BackwardBlock& b) {
-      for (int first = 0; first < b.rows; first += kBackwardRows) {
-        const int last = b.rows - first < kBackwardRows ? b.rows : first + kBackwardRows;
+      for (int first = 0, last; first < b.rows; first = last) {
+        last = end_of_walk(b, first);
         int64_t i = 0;
         for (; i < b.n / kChunk * kChunk; i += kPart * kWidth) columns<false>(b, first, last, i);
         if (i < b.n) columns<true>(b, first, last, i);

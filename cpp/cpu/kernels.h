@@ -71,8 +71,12 @@ struct RotatedRow {
 };
 using RotateRow = void (*)(const RotatedRow&);
 
-// Rows whose part of grad_weight and grad_bias is added in one go.
+// Rows whose part of grad_weight and grad_bias is added as float32.  Such a sum has an error of at
+// most 3 * 2^-24 of that of the magnitudes, four products one of 4 * 2^-24; the sums of the sums
+// are doubles.
 constexpr int kBackwardRows = 4;
+// Rows of which some columns are worked on before the next ones, while the doubles are near.
+constexpr int kWalkedRows = 16;
 
 // Rows of a backward pass that go through its two stages together.  All tensors of a block are of
 // one type; what is not has been widened to float32.
@@ -85,11 +89,13 @@ struct BackwardBlock {
   void* grad_x[kMaxBlockRows];         // null: not wanted
   const float* weight[kMaxBlockRows];  // float32 in the stages' layout
   // Sums over rows in the stages' layout, whole chunks; null where they are not wanted.
-  float* grad_weight[kMaxBlockRows];
-  float* grad_bias[kMaxBlockRows];
-  bool shared;                 // all rows have the first one's weight and sums
-  float mean[kMaxBlockRows];   // xhat = (x - mean) * scale
-  float scale[kMaxBlockRows];  // rstd, unless x is xhat itself
+  double* grad_weight[kMaxBlockRows];
+  double* grad_bias[kMaxBlockRows];
+  int64_t group[kMaxBlockRows];  // rows of one have the same weight and sums
+  uint8_t order[kMaxBlockRows];  // the rows, those of a group one after the other
+  bool shared;                   // there is one group
+  float mean[kMaxBlockRows];     // xhat = (x - mean) * scale
+  float scale[kMaxBlockRows];    // rstd, unless x is xhat itself
   float rstd[kMaxBlockRows];
   float g_mean[kMaxBlockRows];   // of g = grad_y * weight; layer norm only
   float gx_mean[kMaxBlockRows];  // of g * xhat

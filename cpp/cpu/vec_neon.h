@@ -34,6 +34,10 @@ inline V clamp(V v, float limit) { return vminq_f32(set1(limit), vmaxq_f32(set1(
 inline V load(const float* p) { return vld1q_f32(p); }
 inline void store(float* p, V v) { vst1q_f32(p, v); }
 inline void stream(float* p, V v) { store(p, v); }
+inline void add_to(double* sums, V v) {
+  vst1q_f64(sums, vaddq_f64(vld1q_f64(sums), vcvt_f64_f32(vget_low_f32(v))));
+  vst1q_f64(sums + 2, vaddq_f64(vld1q_f64(sums + 2), vcvt_high_f64_f32(v)));
+}
 
 inline V load_half(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 inline uint16x4_t to_half(V v) { return vreinterpret_u16_f16(vcvt_f16_f32(v)); }

@@ -96,9 +96,10 @@ def gradients(call: Callable[..., Any], case: Case) -> Gradients:
     return Gradients(*(made.get(name) for name in Gradients._fields))
 
 
-def check(case: Case, made: Gradients) -> None:
+def check(case: Case, made: Gradients, arithmetic: float | None = None) -> None:
     """Check what `gradients` returned against float64."""
-    arithmetic = _FUSED if case.op.fused else _ARITHMETIC
+    if arithmetic is None:
+        arithmetic = _FUSED if case.op.fused else _ARITHMETIC
     for name, expected, t in _expected(case):
         got = getattr(made, name)
         assert got is not None, name

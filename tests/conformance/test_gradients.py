@@ -330,15 +330,44 @@ def test_gradients_of_a_case_that_breaks_a_bound_are_found(backend: Any) -> None
             check(case, made._replace(**{name: broken}))
 
 
-@pytest.mark.parametrize("value", [0.1, 1 / 3, 1.7])
-def test_sums_of_equal_gradients_lose_no_more_than_stated(backend: Any, value: float) -> None:
-    """Roundings of equal numbers do not cancel: beyond the bound, as docs/numerics.md says."""
-    tokens = 512 if backend.name == "emu" else 16384
-    x, bias = torch.randn(tokens, 5, 8), torch.zeros(5, 8, requires_grad=True)
-    y = backend("head_norm", x, None, bias)
-    (got,) = torch.autograd.grad(y, bias, torch.full_like(y, value))
-    expected = tokens * torch.tensor(value).double()
-    assert (got.double() - expected).abs().max() <= 32 * 2.0**-24 * expected
+def one_sided(name: str, rows: int) -> torch.Tensor:
+    """Magnitudes whose float32 sums lose much: roundings of one sign do not cancel."""
+    half_a_step = 2.0**-24
+    period = {
+        "big and small": [1.0, half_a_step],
+        "one of four": [1.0, half_a_step, half_a_step, half_a_step],
+        "one of eight": [1.0, *[half_a_step * (1 - 2.0**-20)] * 7],
+    }
+    if name == "growing":
+        return torch.linspace(1e-3, 1, rows)
+    if name in period:
+        values = torch.tensor(period[name])
+        return values.repeat(-(-rows // len(values)))[:rows]
+    return torch.full((rows,), float(name))
+
+
+NAMES_OF_SUMS = ("growing", "big and small", "one of four", "one of eight")
+EQUAL = (0.1, 1 / 3, 1 - 2.0**-24, 1 + 2.0**-23, 1.7, 3.0)
+
+
+@pytest.mark.parametrize("name", [*map(repr, EQUAL), *NAMES_OF_SUMS])
+@pytest.mark.parametrize("op", [RMS, HEAD_LAYER], ids=str)
+def test_sums_of_one_sign_keep_the_bound(kernels: Any, op: Op, name: str) -> None:
+    """Products of one sign for the weight, and gradients of one sign for the bias."""
+    on_cpu = kernels.name == "cpu"
+    most, arithmetic = (16384, 4 * 2.0**-24) if on_cpu else (512, 32 * 2.0**-24)
+    for rows, n in ((most, 8), (most // 20, 64), (37, 200)):
+        shape = (rows, 5) if op.per_head else (rows,)
+        sign = torch.ones(n)
+        sign[1::2] = -1
+        x = sign.expand(*shape, n).contiguous()
+        weight, bias = (torch.full((5, n) if op.per_head else (n,), v) for v in (1.0, 0.0))
+        inputs = inputs_for(op, shape, n, torch.float32)._replace(x=x, weight=weight, bias=bias)
+        sizes = one_sided(name, rows).view(-1, *[1] * len(shape)).expand(*shape, n)
+        case = case_of(op, inputs, eps=0.3)
+        for grad_y in (sizes, sizes * sign):
+            case = case._replace(grad_y=grad_y)
+            check(case, gradients(kernels, case), arithmetic)
 
 
 @pytest.mark.parametrize("name", ["rms_norm", "layer_norm", "add_rms_norm"])
