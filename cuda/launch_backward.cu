@@ -93,7 +93,8 @@ struct Workspace {
         weight(norm.grad_weight),
         bias(norm.grad_bias) {
     const int64_t of_head = divide_up(std::min(norm.rows, kMaxLaunchRows), heads_of(norm));
-    keeps_lost = divide_up(of_head, int64_t{plan.slices} * plan.groups) > kChainRows;
+    keeps_lost =
+        !is_one_launch(norm) || divide_up(of_head, int64_t{plan.slices} * plan.groups) > kChainRows;
   }
   int64_t floats() const { return sums * (weight + bias) * (1 + keeps_lost); }
   PartialSums of(float* memory, bool is_bias, int64_t head) const {

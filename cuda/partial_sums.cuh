@@ -7,7 +7,7 @@
 namespace normkit::cuda {
 
 // For each slice of the rows of each head, a row of sums, and a row of what they have lost to
-// rounding.  sum is null where nobody asks for it.
+// rounding.  sum is null where nobody asks for it, lost where nothing is added to a sum.
 struct PartialSums {
   float *sum, *lost;
 };
@@ -55,23 +55,21 @@ __device__ __forceinline__ void fold_groups(Floats<kSize>& v, int lanes, int gro
   for (int i = 0; i < kSize; ++i) v.v[i] = storage.thread[i][threadIdx.x];
 }
 
-// Adds sums to the partial sums that are `at` floats into their memory: the first of a launch to
-// what an earlier launch left there, the last with all that the others have lost.
+// Adds sums to the partial sums that are `at` floats into their memory, or begins with them.
 template <int kSize>
 __device__ __forceinline__ void add_to_partial(const PartialSums& partial, int64_t at, bool adds,
-                                               bool is_first, bool is_last,
                                                const Floats<kSize>& v) {
   // Four at a time: more of them beside the sums in the making would spill.
 #pragma unroll 1
   for (int half = 0; half < kSize / 4; ++half) {
     Floats<4> sum{}, lost{};
-    if (adds || !is_first) sum = load_sums<4>(partial.sum + at + 4 * half);
-    if (!is_first) lost = load_sums<4>(partial.lost + at + 4 * half);
+    if (adds) sum = load_sums<4>(partial.sum + at + 4 * half);
+    if (adds) lost = load_sums<4>(partial.lost + at + 4 * half);
 #pragma unroll
     for (int i = 0; i < 4; ++i)
       add_to(sum.v[i], lost.v[i], half == 0 ? v.v[i] : v.v[kSize - 4 + i]);
     store_sums(partial.sum + at + 4 * half, sum);
-    if (!is_last) store_sums(partial.lost + at + 4 * half, lost);
+    if (partial.lost) store_sums(partial.lost + at + 4 * half, lost);
   }
 }
 

@@ -212,21 +212,19 @@ __global__ void __launch_bounds__(kPacks == 1 ? kThreads : kMostLanes,
   }
   ColumnSums<kPacks, kSize, kBias> sums;
   sums.clear();
-  const auto flush = [&](Floats<kSize>& v, const PartialSums& partial, int p, bool first,
-                         bool last) {
+  const auto flush = [&](Floats<kSize>& v, const PartialSums& partial, int p, bool adds) {
     if (a.groups > 1) fold_groups(v, lanes, a.groups, group_storage);
     if (group == 0 && column(p) < end)
-      add_to_partial(partial, slice * a.sums_stride + head * a.padded + column(p), a.adds, first,
-                     last, v);
+      add_to_partial(partial, slice * a.sums_stride + head * a.padded + column(p), adds, v);
     v = {};
   };
-  const auto flush_all = [&](bool first, bool last) {
+  const auto flush_all = [&](bool adds) {
 #pragma unroll
     for (int p = 0; p < kPacks; ++p) {
       if (!has(p)) break;
-      if (a.weight_sums.sum) flush(sums.weight[p], a.weight_sums, p, first, last);
+      if (a.weight_sums.sum) flush(sums.weight[p], a.weight_sums, p, adds);
       if constexpr (kBias)
-        if (a.bias_sums.sum) flush(sums.bias[p], a.bias_sums, p, first, last);
+        if (a.bias_sums.sum) flush(sums.bias[p], a.bias_sums, p, adds);
     }
   };
 
@@ -236,7 +234,7 @@ __global__ void __launch_bounds__(kPacks == 1 ? kThreads : kMostLanes,
   if constexpr (kKeeps) ahead = load(first);
 #pragma unroll 1
   for (; first < of_head; first += step) {
-    if (walked && walked % kChainRows == 0) flush_all(walked == kChainRows, false);
+    if (walked && walked % kChainRows == 0) flush_all(a.adds || walked > kChainRows);
     const bool exists = first + group < of_head;
     const uint32_t number = exists ? head + a.heads.value * (first + group) : 0;
     const int live = exists ? end : 0;
@@ -302,7 +300,7 @@ __global__ void __launch_bounds__(kPacks == 1 ? kThreads : kMostLanes,
     ++walked;
   }
   let_next_kernel_start();
-  flush_all(walked <= kChainRows, true);
+  flush_all(a.adds || walked > kChainRows);
 }
 
 // Rows that are longer, or parts of a split norm's: a block a row, for the gradient of the row
@@ -369,19 +367,19 @@ __global__ void __launch_bounds__(kThreads, kColumnBlocks)
     const int64_t at = slice * a.sums_stride + head * a.padded + column;
     ColumnSums<1, kSize, true> sums;
     sums.clear();
-    const auto flush = [&](bool first, bool last) {
-      if (a.weight_sums.sum) add_to_partial(a.weight_sums, at, a.adds, first, last, sums.weight[0]);
-      if (a.bias_sums.sum) add_to_partial(a.bias_sums, at, a.adds, first, last, sums.bias[0]);
+    const auto flush = [&](bool adds) {
+      if (a.weight_sums.sum) add_to_partial(a.weight_sums, at, adds, sums.weight[0]);
+      if (a.bias_sums.sum) add_to_partial(a.bias_sums, at, adds, sums.bias[0]);
       sums.clear();
     };
     uint32_t walked = 0;
     for (uint32_t of = slice; of < of_head; of += a.slices, ++walked) {
-      if (walked && walked % kChainRows == 0) flush(walked == kChainRows, false);
+      if (walked && walked % kChainRows == 0) flush(a.adds || walked > kChainRows);
       const RowOperands operands(a, head + a.heads.value * of, true);
       sums.template add<Access>(a, 0,
                                 operands.template terms<Statistic::kLayer, Access>(a, column, a.n));
     }
-    flush(walked <= kChainRows, true);
+    flush(a.adds || walked > kChainRows);
   }
   let_next_kernel_start();
 }

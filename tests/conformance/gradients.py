@@ -96,10 +96,9 @@ def gradients(call: Callable[..., Any], case: Case) -> Gradients:
     return Gradients(*(made.get(name) for name in Gradients._fields))
 
 
-def check(case: Case, made: Gradients, arithmetic: float | None = None) -> None:
+def check(case: Case, made: Gradients) -> None:
     """Check what `gradients` returned against float64."""
-    if arithmetic is None:
-        arithmetic = _FUSED if case.op.fused else _ARITHMETIC
+    arithmetic = _FUSED if case.op.fused else _ARITHMETIC
     for name, expected, t in _expected(case):
         got = getattr(made, name)
         assert got is not None, name

@@ -354,8 +354,7 @@ EQUAL = (0.1, 1 / 3, 1 - 2.0**-24, 1 + 2.0**-23, 1.7, 3.0)
 @pytest.mark.parametrize("op", [RMS, HEAD_LAYER], ids=str)
 def test_sums_of_one_sign_keep_the_bound(kernels: Any, op: Op, name: str) -> None:
     """Products of one sign for the weight, and gradients of one sign for the bias."""
-    on_cpu = kernels.name == "cpu"
-    most, arithmetic = (16384, 4 * 2.0**-24) if on_cpu else (512, 32 * 2.0**-24)
+    most = 16384 if kernels.name == "cpu" else 2000
     for rows, n in ((most, 8), (most // 20, 64), (37, 200)):
         shape = (rows, 5) if op.per_head else (rows,)
         sign = torch.ones(n)
@@ -367,7 +366,7 @@ def test_sums_of_one_sign_keep_the_bound(kernels: Any, op: Op, name: str) -> Non
         case = case_of(op, inputs, eps=0.3)
         for grad_y in (sizes, sizes * sign):
             case = case._replace(grad_y=grad_y)
-            check(case, gradients(kernels, case), arithmetic)
+            check(case, gradients(kernels, case))
 
 
 @pytest.mark.parametrize("name", ["rms_norm", "layer_norm", "add_rms_norm"])

@@ -385,8 +385,8 @@ BACKWARD_PASS = (
         "the sums of the last launch are taken for those of all",
         PLAIN,
         PARTIAL,
-        "if (adds || !is_first) sum",
-        "if (!is_first) sum",
+        "if (adds) sum",
+        "if (false) sum",
     ),
     mutant(
         "sums-counted-twice",
