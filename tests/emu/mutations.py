@@ -389,6 +389,14 @@ BACKWARD_PASS = (
         "if (false) sum",
     ),
     mutant(
+        "compensation-left-out",
+        "sums go to the partial sums one after the other, with what is lost left out",
+        PLAIN,
+        PARTIAL,
+        "      add_to(sum.v[i], lost.v[i], half == 0 ? v.v[i] : v.v[kSize - 4 + i]);",
+        "      sum.v[i] += half == 0 ? v.v[i] : v.v[kSize - 4 + i];",
+    ),
+    mutant(
         "sums-counted-twice",
         "sums that went to memory are not cleared",
         PLAIN,
