@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import multiprocessing
 import re
 import threading
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 import normkit
+from conformance.support import assert_same_bits
 from normkit import _C
 from normkit._spec import NATIVE
 from normkit.testing import assert_accurate
@@ -42,7 +44,7 @@ def _randn(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n", [31, 64, 96, 1025, 70001])
+@pytest.mark.parametrize("n", [31, 64, 96, 1025, 2176, 70001])
 def test_options_give_the_same_bits_on_every_instruction_set(n, dtype, best_instruction_set):
     x, residual = _randn(5, n, dtype=dtype, seed=n), _randn(5, n, dtype=torch.bfloat16, seed=n + 1)
     weight, bias = _randn(n, dtype=torch.float16, seed=2), _randn(n, dtype=dtype, seed=3)
@@ -165,6 +167,46 @@ def test_rows_that_end_within_a_line_are_stored_through_the_caches(dtype):
     assert torch.equal(out[:4, :n], normkit.rms_norm(x[:4]))
     assert torch.equal(out[-4:, :n], out[:4, :n])
     assert bool((out[:, n:] == 7.0).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("rows", "n"), [(7, 2048), (34, 2176), (1103, 4096)])
+def test_a_row_has_the_bits_that_it_has_alone(rows, n, threads, dtype, two_threads):
+    """The sum of a row is taken beside the row in front of it, or beside the sum with a residual:
+    from a cache and from memory, with more rows in a block and less, and not of the first row."""
+    torch.set_num_threads(threads)
+    distinct = _randn(5, n, dtype=dtype, seed=n)
+    distinct[2, 7], distinct[3, n - 1], distinct[4] = math.nan, math.inf, 0.0
+    residuals = _randn(5, n, dtype=dtype, seed=n + 1)
+    weight, wide = _randn(n, dtype=dtype, seed=2), _randn(n, dtype=torch.float32, seed=3)
+    turn = torch.arange(rows) % 5
+    x, residual, out = distinct[turn], residuals[turn], torch.empty(rows, n, dtype=dtype)
+    calls = (
+        (normkit.rms_norm, (weight,), {}),
+        (normkit.rms_norm, (weight,), {"round_before_weight": True}),
+        (normkit.rms_norm, (wide,), {"weight_offset": 1.0}),
+        (normkit.rms_norm, (wide, wide), {}),
+        (normkit.layer_norm, (weight, weight), {}),
+        (normkit.layer_norm, (wide,), {}),
+    )
+    with normkit.use_backend("cpu"):
+        for norm, affine, options in calls:
+            alone = torch.cat([norm(row[None], *affine, **options) for row in distinct])
+            assert_same_bits(norm(x, *affine, out=out, **options), alone[turn])
+            shared = distinct[1].expand(rows, n)
+            assert_same_bits(norm(shared, *affine, **options), alone[1].expand(rows, n))
+            in_place = getattr(normkit, f"{norm.__name__}_")
+            assert_same_bits(in_place(x.clone(), *affine, **options), alone[turn])
+
+            add = f"add_{norm.__name__}"
+            made = getattr(normkit, add)(x, residual, *affine, **options)
+            in_place = getattr(normkit, f"{add}_")(x.clone(), residual.clone(), *affine, **options)
+            sums = made[1][:5]
+            alone = torch.cat([norm(row[None], *affine, **options) for row in sums])
+            for y, total in (made, in_place):
+                assert_same_bits(y, alone[turn])
+                assert_same_bits(total, sums[turn])
 
 
 def _plan_of(rows: int, n: int, dtype: torch.dtype) -> str:

@@ -2,7 +2,7 @@
 #pragma once
 #include <type_traits>
 
-#include "chunk.h"
+#include "sums.h"
 
 namespace normkit::cpu {
 namespace {
@@ -77,10 +77,21 @@ struct Apply {
       scale(c, weight);
   }
 
+  template <int64_t kColumns = kChunk>
   static NORMKIT_INLINE void fetch_next(const Row& row, int64_t i) {
     if (row.next)
-      for (size_t line = 0; line < kChunk * sizeof(*row.x); line += 64)
+      for (size_t line = 0; line < kColumns * sizeof(*row.x); line += 64)
         NORMKIT_FETCH(row.next + i * sizeof(*row.x) + line);
+  }
+
+  // From c, the columns from i on, to the output.
+  template <bool kBias, bool kStream>
+  NORMKIT_INLINE void finish(Chunk c, const Row& row, int64_t i, int64_t affine_at) const {
+    normalise(c);
+    // Prepared rows in split order have whole chunks, the last one of the last columns.
+    const int64_t at = kSplitLanes && !kSplitAffine ? affine_at : i;
+    affine<kBias>(c, load_chunk<W, kSplitAffine>(row.weight + at), row.bias + at);
+    store_chunk<O, kSplitLanes, kStream>(row.out + i, c);
   }
 
   // A row of at least one chunk.  The last chunk ends where the row does: what it repeats of the
@@ -97,15 +108,28 @@ struct Apply {
       const int64_t following_at = i + kChunk < last ? i + kChunk : last;
       const Chunk following = load_chunk<S, kSplitLanes>(row.x + following_at);
       fetch_next(row, i);
-      normalise(c);
-      // Prepared rows in split order have whole chunks, the last one of the last columns.
-      const int64_t at = kSplitLanes && !kSplitAffine ? affine_at : i;
-      affine<kBias>(c, load_chunk<W, kSplitAffine>(row.weight + at), row.bias + at);
-      store_chunk<O, kSplitLanes, kStream>(row.out + i, c);
+      finish<kBias, kStream>(c, row, i, affine_at);
       if (i == last) break;
       i = following_at;
       c = following;
     }
+  }
+
+  // The same of a row of whole pairs of chunks, and the first sum of the next one.
+  template <bool kBias, bool kStream>
+  NORMKIT_INLINE float along_and_sum(const Row& row, const typename S::Item* next,
+                                     int64_t n) const {
+    Chunk c = load_chunk<S, kSplitLanes>(row.x);
+    const auto piece = [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
+      fetch_next<kPiece>(row, begin);
+      for (int64_t i = begin; i < end; i += kChunk) {
+        const int64_t following_at = i + kChunk < n ? i + kChunk : i;
+        const Chunk following = load_chunk<S, kSplitLanes>(row.x + following_at);
+        finish<kBias, kStream>(c, row, i, i);
+        c = following;
+      }
+    };
+    return sum_row_beside<S, std::conditional_t<kLayer, Plain, Squares>>(next, n, piece);
   }
 
   template <bool kBias, bool kStream>
@@ -162,6 +186,26 @@ struct Apply {
     end_of_stream();
   }
 
+  // b.next has a row for each.
+  template <bool kBias, bool kStream>
+  static void rows_and_sums(Block& b) {
+    for (int r = 0; r < b.rows; ++r) {
+      const auto* next = static_cast<const typename S::Item*>(b.next[r]);
+      Row row = row_of(b, r);
+      // Its first columns came with the end of the row before it.
+      row.next = b.fetch ? row.next + 2 * kPiece * sizeof(*next) : nullptr;
+      b.next_sum[r] = of(b, r).template along_and_sum<kBias, kStream>(row, next, b.n);
+    }
+    if (kStream) end_of_stream();
+  }
+  // A bias is usual of layer norms alone.
+  static void stage_and_sum(Block& b) {
+    if (kLayer && b.has_bias)
+      b.stream ? rows_and_sums<kLayer, true>(b) : rows_and_sums<kLayer, false>(b);
+    else
+      b.stream ? rows_and_sums<false, true>(b) : rows_and_sums<false, false>(b);
+  }
+
   static void stage(Block& b) { b.has_bias ? choose<true>(b) : choose<false>(b); }
   // Without a bias no product is rounded before anything.
   static void modulate(Block& b) { choose<true>(b); }
@@ -174,6 +218,22 @@ constexpr void fill_modulate(Kernels& k) {
   // Of what is usual; the others are normalised first.
   if constexpr (std::is_same_v<T, P> && std::is_same_v<T, O>)
     of[int(Statistic::kLayer)] = Apply<T, T, O, Float32, true, P>::modulate;
+}
+
+template <class S, class T, Statistic kStatistic>
+constexpr void fill_apply_and_sum(Kernels& k) {
+  constexpr int s = int(S::kDType), statistic = int(kStatistic);
+  constexpr Beside beside = next_beside_apply(S::kDType, kStatistic);
+  constexpr bool kLayer = kStatistic == Statistic::kLayer, kRounds = T::kDType != DType::kFloat32;
+  k.next_beside_apply[s][statistic] = beside;
+  // Of what is usual: Llama's rounding is of rms, and only bfloat16 leaves the weight of many rows
+  // as it is stored.
+  if constexpr (beside != Beside::kNever && !(kLayer && kRounds)) {
+    Stage(&of)[2][2] = k.apply_and_sum[s][kRounds];
+    of[0][statistic] = Apply<S, T, S, Float32, kLayer>::stage_and_sum;
+    if constexpr (S::kDType == DType::kBFloat16)
+      of[1][statistic] = Apply<S, T, S, S, kLayer>::stage_and_sum;
+  }
 }
 
 template <class S, class T, class O>

@@ -44,18 +44,26 @@ struct Block {
   const char* sin[kMaxBlockRows];
   void*
       normalised[kMaxBlockRows];  // the row between norm and modulation, where they are two stages
-  const void*
-      next[kMaxBlockRows];  // a row to fetch in the apply stage, since it comes next; or null
+  // A row that comes next, to fetch in the apply stage, or to add up there; or null.
+  const void* next[kMaxBlockRows];
+  float next_sum[kMaxBlockRows];
   float sum[kMaxBlockRows];
   float mean[kMaxBlockRows];
   float rstd[kMaxBlockRows];
   float alpha, beta;  // of the stage `combine`
   bool has_bias;
-  bool shared;  // all rows have the first one's weight and bias
-  bool stream;  // write around the caches
+  bool sums_next;  // the apply stage adds up the rows of `next`
+  bool has_sum;    // what the first pass over a row adds up is there already
+  bool shared;     // all rows have the first one's weight and bias
+  bool fetch;      // rows come from memory
+  bool stream;     // write around the caches
 };
 
 using Stage = void (*)(Block&);
+
+// When the sum of a row is taken beside other work, and not in a pass of its own, which waits for
+// the row where that does not.
+enum class Beside : uint8_t { kNever, kFromMemory, kAlways };
 // 1 / sqrt(sum * inverse_n + eps), of no less than `least`.
 using RstdStage = void (*)(Block&, double inverse_n, double eps, double least);
 
@@ -117,6 +125,8 @@ struct Kernels {
   // [x][residual][rounds]: residual_out = alpha * residual + beta * x; rounds: the products, to the
   // dtypes of what alpha and beta multiply.
   Stage combine[3][3][2];
+  // [x and residual][statistic]: add, and sum = what the first pass over that adds up.  Likewise.
+  Stage add_and_sum[3][2];
   Stage sum[3];         // [source]: sum of the row
   Stage squares[3][2];  // [source][centred]: sum of squares, about the mean if centred
   RstdStage rstd;       // from the sums of squares
@@ -125,7 +135,11 @@ struct Kernels {
   // [source][rounded to][out][weight and bias as stored][statistic]; rounding to kFloat32 is none.
   // "As stored" is there for 16-bit source, output, weight and bias of one type.
   Stage apply[3][3][3][2][2];
-  Stage gate[3][3];  // [x][product]: wide = gate * x
+  // [source and out][rounds to that][weight and bias as stored][statistic]: apply, and next_sum =
+  // what the first pass over the next rows adds up.  Null where that is never faster, or not usual.
+  Stage apply_and_sum[3][2][2][2];
+  Beside next_beside_apply[3][2];  // [source and out][statistic]
+  Stage gate[3][3];                // [x][product]: wide = gate * x
   // [activation]: rows z of whole chunks become act(z), times weight where there is one.
   void (*activate[2])(float* row, int64_t n, const float* weight);
   // [source, and what xhat is rounded to][product][out][statistic]: apply, with the product rounded

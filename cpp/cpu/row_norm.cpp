@@ -75,11 +75,10 @@ void prepare(Block& b, const Stages& s, const RowNorm& norm, const Kernels& kern
 
 // b.sum becomes the sum of squares, about b.mean where there is one.
 void add_up(Block& b, const Stages& s) {
-  if (s.sum) {
-    const float n = static_cast<float>(b.n);
-    s.sum(b);
-    for (int r = 0; r < b.rows; ++r) b.mean[r] = b.sum[r] / n;
-  }
+  if (!b.has_sum) (s.sum ? s.sum : s.squares)(b);
+  if (!s.sum) return;
+  const float n = static_cast<float>(b.n);
+  for (int r = 0; r < b.rows; ++r) b.mean[r] = b.sum[r] / n;
   s.squares(b);
 }
 
@@ -146,6 +145,7 @@ void run(Block& b, const Stages& s, const RowNorm& norm, const Kernels& kernels,
     if (s.has_scale) take_modulation(b);
   }
   if (rotator) return apply_and_rotate(b, s, *rotator);
+  if (b.sums_next) return s.apply_and_sum(b);
   s.modulate ? apply_and_modulate(b, s) : s.apply(b);
 }
 
@@ -284,6 +284,8 @@ void run_part(void* context, int part) {
     b.has_bias = affine.bias.data != nullptr;
     b.shared = groups_of(norm.weight, norm.bias) == 1;
     b.stream = job.plan.stream;
+    b.fetch = job.plan.fetch;
+    b.has_sum = job.stages.add_sums;
     b.alpha = norm.before.alpha, b.beta = norm.before.beta;
     for (int64_t r = 0, run; r < b.rows; r += run, cursor.skip(run)) {
       run = std::min(b.rows - r, cursor.run());
@@ -327,9 +329,11 @@ void run_part(void* context, int part) {
   for (int64_t row = begin; row < end; row += job.plan.block_rows) {
     const bool more = row + block->rows < end;
     if (more) fill(*next, row + block->rows);
-    const int fetched = job.plan.fetch && more ? std::min(block->rows, next->rows) : 0;
-    std::copy_n(next->x, fetched, block->next);
-    std::fill_n(block->next + fetched, block->rows - fetched, nullptr);
+    block->sums_next = job.stages.apply_and_sum && more && next->rows == block->rows;
+    const bool looks_ahead = more && (job.plan.fetch || block->sums_next);
+    const int ahead = looks_ahead ? std::min(block->rows, next->rows) : 0;
+    std::copy_n(next->x, ahead, block->next);
+    std::fill_n(block->next + ahead, block->rows - ahead, nullptr);
     if (job.first) {
       normalise_first(*block, *job.first, affine_first, job.kernels, normalised_first, row);
       take_affine(*block, affine);
@@ -338,6 +342,10 @@ void run_part(void* context, int part) {
     run(*block, job.stages, norm, job.kernels, row, rotator ? &*rotator : nullptr);
     if (columns) columns->give(*block);
     if (cache_cursor) cache_cursor->store(*block);
+    if (block->sums_next) {
+      std::copy_n(block->next_sum, next->rows, next->sum);
+      next->has_sum = true;
+    }
     std::swap(block, next);
   }
 }
@@ -380,7 +388,9 @@ std::string describe(const RowNorm& norm) {
 void row_norm(const RowNorm& norm) {
   if (norm.rows == 0) return;
   const Kernels& kernels = kernels_in_use();
-  Job job{norm, plan(norm), stages_of(norm, kernels), kernels, nullptr, 0, nullptr, nullptr, 0};
+  const Plan p = plan(norm);
+  const Stages stages = stages_of(norm, p.fetch, kernels);
+  Job job{norm, p, stages, kernels, nullptr, 0, nullptr, nullptr, 0};
   if (!job.stages.affine_as_stored && (!job.stages.has_scale || job.stages.scale_has_weight)) {
     job.affine_floats = affine_floats(norm);
     job.affine = affine_scratch.reserve(job.plan.threads * job.affine_floats);
@@ -400,7 +410,7 @@ void row_norm(const RowNorm& norm) {
   Room<First> first;
   if (norm.before) {
     first.emplace(First{norm_before_sum(norm), {}, nullptr, 0});
-    first->stages = stages_of(first->norm, kernels);
+    first->stages = stages_of(first->norm, p.fetch, kernels);
     first->floats = affine_floats(first->norm) + job.plan.block_rows * padded(norm.n);
     first->memory = before_scratch.reserve(job.plan.threads * first->floats);
     job.first = &*first;

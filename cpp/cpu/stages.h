@@ -1,143 +1,14 @@
 // The stages of a row norm, written once for every vector width.  Included by one source file per
 // instruction set, after the vec_*.h that defines V, kWidth and the conversions; everything has
 // internal linkage, so that the linker cannot hand one file's AVX-512 code to another.
-//
-// The order of additions is the same on every instruction set: column i adds to partial sum i % 64,
-// runs of 1024 columns are added pairwise, and the 64 partial sums are folded in half.  Pairwise
-// runs keep the error of the sum at 16 + log2(n / 1024) roundings however long the row is; with 64
-// running sums a row of a million float32 would break the bound of docs/numerics.md.
 #pragma once
 #include <cmath>
-#include <cstring>
 
 #include "epilogue.h"
 #include "rotate_stage.h"
 
 namespace normkit::cpu {
 namespace {
-
-constexpr int64_t kRun = 1024;
-
-template <int kCount = kVecs>
-NORMKIT_INLINE Vecs<kCount> zeros() {
-  Vecs<kCount> c;
-  for (V& v : c.v) v = zero();
-  return c;
-}
-
-template <int kCount>
-NORMKIT_INLINE void add_to(Vecs<kCount>& a, const Vecs<kCount>& b) {
-  for (int k = 0; k < kCount; ++k) a.v[k] = add(a.v[k], b.v[k]);
-}
-
-// The 64 partial sums of a chunk, folded in half again and again.
-NORMKIT_INLINE float fold(const Chunk& c) {
-  V v[kHalf];
-  for (int k = 0; k < kHalf; ++k) v[k] = add(c.v[k], c.v[k + kHalf]);
-  return fold(v);
-}
-
-// How a chunk enters a sum.
-struct Plain {
-  static constexpr bool kCentred = false;
-  NORMKIT_INLINE void operator()(Chunk& acc, const Chunk& c) const {
-    for (int k = 0; k < kVecs; ++k) acc.v[k] = add(acc.v[k], c.v[k]);
-  }
-};
-struct Squares {
-  static constexpr bool kCentred = false;
-  NORMKIT_INLINE void operator()(Chunk& acc, const Chunk& c) const {
-    for (int k = 0; k < kVecs; ++k) acc.v[k] = fma(c.v[k], c.v[k], acc.v[k]);
-  }
-};
-struct CentredSquares {
-  static constexpr bool kCentred = true;
-  V mean;
-  NORMKIT_INLINE void operator()(Chunk& acc, const Chunk& c) const {
-    for (int k = 0; k < kVecs; ++k) {
-      const V d = sub(c.v[k], mean);
-      acc.v[k] = fma(d, d, acc.v[k]);
-    }
-  }
-};
-
-template <class T>
-constexpr bool kSplitSum = T::kDType == DType::kBFloat16;
-
-// The partial sums of n <= kRun columns.
-template <class T, class Term>
-NORMKIT_INLINE Chunk sum_run(const typename T::Item* x, int64_t n, const Term& term) {
-  Chunk acc = zeros();
-  int64_t i = 0;
-  for (; i + kChunk <= n; i += kChunk) {
-    term(acc, load_chunk<T, kSplitSum<T>>(x + i));
-  }
-  if (i < n) {
-    const Chunk c = load_tail<T, kSplitSum<T>>(x + i, n - i);
-    Chunk tail = zeros();
-    term(tail, c);
-    if constexpr (Term::kCentred) {  // the zeros behind the row are not at the mean
-      const Chunk kept = first_columns<kSplitSum<T>>(n - i);
-      for (int k = 0; k < kVecs; ++k) tail.v[k] = bits_and(tail.v[k], kept.v[k]);
-    }
-    add_to(acc, tail);
-  }
-  return acc;
-}
-
-// The squares of bfloat16 rows are added in pairs of columns, as the dot product of AVX512_BF16
-// adds them: columns 2j and 2j + 1 of each 128 to partial sum j.
-template <>
-NORMKIT_INLINE Chunk sum_run<BFloat16, Squares>(const uint16_t* x, int64_t n, const Squares&) {
-  Chunk acc = zeros();
-  const auto add_pairs = [&acc](const uint16_t* p) __attribute__((always_inline)) {
-    for (int k = 0; k < kVecs; ++k) acc.v[k] = add_squares(acc.v[k], p + 2 * k * kWidth);
-  };
-  int64_t i = 0;
-  for (; i + 2 * kChunk <= n; i += 2 * kChunk) add_pairs(x + i);
-  if (i < n) {
-    constexpr int64_t kPairs = 2 * kWidth;
-    uint16_t rest[kPairs] = {};
-    if (const int64_t count = n % kPairs) std::memcpy(rest, x + n - count, count * sizeof(*x));
-    for (int k = 0; k < kVecs && i < n; ++k, i += kPairs)
-      acc.v[k] = add_squares(acc.v[k], n - i < kPairs ? rest : x + i);
-  }
-  return acc;
-}
-
-// Partial sums of n columns, of which run(i, count) makes those of columns [i, i + count): level k
-// holds the sum of 2^k runs; equal levels merge, as in binary counting.
-template <class Sums, class Run>
-NORMKIT_INLINE Sums sum_runs(int64_t n, const Run& run) {
-  Sums level[48];
-  int64_t runs = 0;
-  for (int64_t i = 0; i < n; i += kRun, ++runs) {
-    Sums sum = run(i, n - i < kRun ? n - i : kRun);
-    int k = 0;
-    for (int64_t carry = runs; carry & 1; carry >>= 1) add_to(sum, level[k++]);
-    level[k] = sum;
-  }
-  int k = 0;
-  while (!(runs >> k & 1)) ++k;
-  Sums total = level[k];
-  for (++k; runs >> k; ++k)
-    if (runs >> k & 1) add_to(total, level[k]);
-  return total;
-}
-
-// Kept out of line: its levels would cost a short row their place on the stack.
-template <class T, class Term>
-[[gnu::noinline]] float sum_long_row(const typename T::Item* x, int64_t n, const Term& term) {
-  return fold(sum_runs<Chunk>(n, [=](int64_t i, int64_t count) __attribute__((always_inline)) {
-    return sum_run<T>(x + i, count, term);
-  }));
-}
-
-template <class T, class Term>
-NORMKIT_INLINE float sum_row(const void* row, int64_t n, const Term& term) {
-  const auto* x = static_cast<const typename T::Item*>(row);
-  return n <= kRun ? fold(sum_run<T>(x, n, term)) : sum_long_row<T>(x, n, term);
-}
 
 template <class T>
 void sum_stage(Block& b) {
@@ -224,7 +95,10 @@ void gate_stage(Block& b) {
   }
 }
 
-template <class X, class R, bool kKeep>
+struct NoTerm {};
+
+// Term: how the sums enter those of their row, of whole pairs of chunks; NoTerm: they do not.
+template <class X, class R, bool kKeep, class Term = NoTerm>
 void add_stage(Block& b) {
   constexpr bool kSplitLanes = !kKeep && layout_of(X::kDType, R::kDType) == Layout::kSplit;
   const auto sum = [](const Chunk& x, const Chunk& residual) {
@@ -236,14 +110,21 @@ void add_stage(Block& b) {
     const auto* x = static_cast<const typename X::Item*>(b.x[r]);
     const auto* residual = static_cast<const typename R::Item*>(b.residual[r]);
     auto* residual_out = static_cast<typename R::Item*>(b.residual_out[r]);
-    int64_t i = 0;
-    for (; i + kChunk <= b.n; i += kChunk) {
-      const Chunk c =
-          sum(load_chunk<X, kSplitLanes>(x + i), load_chunk<R, kSplitLanes>(residual + i));
-      store_chunk<R, kSplitLanes>(residual_out + i, c);
-      if constexpr (kKeep) store_chunk<Float32>(b.wide[r] + i, c);
+    const auto piece = [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
+      for (int64_t i = begin; i + kChunk <= end; i += kChunk) {
+        const Chunk c =
+            sum(load_chunk<X, kSplitLanes>(x + i), load_chunk<R, kSplitLanes>(residual + i));
+        store_chunk<R, kSplitLanes>(residual_out + i, c);
+        if constexpr (kKeep) store_chunk<Float32>(b.wide[r] + i, c);
+      }
+    };
+    if constexpr (!std::is_same_v<Term, NoTerm>) {
+      // What has just been stored is rounded, and in a cache.
+      b.sum[r] = sum_row_beside<R, Term>(residual_out, b.n, piece);
+      continue;
     }
-    if (i < b.n) {
+    piece(0, b.n);
+    if (const int64_t i = b.n / kChunk * kChunk; i < b.n) {
       const int64_t count = b.n - i;
       const Chunk c = sum(load_tail<X, kSplitLanes>(x + i, count),
                           load_tail<R, kSplitLanes>(residual + i, count));
@@ -288,6 +169,12 @@ constexpr void fill_source_and_out(Kernels& k) {
   if constexpr (S::kDType != DType::kFloat16) fill_apply<S, BFloat16, O>(k);
 }
 
+template <class S, class T>
+constexpr void fill_sums_beside_apply(Kernels& k) {
+  fill_apply_and_sum<S, T, Statistic::kRms>(k);
+  fill_apply_and_sum<S, T, Statistic::kLayer>(k);
+}
+
 template <class X, class R>
 constexpr void fill_add(Kernels& k) {
   k.add[int(X::kDType)][int(R::kDType)][0] = add_stage<X, R, false>;
@@ -323,9 +210,15 @@ constexpr void fill_forward(Kernels& k) {
   fill_add<T, Float32>(k);
   fill_add<T, Float16>(k);
   fill_add<T, BFloat16>(k);
+  fill_sums_beside_apply<T, Float32>(k);
+  if constexpr (T::kDType != DType::kFloat32) fill_sums_beside_apply<T, T>(k);
   fill_source_and_out<T, Float32>(k);
   fill_source_and_out<T, Float16>(k);
   fill_source_and_out<T, BFloat16>(k);
+  if constexpr (kSumsBesideAdd) {
+    k.add_and_sum[t][int(Statistic::kRms)] = add_stage<T, T, false, Squares>;
+    k.add_and_sum[t][int(Statistic::kLayer)] = add_stage<T, T, false, Plain>;
+  }
   fill_modulation<T>(k);
   fill_rotation<T, T>(k);
   if constexpr (T::kDType != DType::kFloat32) fill_rotation<T, Float32>(k);

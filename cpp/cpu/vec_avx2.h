@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "kernels.h"
+
 namespace normkit::cpu {
 namespace {
 
@@ -138,6 +140,17 @@ inline float fold(const V (&v)[4]) {
 // A macro, since gcc 12 takes a function that does no more than this for one without effect.
 #define NORMKIT_FETCH(p) _mm_prefetch(p, _MM_HINT_T0)
 inline void end_of_stream() { _mm_sfence(); }
+
+// Zen 3, one thread, n = 4096.  From a cache only rms of bfloat16 gains: 1.10, layer 1.03 and from
+// memory 0.97; of float32 and float16 the partial sums and columns do not fit 16 registers together
+// (rms 0.91).  From memory these gain too: 1.04 to 1.17.
+constexpr Beside next_beside_apply(DType dtype, Statistic statistic) {
+  const bool rms = statistic == Statistic::kRms;
+  if (dtype == DType::kBFloat16) return rms ? Beside::kAlways : Beside::kNever;
+  return dtype == DType::kFloat16 && rms ? Beside::kNever : Beside::kFromMemory;
+}
+// 1.02 to 1.08 in all dtypes from a cache, from memory 1.05 to 1.12.
+constexpr bool kSumsBesideAdd = true;
 
 }  // namespace
 }  // namespace normkit::cpu

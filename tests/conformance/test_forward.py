@@ -222,7 +222,7 @@ def test_every_instruction_set_gives_the_same_bits(kernels: Any) -> None:
 def test_fused_equals_unfused(backend: Any) -> None:
     """With round_sum=True: add in torch, then the norm, is the fused op, bit for bit."""
     for op, plain in zip(BARE_ADDING, BARE_PLAIN, strict=True):
-        for dtype, residual_dtype, n in itertools.product(DTYPES, DTYPES, (9, 64, 1000)):
+        for dtype, residual_dtype, n in itertools.product(DTYPES, DTYPES, (9, 64, 1000, 2176)):
             inputs = inputs_for(op, 4, n, dtype, residual_dtype=residual_dtype)
             fused = run(backend, op, inputs)
             total = (inputs.x.float() + inputs.residual.float()).to(residual_dtype)

@@ -157,7 +157,7 @@ def test_promise_2_rstd_is_rounded_once(kernels: Any, mean: float) -> None:
 
 
 @pytest.mark.parametrize("op", EVERY, ids=str)
-@pytest.mark.parametrize("n", [7, 64, 129, 1000, 4104])
+@pytest.mark.parametrize("n", [7, 64, 129, 1000, 2176, 4104])
 def test_promise_3_a_row_does_not_depend_on_the_batch(backend: Any, op: Op, n: int) -> None:
     if op.gated and backend.name == "reference":
         pytest.skip("torch's silu has other bits at the end of a tensor")
