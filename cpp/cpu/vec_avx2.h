@@ -141,15 +141,16 @@ inline float fold(const V (&v)[4]) {
 #define NORMKIT_FETCH(p) _mm_prefetch(p, _MM_HINT_T0)
 inline void end_of_stream() { _mm_sfence(); }
 
-// Zen 3, one thread, n = 4096.  From a cache only rms of bfloat16 gains: 1.10, layer 1.03 and from
-// memory 0.97; of float32 and float16 the partial sums and columns do not fit 16 registers together
-// (rms 0.91).  From memory these gain too: 1.04 to 1.17.
+// Zen 3, n = 4096.  From a cache only rms of bfloat16 gains, 1.06 to 1.10: of the others the
+// partial sums and columns do not fit 16 registers together (rms of float32 and float16 0.90 to
+// 0.95, layer 0.98 to 1.04).  From memory these gain too, 1.04 to 1.2, but for rms of float16 (0.95
+// to 1.05) and layer of bfloat16 (0.95 to 0.98).
 constexpr Beside next_beside_apply(DType dtype, Statistic statistic) {
   const bool rms = statistic == Statistic::kRms;
   if (dtype == DType::kBFloat16) return rms ? Beside::kAlways : Beside::kNever;
   return dtype == DType::kFloat16 && rms ? Beside::kNever : Beside::kFromMemory;
 }
-// 1.02 to 1.08 in all dtypes from a cache, from memory 1.05 to 1.12.
+// In all dtypes, from a cache and from memory: 1.02 to 1.08.
 constexpr bool kSumsBesideAdd = true;
 
 }  // namespace
