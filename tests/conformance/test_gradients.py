@@ -38,6 +38,7 @@ from conformance.support import (
     assert_same_bits,
     dtypes,
     inputs_for,
+    lazily_negated,
     run,
     threads,
 )
@@ -367,6 +368,23 @@ def test_sums_of_one_sign_keep_the_bound(kernels: Any, op: Op, name: str) -> Non
         for grad_y in (sizes, sizes * sign):
             case = case._replace(grad_y=grad_y)
             check(case, gradients(kernels, case))
+
+
+@pytest.mark.parametrize("negated", ["x", "grad_y"])
+def test_single_columns_that_are_negated_lazily_have_their_signs(negated: str) -> None:
+    """Neither strides nor DLPack tell of the negative bit there."""
+    tensors = {"x": torch.tensor([[0.5], [-2.0]]), "grad_y": torch.tensor([[1.0], [3.0]])}
+    found = []
+    for hides in (True, False):
+        t = tensors[negated]
+        x, grad_y = ({**tensors, negated: lazily_negated(t) if hides else -t}).values()
+        x = x.detach().requires_grad_()
+        assert x.is_neg() == (hides and negated == "x")
+        weight = torch.tensor([1.5], requires_grad=True)
+        y = call("rms_norm", x, weight, eps=0.3)
+        found.append(torch.autograd.grad(y, (x, weight), grad_y))
+    for got, wanted in zip(*found, strict=True):
+        assert_same_bits(got, wanted)
 
 
 @pytest.mark.parametrize("name", ["rms_norm", "layer_norm", "add_rms_norm"])

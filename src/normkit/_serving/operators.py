@@ -200,10 +200,12 @@ def _gradients_quickly(
 ) -> Gradients | None:
     """The kernels' gradients, past what `dispatch.backward` looks at; None for any other."""
     values, backend, x_dtype, residual_dtype = ctx.norm
-    kind, _, offset, before_weight, _, clamps, _, rounds_weight, memory_efficient = values
+    kind, _, offset, before_weight, _, clamps, _, rounds_weight, _ = values
     if clamps or rounds_weight or kind & EPS_OUTSIDE or backend != "auto":
         return None
-    if memory_efficient and keeps_output(values):
+    if grad_y.shape[-1] == 1:  # may be negated lazily, of which neither strides nor DLPack tell
+        return None
+    if keeps_output(values):
         kind |= FROM_OUTPUT
     of_x, of_residual, of_weight, of_bias = needed
     made = natives["auto"].norm_backward(
