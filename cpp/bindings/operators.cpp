@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "binding.h"
+#include "fields.h"
 #include "norm.h"
 #include "shim.h"
 
@@ -32,6 +33,9 @@ struct Source {
   long bits = 0;
   std::vector<std::pair<int, long>> flags;
 };
+
+// No function of this module takes more.
+constexpr size_t kMostFields = std::size(kFusedFields);
 
 using FastFunction = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
 
@@ -173,7 +177,6 @@ nb::object call_function(const Operator& op, const Objects& given) {
   if (quick_path_is_off) return nb::none();
   for (const int at : op.unless)
     if (is_on(given[at])) return nb::none();
-  constexpr size_t kMostFields = 32;
   nb::object fields[kMostFields];
   PyObject* borrowed[kMostFields];
   const size_t taken = op.sources.size();
@@ -322,6 +325,7 @@ bool implement(nb::handle torch, const char* name, nb::sequence types, nb::seque
   for (nb::handle source : sources) op.sources.push_back(source_of(source));
   for (nb::handle at : unless) op.unless.push_back(nb::cast<int>(at));
   for (nb::handle at : outputs) op.outputs.push_back(nb::cast<int>(at));
+  if (op.sources.size() > kMostFields) throw nb::value_error("sources: more than a call has");
   op.x = x;
   op.empty_dtype = empty_dtype.is_none() ? nullptr : nb::borrow(empty_dtype).release().ptr();
   op.function = reinterpret_cast<FastFunction>(
