@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 from machine import RESULTS
 from readme import of_one_commit
 
+from normkit._bench import NORMKIT, TORCH
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -35,7 +37,7 @@ def speed(figure: Figure, kept: Mapping[str, Any]) -> None:
         s for s in ("16x4096", "64x4096", "8192x8192") if any(r["case"] == s for r in results)
     ]
     axes = figure.subplots(1, 2, sharey=True)
-    for axis, op in zip(axes, ("rms_norm", "add_rms_norm"), strict=True):
+    for axis, op in zip(axes, ("rms_norm", "layer_norm"), strict=True):
         cases = {r["case"]: r["candidates"] for r in results if by(r, op, "bfloat16")}
         for i, (name, colour) in enumerate(COLOURS.items()):
             values = [cases[shape][name]["copies"] for shape in shapes]
@@ -63,9 +65,14 @@ def gradients(figure: Figure, kept: Mapping[str, Any]) -> None:
     results = kept["results"]
     shapes = list(dict.fromkeys(r["shape"] for r in results))
     axes = figure.subplots(1, 2)
+
+    def gain(result: Mapping[str, Any]) -> float:
+        times: dict[str, float] = {k: v["us"] for k, v in result["candidates"].items()}
+        return times[TORCH] / times[NORMKIT]
+
     for axis, op in zip(axes, ("rms_norm", "layer_norm"), strict=True):
         for i, dtype in enumerate(("bfloat16", "float16", "float32")):
-            gains = {r["shape"]: r[f"{op} is faster"] for r in results if r["dtype"] == dtype}
+            gains = {r["shape"]: gain(r) for r in results if by(r, op, dtype)}
             bars_of(axis, i, [gains[shape] for shape in shapes], fontsize=7, label=dtype)
         axis.axhline(1, color="black", linewidth=1, linestyle="--", label="torch")
         axis.set_title(f"backward of {op}", fontsize=10)
@@ -77,18 +84,14 @@ def gradients(figure: Figure, kept: Mapping[str, Any]) -> None:
 def host(figure: Figure, kept: Mapping[str, Any]) -> None:
     """What calls of next to no elements cost."""
     axis = figure.subplots()
-    lines = [line for line in kept["ns"] if not line.startswith(("4 devices", "compiled"))]
+    shown = {k: v["ns"] for k, v in kept["lines"].items() if k[0] != "4" and k != "operator"}
     names = {"rms_norm": COLOURS["normkit"], "F.rms_norm": COLOURS["torch"], "nn.RMSNorm": OTHER}
     for i, (name, colour) in enumerate(names.items()):
-        cells = {
-            at: kept["ns"][line][name] for at, line in enumerate(lines) if name in kept["ns"][line]
-        }
+        cells = {at: ns[name] for at, ns in enumerate(shown.values()) if name in ns}
         at = [place + 0.27 * (i - 1) for place in cells]
         bars = axis.barh(at, [ns / 1e3 for ns in cells.values()], 0.25, color=colour, label=name)
         axis.bar_label(bars, fmt="%.1f", fontsize=8, padding=2)
-    axis.set_yticks(
-        range(len(lines)), [line.replace("wants gradients", "requires grad") for line in lines]
-    )
+    axis.set_yticks(range(len(shown)), list(shown))
     axis.invert_yaxis()
     axis.set_xscale("log")
     axis.set_xlim(0.5, 250)

@@ -35,21 +35,28 @@ def of_one_commit(results: Sequence[Result]) -> list[Result]:
 
 def table(results: Sequence[Result], ops: Sequence[str], shapes: Sequence[str]) -> str:
     """Of the shapes that were measured; empty where a case was not."""
-    by_case = {(r["op"], r["dtype"], r["shape"]): r["candidates"] for r in results}
+    by_case = {(r["op"], r["dtype"], r["shape"]): r for r in results}
     shapes = [shape for shape in shapes if any(shape == case[2] for case in by_case)]
     if not shapes:
         return ""
     rows = [["", "dtype", *shapes], ["---", "---", *["--:"] * len(shapes)]]
     for op, dtype in itertools.product(ops, DTYPES):
         row = [f"`{op}`", dtype]
-        for cells in (by_case.get((op, dtype, shape)) for shape in shapes):
-            row.append(f"{cells['normkit']['copies']:.2f} ({gain(cells):.1f}x)" if cells else "")
+        row += [cell(by_case.get((op, dtype, shape))) for shape in shapes]
         rows.append(row)
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def gain(cells: Mapping[str, Any]) -> float:
-    return min(cells[k]["of_normkit"] for k in ("torch", "torch.compile") if k in cells)
+def cell(result: Result | None) -> str:
+    """Copies, and the gain where torch.compile was timed."""
+    if result is None:
+        return ""
+    candidates = result["candidates"]
+    copies = f"{candidates['normkit']['copies']:.2f}"
+    if "torch.compile" in result.get("without", {}):
+        return copies
+    gain = min(candidates[k]["of_normkit"] for k in ("torch", "torch.compile") if k in candidates)
+    return f"{copies} ({gain:.1f}x)"
 
 
 def yardstick(results: Sequence[Result]) -> str:
