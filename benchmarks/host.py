@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from graphs import Baselines, Launch
 from machine import RESULTS, gpu, results_path
+from torch import Tensor
 from torch.utils.benchmark import Compare, Measurement, Timer
 
 import normkit
@@ -34,6 +35,22 @@ FUNCTIONS = {
 }
 MODULES = {"rms_norm": "rms(x)", "layer_norm": "layer(x)", "F.layer_norm": "torch_layer(x)"}
 BACKWARD = ".backward(g); x.grad = None; w.grad = None"
+
+
+class Nothing(torch.autograd.Function):
+    """A node that computes nothing, and saves what that of an rms norm does."""
+
+    @staticmethod
+    def forward(ctx: Any, kept: tuple[Tensor, ...], x: Tensor, w: Tensor) -> Tensor:
+        y, rstd, ctx.grad_w = kept
+        ctx.save_for_backward(x, w, rstd)
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, grads[0], ctx.grad_w if ctx.saved_tensors else None
+
+
 TP, NEW = (f"rms_norm_tp(xs, ws, {outs}context=context)" for outs in ("outs=outs, ", ""))
 BARE, LAUNCHES = "bare launch", 64  # so many in one statement, from a loop in C
 COMPILED = "compiled call"
@@ -46,7 +63,8 @@ CALLS = {
     "allocating": FUNCTIONS,
     "module call": MODULES | {"nn.RMSNorm": "torch_rms(x)", "Identity": "identity(x)"},
     "forward that requires grad": FUNCTIONS,
-    "forward and backward": {name: code + BACKWARD for name, code in FUNCTIONS.items()},
+    "forward and backward": {name: code + BACKWARD for name, code in FUNCTIONS.items()}
+    | {"an empty node": "nothing(kept, x, w)" + BACKWARD},
     "4 devices, out=": {"rms_norm": "; ".join(["rms_norm(x, w, out=y)"] * 4), "rms_norm_tp": TP},
     "4 devices, allocating": {"rms_norm": "; ".join(["rms_norm(x, w)"] * 4), "rms_norm_tp": NEW},
     "operator": {
@@ -68,6 +86,7 @@ def operands(rows: int, n: int, grad: bool, device: str) -> dict[str, Any]:
     names |= {"operator": torch.ops.normkit.rms_norm.default}
     names |= {"kernel": torch.ops.normkit.rms_norm_kernel.default}  # what compiled graphs call
     names |= {"writing_operator": torch.ops.normkit.rms_norm_.default}
+    names |= {"nothing": Nothing.apply, "kept": (y, torch.ones(rows), torch.ones(n))}
     names |= {"rms": normkit.RMSNorm(n), "layer": normkit.LayerNorm(n, bias=False)}
     names |= {"torch_rms": torch.nn.RMSNorm(n, eps=1e-6), "identity": torch.nn.Identity()}
     names |= {"torch_layer": torch.nn.LayerNorm(n, bias=False)}

@@ -12,23 +12,19 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import fields, replace
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from normkit import reference
 from normkit._serving import dispatch
+from normkit._serving.autograd import Inputs, NormContext, gradients, inputs_of, result_of
 from normkit._serving.backends import falls_back, wanted_backend
 from normkit._serving.checks import check
 from normkit._serving.definition import define_formula
 from normkit._serving.formula import Formula, values_of
-from normkit._serving.operators import (
-    NormContext,
-    call_operator,
-    gradients,
-    is_sharded,
-    result_of,
-)
+from normkit._serving.operators import call_operator, is_sharded
 from normkit._spec import FIELDS, Call, Gradients, Result
 from normkit._version import VERSION
 
@@ -137,8 +133,7 @@ def _formula(*values: object) -> list[Tensor]:
 def _made(call: Call) -> Result:
     if not call.requires_grad():
         return dispatch.run_by_reference(call)
-    tensors = (call.x, call.residual, call.weight, call.bias)
-    made: Result = _Inline.apply(call, *tensors)  # type: ignore[no-untyped-call]
+    made: Result = _Inline.apply(call, *inputs_of(call))  # type: ignore[no-untyped-call]
     return made
 
 
@@ -146,10 +141,9 @@ class _Inline(torch.autograd.Function):
     """Saves what the kernels save, and rounds the gradients where they do."""
 
     @staticmethod
-    def forward(ctx: NormContext, call: Call, *_: Tensor | None) -> Result:
+    def forward(ctx: NormContext, call: Call, *inputs: Tensor | None) -> Result:
         saved = dispatch.save_by_reference(call)
-        inputs = call.x, call.residual, call.weight, call.bias
-        return result_of(ctx, values_of(call), inputs, saved)
+        return result_of(ctx, values_of(call), cast(Inputs, inputs), saved)
 
     @staticmethod
     def backward(

@@ -20,6 +20,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.overrides import handle_torch_function, has_torch_function
 
 from normkit._serving import dispatch, nested, operators
+from normkit._serving.autograd import run_with_gradient
 from normkit._serving.backends import ALWAYS_DISPATCH, falls_back, wanted_backend
 from normkit._serving.checks import check, in_groups
 from normkit._serving.dispatch import Explanation, run_by_reference
@@ -84,7 +85,7 @@ def serve(call: Call) -> Result:
         or (call.takes_residual and call.residual is None)
     ):
         call = check(call)
-    return operators.run_with_gradient(call)
+    return run_with_gradient(call)
 
 
 def _serve_compiled(call: Call) -> Result:

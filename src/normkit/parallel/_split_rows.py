@@ -16,9 +16,9 @@ from torch.autograd import forward_ad
 
 from normkit import reference
 from normkit._serving import dispatch
+from normkit._serving.autograd import Context
 from normkit._serving.backends import ALWAYS_DISPATCH, wanted_backend
 from normkit._serving.definition import define, differentiate, refuse_to_differentiate
-from normkit._serving.operators import Context
 from normkit._serving.refusal import Refusal
 from normkit._spec import FIELDS, LAYER, PLAIN_OPTIONS, Call, PartGradients, PartSaved, PlainOptions
 from normkit.parallel import _reference
