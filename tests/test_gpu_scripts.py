@@ -338,11 +338,13 @@ def calls_and_gradients_are_timed_on_a_gpu_too(stage: Stage) -> None:
     stage.patch.setitem(scripts.backward.SHAPES, "cuda", ("3x64",))
     host = scripts.host
     stage.patch.setattr(
-        host, "CALLS", {line: host.CALLS[line] for line in ("out=", "compiled call")}
+        host,
+        "CALLS",
+        {line: host.CALLS[line] for line in ("out=", "forward and backward", "compiled call")},
     )
     little = ("--device", "cuda", "--rounds", "1")
     _, kept = stage.run("host", *little, "--n", "8", "--no-compile")
-    assert list(kept["lines"]) == ["out="]
+    assert list(kept["lines"]) == ["out=", "forward and backward"]
     assert kept["lines"]["out="]["ns"].keys() == {
         "rms_norm",
         "layer_norm",
