@@ -232,6 +232,7 @@ void run_part(const Part& part, Cursor<kOperands>& cursor, int64_t begin, int64_
     job.kernels.backward_apply[item][statistic](b);
     if (!job.uniform) narrow_rows(part, b, outputs);
   }
+  if (b.stream) end_of_stream();
 }
 
 void run_on_thread(void* context, int thread) {

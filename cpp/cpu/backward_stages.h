@@ -227,9 +227,10 @@ struct Backward {
 
   template <bool kUsual, bool kBias, bool kAdds>
   static void walk(const BackwardBlock& b) {
-    if (!kUsual || !b.stream) return Walk<kUsual, kBias, kAdds, false>::rows(b);
-    Walk<kUsual, kBias, kAdds, true>::rows(b);
-    end_of_stream();
+    if (kUsual && b.stream)
+      Walk<kUsual, kBias, kAdds, kUsual>::rows(b);
+    else
+      Walk<kUsual, kBias, kAdds, false>::rows(b);
   }
 
   static void apply_stage(BackwardBlock& b) {

@@ -181,9 +181,10 @@ struct Apply {
   static void choose(const Block& b) {
     if (b.n < kChunk) return short_rows<kBias>(b);
     const bool crossing = b.shared && b.n <= kShortRow && b.n % kChunk == 0;
-    if (!b.stream) return crossing ? across<kBias, false>(b) : rows<kBias, false>(b);
-    crossing ? across<kBias, true>(b) : rows<kBias, true>(b);
-    end_of_stream();
+    if (b.stream)
+      crossing ? across<kBias, true>(b) : rows<kBias, true>(b);
+    else
+      crossing ? across<kBias, false>(b) : rows<kBias, false>(b);
   }
 
   // b.next has a row for each.
@@ -196,7 +197,6 @@ struct Apply {
       row.next = b.fetch ? row.next + 2 * kPiece * sizeof(*next) : nullptr;
       b.next_sum[r] = of(b, r).template along_and_sum<kBias, kStream>(row, next, b.n);
     }
-    if (kStream) end_of_stream();
   }
   // A bias is usual of layer norms alone.
   static void stage_and_sum(Block& b) {

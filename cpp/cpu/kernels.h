@@ -62,8 +62,8 @@ struct Block {
 using Stage = void (*)(Block&);
 
 // When the sum of a row is taken beside other work, and not in a pass of its own, which waits for
-// the row where that does not.
-enum class Beside : uint8_t { kNever, kFromMemory, kAlways };
+// the row where that does not: each in all that stand before it too.
+enum class Beside : uint8_t { kNever, kStreamed, kFromMemory, kAlways };
 // 1 / sqrt(sum * inverse_n + eps), of no less than `least`.
 using RstdStage = void (*)(Block&, double inverse_n, double eps, double least);
 

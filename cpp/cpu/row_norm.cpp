@@ -17,9 +17,8 @@ namespace {
 // ---------------------------------------------------------------- memory
 
 // Rows that fit here stay in the first-level cache from one stage to the next, with the output and
-// the weight.  Where memory is the limit the second-level cache is near enough, and fewer changes
-// between reading and writing save up to 10 %.
-constexpr int64_t kBlockBytes = 8 << 10, kStreamedBlockBytes = 32 << 10;
+// the weight.
+constexpr int64_t kBlockBytes = 8 << 10;
 // Where rows come from memory it pays to fetch the next ones while these are stored (AVX2, Zen 3,
 // 2048x4096: rms a tenth to a quarter faster).  From the caches it costs as much, and with a
 // residual, of which nothing is fetched, up to a tenth.
@@ -348,6 +347,7 @@ void run_part(void* context, int part) {
     }
     std::swap(block, next);
   }
+  if (job.plan.stream) end_of_stream();
 }
 
 int64_t row_bytes(const RowNorm& norm) {
@@ -366,9 +366,8 @@ Plan plan(const RowNorm& norm) {
   p.stream = norm.out.data && fills_last_cache(traffic) && !in_place && !norm.rotation &&
              on_cache_lines(norm.out, norm.outer_dims, norm.n);
   p.fetch = traffic >= kFetchBytes && !norm.residual.data && !norm.x.has_strided_columns();
-  const int64_t block_bytes = p.stream ? kStreamedBlockBytes : kBlockBytes;
   p.block_rows =
-      std::clamp<int64_t>(block_bytes / (norm.n * item_size(norm.x.dtype)), 1, kMaxBlockRows);
+      std::clamp<int64_t>(kBlockBytes / (norm.n * item_size(norm.x.dtype)), 1, kMaxBlockRows);
   if (has_strided_columns(norm)) p.block_rows = rows_of_strided_block(norm, traffic);
   const int64_t blocks = (norm.rows + p.block_rows - 1) / p.block_rows;
   p.threads = is_overwritten(norm) ? 1 : threads_for(traffic, blocks);
@@ -389,7 +388,10 @@ void row_norm(const RowNorm& norm) {
   if (norm.rows == 0) return;
   const Kernels& kernels = kernels_in_use();
   const Plan p = plan(norm);
-  const Stages stages = stages_of(norm, p.fetch, kernels);
+  const Beside from = p.stream  ? Beside::kStreamed
+                      : p.fetch ? Beside::kFromMemory
+                                : Beside::kAlways;
+  const Stages stages = stages_of(norm, from, kernels);
   Job job{norm, p, stages, kernels, nullptr, 0, nullptr, nullptr, 0};
   if (!job.stages.affine_as_stored && (!job.stages.has_scale || job.stages.scale_has_weight)) {
     job.affine_floats = affine_floats(norm);
@@ -410,7 +412,7 @@ void row_norm(const RowNorm& norm) {
   Room<First> first;
   if (norm.before) {
     first.emplace(First{norm_before_sum(norm), {}, nullptr, 0});
-    first->stages = stages_of(first->norm, p.fetch, kernels);
+    first->stages = stages_of(first->norm, from, kernels);
     first->floats = affine_floats(first->norm) + job.plan.block_rows * padded(norm.n);
     first->memory = before_scratch.reserve(job.plan.threads * first->floats);
     job.first = &*first;

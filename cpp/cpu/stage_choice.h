@@ -103,7 +103,7 @@ inline void choose_apply(Stages& s, const RowNorm& norm, DType source, const Ker
 constexpr int64_t kBesideColumns = 2048;
 
 // Where the first pass over a row is a part of another stage.
-inline void choose_sums(Stages& s, const RowNorm& norm, bool from_memory, const Kernels& kernels) {
+inline void choose_sums(Stages& s, const RowNorm& norm, Beside from, const Kernels& kernels) {
   if (norm.n < kBesideColumns || norm.n % (2 * kChunk) != 0 || !norm.out.data || s.wide || s.gate ||
       norm.before || norm.cache || norm.split.step != Step::kWhole || norm.options.as_is ||
       has_strided_columns(norm))
@@ -115,10 +115,9 @@ inline void choose_sums(Stages& s, const RowNorm& norm, bool from_memory, const 
     s.add_sums = true;
     return;
   }
-  const Beside beside = kernels.next_beside_apply[x][statistic];
   if (norm.x.dtype != norm.out.dtype || norm.modulation || norm.gating || norm.rotation ||
-      (norm.bias.data && norm.statistic == Statistic::kRms) || beside == Beside::kNever ||
-      (beside == Beside::kFromMemory && !from_memory))
+      (norm.bias.data && norm.statistic == Statistic::kRms) ||
+      kernels.next_beside_apply[x][statistic] < from)
     return;
   const bool rounds = norm.options.round_before_weight && norm.x.dtype != DType::kFloat32;
   s.apply_and_sum = kernels.apply_and_sum[x][rounds][s.affine_as_stored][statistic];
@@ -132,7 +131,7 @@ inline Stages without_norm(Stages s) {
   return s;
 }
 
-inline Stages stages_of(const RowNorm& norm, bool from_memory, const Kernels& kernels) {
+inline Stages stages_of(const RowNorm& norm, Beside from, const Kernels& kernels) {
   Stages s;
   DType x = norm.x.dtype;
   const DType normalised = normalised_dtype(norm);
@@ -171,7 +170,7 @@ inline Stages stages_of(const RowNorm& norm, bool from_memory, const Kernels& ke
   s.squares = kernels.squares[int(source)][layer];
   s.rstd = kernels.rstd;
   choose_apply(s, norm, source, kernels);
-  choose_sums(s, norm, from_memory, kernels);
+  choose_sums(s, norm, from, kernels);
   return s;
 }
 

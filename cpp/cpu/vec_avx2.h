@@ -139,7 +139,6 @@ inline float fold(const V (&v)[4]) {
 
 // A macro, since gcc 12 takes a function that does no more than this for one without effect.
 #define NORMKIT_FETCH(p) _mm_prefetch(p, _MM_HINT_T0)
-inline void end_of_stream() { _mm_sfence(); }
 
 // Zen 3, n = 4096.  From a cache only rms of bfloat16 gains, 1.06 to 1.10: of the others the
 // partial sums and columns do not fit 16 registers together (rms of float32 and float16 0.90 to

@@ -99,7 +99,6 @@ inline float fold(const V (&v)[8]) {
 }
 
 #define NORMKIT_FETCH(p) __builtin_prefetch(p, 0)
-inline void end_of_stream() {}
 
 // The partial sums of a chunk are 16 registers, and its columns as many: that is all there are.
 constexpr Beside next_beside_apply(DType, Statistic) { return Beside::kNever; }
