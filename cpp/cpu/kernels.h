@@ -125,8 +125,9 @@ struct Kernels {
   // [x][residual][rounds]: residual_out = alpha * residual + beta * x; rounds: the products, to the
   // dtypes of what alpha and beta multiply.
   Stage combine[3][3][2];
-  // [x and residual][statistic]: add, and sum = what the first pass over that adds up.  Likewise.
-  Stage add_and_sum[3][2];
+  // [x and residual][around the caches][statistic]: add, and sum = what the first pass over that
+  // adds up.  Around the caches, wide = the rounded sum, of its type.  Null where it does not pay.
+  Stage add_and_sum[3][2][2];
   Stage sum[3];         // [source]: sum of the row
   Stage squares[3][2];  // [source][centred]: sum of squares, about the mean if centred
   RstdStage rstd;       // from the sums of squares

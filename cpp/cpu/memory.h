@@ -78,13 +78,14 @@ inline int64_t last_cache_bytes() {
 
 // Whether stores around the caches pay, since little of so much stays there.  From the size of the
 // last cache on, where they have won by 10 to 50 % (Zen 3 and Zen 5, 33.5 MB); at half of it they
-// gain nothing on the one and lose on the other.  Of a larger cache a thread counts on 16 MB: other
-// cores have their share of it, and one core does not write there as fast as it writes around it
-// (Xeon of 260 MB: a copy and a sum of what it wrote take 1.12, 0.95 and 0.73 of the time on two
-// threads at 16, 32 and 64 MB, and on one 1.04 and 0.79 at 16 and 32 MB).
+// gain nothing on the one and lose on the other.  Of a larger cache 16 MB count for each thread,
+// and no less than 32 in all: other cores have their share, and one core does not write there as
+// fast as around it (Xeon of 260 MB: a copy and then a sum of what it wrote take 1.12, 0.95 and
+// 0.73 of the time on two threads at 16, 32 and 64 MB, and on one 1.04 and 0.79 at 16 and 32 MB).
 inline bool fills_last_cache(int64_t traffic) {
-  const int64_t counted_on = std::max<int64_t>(32 << 20, int64_t{max_threads()} << 24);
-  return traffic >= std::min(last_cache_bytes(), counted_on);
+  const int64_t last_cache = last_cache_bytes();
+  return traffic >= std::min<int64_t>(last_cache, 32 << 20) &&
+         traffic >= std::min(last_cache, int64_t{max_threads()} << 24);
 }
 
 // What was written around the caches is seen by other threads behind this, and so it stands at the

@@ -64,7 +64,7 @@ void prepare(Block& b, const Stages& s, const RowNorm& norm, const Kernels& kern
     for (int r = 0; r < b.rows; ++r) b.x[r] = b.residual_out[r];
     s.clamp_sum(b);
   }
-  if (s.wide)
+  if (s.wide || s.keeps_sum)
     std::copy_n(b.wide, b.rows, b.source);
   else if (s.add)
     std::copy_n(b.residual_out, b.rows, b.source);
@@ -388,10 +388,7 @@ void row_norm(const RowNorm& norm) {
   if (norm.rows == 0) return;
   const Kernels& kernels = kernels_in_use();
   const Plan p = plan(norm);
-  const Beside from = p.stream  ? Beside::kStreamed
-                      : p.fetch ? Beside::kFromMemory
-                                : Beside::kAlways;
-  const Stages stages = stages_of(norm, from, kernels);
+  const Stages stages = stages_of(norm, p, kernels);
   Job job{norm, p, stages, kernels, nullptr, 0, nullptr, nullptr, 0};
   if (!job.stages.affine_as_stored && (!job.stages.has_scale || job.stages.scale_has_weight)) {
     job.affine_floats = affine_floats(norm);
@@ -412,12 +409,13 @@ void row_norm(const RowNorm& norm) {
   Room<First> first;
   if (norm.before) {
     first.emplace(First{norm_before_sum(norm), {}, nullptr, 0});
-    first->stages = stages_of(first->norm, from, kernels);
+    first->stages = stages_of(first->norm, p, kernels);
     first->floats = affine_floats(first->norm) + job.plan.block_rows * padded(norm.n);
     first->memory = before_scratch.reserve(job.plan.threads * first->floats);
     job.first = &*first;
   }
-  if (job.stages.wide || job.stages.clamp_x || job.stages.gate || (first && first->stages.wide))
+  if (job.stages.wide || job.stages.keeps_sum || job.stages.clamp_x || job.stages.gate ||
+      (first && first->stages.wide))
     job.wide = wide_scratch.reserve(job.plan.threads * job.plan.block_rows * padded(norm.n));
   run_on_threads(job.plan.threads, run_part, &job);
   if (job.affine) affine_scratch.trim();

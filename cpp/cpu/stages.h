@@ -98,7 +98,9 @@ void gate_stage(Block& b) {
 struct NoTerm {};
 
 // Term: how the sums enter those of their row, of whole pairs of chunks; NoTerm: they do not.
-template <class X, class R, bool kKeep, class Term = NoTerm>
+// kStream: they go around the caches, and to b.wide as what they are rounded to, for the norm; with
+// a Term only.
+template <class X, class R, bool kKeep, class Term = NoTerm, bool kStream = false>
 void add_stage(Block& b) {
   constexpr bool kSplitLanes = !kKeep && layout_of(X::kDType, R::kDType) == Layout::kSplit;
   const auto sum = [](const Chunk& x, const Chunk& residual) {
@@ -110,17 +112,19 @@ void add_stage(Block& b) {
     const auto* x = static_cast<const typename X::Item*>(b.x[r]);
     const auto* residual = static_cast<const typename R::Item*>(b.residual[r]);
     auto* residual_out = static_cast<typename R::Item*>(b.residual_out[r]);
+    [[maybe_unused]] auto* kept = reinterpret_cast<typename R::Item*>(b.wide[r]);
     const auto piece = [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
       for (int64_t i = begin; i + kChunk <= end; i += kChunk) {
         const Chunk c =
             sum(load_chunk<X, kSplitLanes>(x + i), load_chunk<R, kSplitLanes>(residual + i));
-        store_chunk<R, kSplitLanes>(residual_out + i, c);
+        store_chunk<R, kSplitLanes, kStream>(residual_out + i, c);
         if constexpr (kKeep) store_chunk<Float32>(b.wide[r] + i, c);
+        if constexpr (kStream) store_chunk<R, kSplitLanes>(kept + i, c);
       }
     };
     if constexpr (!std::is_same_v<Term, NoTerm>) {
       // What has just been stored is rounded, and in a cache.
-      b.sum[r] = sum_row_beside<R, Term>(residual_out, b.n, piece);
+      b.sum[r] = sum_row_beside<R, Term>(kStream ? kept : residual_out, b.n, piece);
       continue;
     }
     piece(0, b.n);
@@ -216,8 +220,10 @@ constexpr void fill_forward(Kernels& k) {
   fill_source_and_out<T, Float16>(k);
   fill_source_and_out<T, BFloat16>(k);
   if constexpr (kSumsBesideAdd) {
-    k.add_and_sum[t][int(Statistic::kRms)] = add_stage<T, T, false, Squares>;
-    k.add_and_sum[t][int(Statistic::kLayer)] = add_stage<T, T, false, Plain>;
+    k.add_and_sum[t][0][int(Statistic::kRms)] = add_stage<T, T, false, Squares>;
+    k.add_and_sum[t][0][int(Statistic::kLayer)] = add_stage<T, T, false, Plain>;
+    k.add_and_sum[t][1][int(Statistic::kRms)] = add_stage<T, T, false, Squares, true>;
+    k.add_and_sum[t][1][int(Statistic::kLayer)] = add_stage<T, T, false, Plain, true>;
   }
   fill_modulation<T>(k);
   fill_rotation<T, T>(k);
