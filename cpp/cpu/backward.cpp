@@ -232,7 +232,6 @@ void run_part(const Part& part, Cursor<kOperands>& cursor, int64_t begin, int64_
     job.kernels.backward_apply[item][statistic](b);
     if (!job.uniform) narrow_rows(part, b, outputs);
   }
-  if (b.stream) end_of_stream();
 }
 
 void run_on_thread(void* context, int thread) {
@@ -249,6 +248,7 @@ void run_on_thread(void* context, int thread) {
     run_part(part, cursor, row, next, p++);
     row = next;
   }
+  if (job.stream) end_of_stream();
 }
 
 // ---------------------------------------------------------------- gradients of weight and bias

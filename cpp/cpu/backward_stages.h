@@ -227,10 +227,9 @@ struct Backward {
 
   template <bool kUsual, bool kBias, bool kAdds>
   static void walk(const BackwardBlock& b) {
-    if (kUsual && b.stream)
-      Walk<kUsual, kBias, kAdds, kUsual>::rows(b);
-    else
-      Walk<kUsual, kBias, kAdds, false>::rows(b);
+    if constexpr (kUsual)
+      if (b.stream) return Walk<kUsual, kBias, kAdds, true>::rows(b);
+    Walk<kUsual, kBias, kAdds, false>::rows(b);
   }
 
   static void apply_stage(BackwardBlock& b) {

@@ -30,7 +30,7 @@ struct Block {
   const void* x[kMaxBlockRows];
   const void* residual[kMaxBlockRows];
   void* residual_out[kMaxBlockRows];
-  float* wide[kMaxBlockRows];         // float32 copy of the row, where a stage has to keep one
+  float* wide[kMaxBlockRows];         // room for a copy of the row, where a stage has to keep one
   const void* source[kMaxBlockRows];  // what is normalised: x, residual_out or wide
   void* out[kMaxBlockRows];
   const void* weight[kMaxBlockRows];  // float32 in the apply stage's layout, or as stored
@@ -62,7 +62,7 @@ struct Block {
 using Stage = void (*)(Block&);
 
 // When the sum of a row is taken beside other work, and not in a pass of its own, which waits for
-// the row where that does not: each in all that stand before it too.
+// the row where that does not.  kAlways has the cases of kFromMemory, and that those of kStreamed.
 enum class Beside : uint8_t { kNever, kStreamed, kFromMemory, kAlways };
 // 1 / sqrt(sum * inverse_n + eps), of no less than `least`.
 using RstdStage = void (*)(Block&, double inverse_n, double eps, double least);

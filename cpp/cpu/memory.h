@@ -80,17 +80,18 @@ inline int64_t last_cache_bytes() {
 // last cache on, where they have won by 10 to 50 % (Zen 3 and Zen 5, 33.5 MB); at half of it they
 // gain nothing on the one and lose on the other.  Of a larger cache 16 MB count for each thread,
 // and no less than 32 in all: other cores have their share, and one core does not write there as
-// fast as around it (Xeon of 260 MB: a copy and then a sum of what it wrote take 1.12, 0.95 and
-// 0.73 of the time on two threads at 16, 32 and 64 MB, and on one 1.04 and 0.79 at 16 and 32 MB).
+// fast as around it (Xeon of 260 MB: a copy and then a sum of what it wrote take, of the time
+// through the caches, 1.12, 0.95 and 0.73 on two threads at 16, 32 and 64 MB, and on one 1.04 and
+// 0.79 at 16 and 32 MB).
 inline bool fills_last_cache(int64_t traffic) {
   const int64_t last_cache = last_cache_bytes();
   return traffic >= std::min<int64_t>(last_cache, 32 << 20) &&
          traffic >= std::min(last_cache, int64_t{max_threads()} << 24);
 }
 
-// What was written around the caches is seen by other threads behind this, and so it stands at the
-// end of a thread's part: behind every block it waits for the memory each time (Xeon, 2048x4096: 2
-// to 7 % of the call).
+// Other threads may read what was written around the caches only after this, once at the end of a
+// thread's work: after each block it would wait for the memory every time (Xeon, 2048x4096: 2 to
+// 7 % of the call).
 inline void end_of_stream() {
 #if defined(__x86_64__) || defined(_M_X64)
   asm volatile("sfence" ::: "memory");

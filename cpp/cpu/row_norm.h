@@ -19,7 +19,7 @@ bool use_instruction_set(const char* name);
 struct Plan {
   int64_t block_rows;  // rows that go through the stages together
   int threads;
-  bool stream;  // write the output around the caches
+  bool stream;  // write y around the caches, and maybe the sum with the residual
   bool fetch;   // fetch the next rows while these are stored
 };
 Plan plan(const RowNorm& norm);

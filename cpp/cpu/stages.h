@@ -98,10 +98,10 @@ void gate_stage(Block& b) {
 struct NoTerm {};
 
 // Term: how the sums enter those of their row, of whole pairs of chunks; NoTerm: they do not.
-// kStream: they go around the caches, and to b.wide as what they are rounded to, for the norm; with
-// a Term only.
+// kStream: they go around the caches, and to b.wide as what they are rounded to, for the norm.
 template <class X, class R, bool kKeep, class Term = NoTerm, bool kStream = false>
 void add_stage(Block& b) {
+  static_assert(!kStream || (!kKeep && !std::is_same_v<Term, NoTerm>));
   constexpr bool kSplitLanes = !kKeep && layout_of(X::kDType, R::kDType) == Layout::kSplit;
   const auto sum = [](const Chunk& x, const Chunk& residual) {
     Chunk c;
@@ -112,7 +112,8 @@ void add_stage(Block& b) {
     const auto* x = static_cast<const typename X::Item*>(b.x[r]);
     const auto* residual = static_cast<const typename R::Item*>(b.residual[r]);
     auto* residual_out = static_cast<typename R::Item*>(b.residual_out[r]);
-    [[maybe_unused]] auto* kept = reinterpret_cast<typename R::Item*>(b.wide[r]);
+    [[maybe_unused]] auto* const kept =
+        kStream ? reinterpret_cast<typename R::Item*>(b.wide[r]) : nullptr;
     const auto piece = [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
       for (int64_t i = begin; i + kChunk <= end; i += kChunk) {
         const Chunk c =

@@ -182,13 +182,13 @@ inline float fold(const V (&v)[2]) {
 #define NORMKIT_FETCH(p) _mm_prefetch(p, _MM_HINT_T0)
 
 // Partial sums and columns fit 32 registers together, and a sum by itself waits for the
-// second-level cache: rms of bfloat16 is 1.4 times as fast at once on Zen 5.  On a Xeon
-// (AVX512_BF16, two vector ports, n = 4096) rms of float16 gains 1.02 to 1.2 and layer norms of 16
-// bits 1.0 to 1.2. There a row of float32, the next one, y and the weight do not fit the
-// first-level cache together, and it takes 0.84 to 0.95 as long apart; around the caches y needs no
-// room, and it gains 1.05 to 1.2.  Without AVX512_BF16 there is nothing to gain in rms of bfloat16
-// (0.96 to 1.04 by llvm-mca).
-constexpr Beside next_beside_apply(DType dtype, [[maybe_unused]] Statistic statistic) {
+// second-level cache: rms of bfloat16 is 1.4 times as fast at once on Zen 5.  On a Xeon with
+// AVX512_BF16 and two vector ports, n = 4096, rms of float16 gains 1.02 to 1.2, and layer norms of
+// 16 bits 1.0 to 1.2.  There a row of float32, the next one, y and the weight do not fit the
+// first-level cache together, and are 0.84 to 0.95 as fast at once (Zen 5, one noisy run: 1.37);
+// around the caches y needs no room, and they are 1.05 to 1.2 as fast.  Without AVX512_BF16 rms of
+// bfloat16 has nothing to gain (0.96 to 1.04 by llvm-mca), and its layer norm was not timed.
+constexpr Beside next_beside_apply(DType dtype, Statistic) {
   if (dtype == DType::kFloat32) return Beside::kStreamed;
 #ifndef NORMKIT_AVX512_BF16
   if (dtype == DType::kBFloat16) return Beside::kNever;
