@@ -200,9 +200,15 @@ def test_a_row_has_the_bits_that_it_has_alone(rows, n, threads, dtype, two_threa
             assert_same_bits(in_place(x.clone(), *affine, **options), alone[turn])
 
             add = f"add_{norm.__name__}"
-            if 4 * x.nbytes >= 32 << 20:  # then the sum goes around the caches too, unless in place
-                assert "around the caches" in normkit.explain(add, x, residual).plan
             made = getattr(normkit, add)(x, residual, *affine, **options)
+            if 4 * x.nbytes >= 32 << 20:  # then the sum goes around the caches, in place or off a
+                off = torch.empty(rows * n + 1, dtype=dtype)[1:].view(rows, n)  # line it does not
+                around = "around the caches, of the sum too"
+                assert around in normkit.explain(add, x, residual).plan
+                assert around not in normkit.explain(add, x, residual, residual_out=off).plan
+                y = getattr(normkit, add)(x, residual, *affine, residual_out=off, **options)[0]
+                assert_same_bits(y, made[0])
+                assert_same_bits(off, made[1])
             in_place = getattr(normkit, f"{add}_")(x.clone(), residual.clone(), *affine, **options)
             sums = made[1][:5]
             alone = torch.cat([norm(row[None], *affine, **options) for row in sums])

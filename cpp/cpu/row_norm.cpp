@@ -379,7 +379,10 @@ std::string describe(const RowNorm& norm) {
   std::string text = std::string(instruction_set()) + ", " + std::to_string(p.threads) +
                      (p.threads == 1 ? " thread, " : " threads, ") + std::to_string(p.block_rows) +
                      (p.block_rows == 1 ? " row" : " rows") + " at a time";
-  if (p.stream) text += ", stores around the caches";
+  if (p.stream) {
+    text += ", stores around the caches";
+    if (stages_of(norm, p, kernels_in_use()).keeps_sum) text += ", of the sum too";
+  }
   if (has_strided_columns(norm)) text += ", strided columns transposed on the way";
   return text;
 }
